@@ -1,0 +1,27 @@
+"""Learnable text embeddings for a frozen CLIP, native to peft and transformers.
+
+Importing the package registers the method with peft, so that `get_peft_model`, `PeftModel.from_pretrained` and
+`CLIPModel.load_adapter` understand its adapters.
+"""
+
+from .auto import AutoPeftModelForPromptClassification, PeftModelForPromptClassification
+from .class_prompts import build_class_prompts, pad_template
+from .classifier import CLIPForPromptClassification
+from .registration import register
+from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
+
+
+__version__ = "0.1.0"
+
+register()
+
+__all__ = [
+    "AutoPeftModelForPromptClassification",
+    "CLIPForPromptClassification",
+    "CLIPPromptTuningConfig",
+    "CLIPPromptTuningModel",
+    "CLIPTextLearnableEmbeddings",
+    "PeftModelForPromptClassification",
+    "build_class_prompts",
+    "pad_template",
+]

@@ -1,0 +1,198 @@
+"""Class names and a template become prompts, prompts become token ids.
+
+Shapes: `C` classes, `L` text length (with begin and end token), `n` virtual tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+PLACEHOLDER = "X"  # the word that CoOp writes where a vector will stand
+CLASS_SLOT = "{}"
+
+
+class PromptLayout(Protocol):
+    """What the classifier reads of the active prompt adapter: which texts the vectors expect to stand in.
+
+    An object with these fields is found at `prompt_layout` of the text embedding module; it is `None` there when no
+    prompt adapter is in effect. `class_names` may be assigned: it is saved with the adapter.
+    """
+
+    class_names: list[str] | None
+    padded_template: str
+    start_idx: int
+    num_virtual_tokens: int
+    replaced_token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class ClassPrompts:
+    """The tokenized prompts of all classes.
+
+    Attributes:
+        texts: one prompt per class.
+        input_ids: (C, L), cut after the longest prompt's end token; shorter ones are padded by the tokenizer.
+        attention_mask: (C, L), 1 up to the end token.
+    """
+
+    texts: list[str]
+    input_ids: torch.LongTensor
+    attention_mask: torch.LongTensor
+
+
+def check_template(template: str) -> None:
+    """Raises `ValueError` unless `template` is a string that holds `{}`, the place of the class name, exactly once."""
+    if not isinstance(template, str):
+        raise ValueError(f"A prompt template must be a string such as {DEFAULT_TEMPLATE!r}, got {template!r}.")
+    if template.count(CLASS_SLOT) != 1:
+        raise ValueError(
+            f"The prompt template {template!r} holds {{}} {template.count(CLASS_SLOT)} times; it must hold it exactly "
+            f"once, where the class name goes, as in {DEFAULT_TEMPLATE!r}."
+        )
+
+
+def check_class_names(class_names: Sequence[str]) -> list[str]:
+    """Returns the class names as a list.
+
+    Raises:
+        ValueError: if there are none, or one is empty, not a string, or there twice.
+    """
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names must be a list of strings, got the single string {class_names!r}.")
+    class_names = list(class_names)
+    if not class_names:
+        raise ValueError("class_names is empty; a classifier needs at least one class name.")
+    for index, name in enumerate(class_names):
+        if not isinstance(name, str):
+            raise ValueError(f"class_names[{index}] is {name!r} of type {type(name).__name__}; it must be a string.")
+        if not name.strip():
+            raise ValueError(f"class_names[{index}] is empty; every class needs a name.")
+    repeated = [name for name, count in Counter(class_names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"class_names must differ from each other, but these stand there twice: {repeated[:5]}.")
+    return class_names
+
+
+def context_text(template: str) -> str:
+    """The words of `template` in front of the class name: `"a photo of a"` for `"a photo of a {}."`."""
+    check_template(template)
+    return template.split(CLASS_SLOT)[0].strip()
+
+
+def encode_words(text: str, tokenizer) -> list[int]:
+    """Token ids of `text` without begin and end token."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: int = 1) -> str:
+    """Makes room in `template` for more virtual tokens than it has words in front of the class name.
+
+    Placeholder words (`X`, as CoOp writes them) are put in at `start_idx`, so that the vectors, once they replace
+    positions `start_idx ... start_idx + num_virtual_tokens - 1`, end right before the class name. Format the result
+    with class names to get the texts for a plain `CLIPModel`. A template that has room is returned as it is.
+
+    Args:
+        template: text with one `{}`.
+        num_virtual_tokens: how many token positions are to be replaced.
+        tokenizer: the tokenizer of the model.
+        start_idx: first replaced position; the begin token is at 0.
+
+    Returns:
+        The template, with placeholder words where they are needed.
+
+    Raises:
+        ValueError: if the tokenizer does not read a placeholder as one token, or `start_idx` lies inside a word.
+
+    Example:
+
+    ```py
+    >>> pad_template("a photo of a {}.", 6, tokenizer)
+    'X X a photo of a {}.'
+    ```
+    """
+    context = context_text(template)
+    num_missing = start_idx - 1 + num_virtual_tokens - len(encode_words(context, tokenizer))
+    if num_missing <= 0:
+        return template
+    if len(encode_words(PLACEHOLDER, tokenizer)) != 1:
+        raise ValueError(
+            f"This tokenizer does not read the placeholder {PLACEHOLDER!r} as one token; write a template with at "
+            f"least {num_virtual_tokens} tokens in front of {{}} instead of {template!r}."
+        )
+    words = context.split()
+    kept = next((k for k in range(len(words) + 1) if _num_tokens(words[:k], tokenizer) == start_idx - 1), None)
+    if kept is None:
+        raise ValueError(
+            f"start_idx={start_idx} is not the beginning of a word of {context!r}, so placeholders cannot be put "
+            "there; choose another start_idx or write the placeholders into the template."
+        )
+    padded = words[:kept] + [PLACEHOLDER] * num_missing + words[kept:]
+    return " ".join(padded) + " " + template[template.index(CLASS_SLOT) :]
+
+
+def _num_tokens(words: list[str], tokenizer) -> int:
+    return len(encode_words(" ".join(words), tokenizer))
+
+
+def build_class_prompts(
+    class_names: Sequence[str],
+    template: str,
+    tokenizer,
+    max_length: int,
+    layout: PromptLayout | None = None,
+) -> ClassPrompts:
+    """Writes every class name into the template and tokenizes the texts.
+
+    Args:
+        class_names: C names.
+        template: text with one `{}`; not used when `layout` is given, which brings its own.
+        tokenizer: the tokenizer of the model.
+        max_length: positions of the text tower (77 for CLIP).
+        layout: of the active prompt adapter, if there is one.
+
+    Raises:
+        ValueError: bad names or template; a prompt longer than `max_length`, with the class named; a prompt whose
+            tokens at the replaced positions are not those that the adapter replaces.
+    """
+    class_names = check_class_names(class_names)
+    template = template if layout is None else layout.padded_template
+    check_template(template)
+    texts = [template.replace(CLASS_SLOT, name) for name in class_names]
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    input_ids, attention_mask = encoded["input_ids"], encoded["attention_mask"]  # both (C, L)
+    _check_lengths(class_names, attention_mask, template, max_length)
+    if layout is not None:
+        _check_replaced_tokens(class_names, input_ids, layout)
+    return ClassPrompts(texts=texts, input_ids=input_ids, attention_mask=attention_mask)
+
+
+def _check_lengths(class_names, attention_mask, template, max_length) -> None:
+    lengths = attention_mask.sum(dim=1)  # (C,)
+    longest = int(lengths.argmax())
+    if lengths[longest] > max_length:
+        raise ValueError(
+            f"The class name {class_names[longest]!r} in the template {template!r} makes {int(lengths[longest])} "
+            f"tokens, but the text tower has {max_length} positions; shorten the name or the template."
+        )
+
+
+def _check_replaced_tokens(class_names, input_ids, layout) -> None:
+    start, n = layout.start_idx, layout.num_virtual_tokens
+    expected = torch.tensor(layout.replaced_token_ids)
+    replaced = input_ids[:, start : start + n]  # (C, n)
+    fits = replaced.shape[1] == n and (replaced == expected).all(dim=1)
+    if not torch.as_tensor(fits).all():
+        bad = 0 if fits is False else int((~fits).nonzero()[0])
+        raise ValueError(
+            f"The prompt {layout.padded_template.replace(CLASS_SLOT, class_names[bad])!r} does not have the tokens "
+            f"{layout.replaced_token_ids} at positions {start} ... {start + n - 1}, which the adapter's vectors "
+            "replace. The class name must not merge with the words before it; use the template and the tokenizer "
+            "that the adapter was made with."
+        )

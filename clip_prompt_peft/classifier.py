@@ -1,0 +1,328 @@
+"""A CLIP that classifies images by the embeddings of its class prompts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, CLIPModel
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import can_return_tuple
+
+from .class_encoder import encode_class_prompts, normalize
+from .class_prompts import (
+    DEFAULT_TEMPLATE,
+    ClassPrompts,
+    PromptLayout,
+    build_class_prompts,
+    check_class_names,
+    check_template,
+)
+
+
+IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss(ignore_index)
+
+
+class CLIPForPromptClassification(CLIPModel):
+    """
+    `CLIPModel` with class names: images are scored against the embeddings of one prompt per class.
+
+    Without an adapter it is the zero-shot classifier. With a prompt adapter in it, the prompts are written as the
+    active adapter wants them; any other adapter (LoRA, ...) simply changes the towers. The module paths are those of
+    `CLIPModel`, so checkpoints and adapters fit both.
+
+    Build it with [`~CLIPForPromptClassification.from_pretrained`] or [`~CLIPForPromptClassification.from_clip`].
+
+    Example:
+
+    ```py
+    >>> from clip_prompt_peft import CLIPForPromptClassification
+
+    >>> model = CLIPForPromptClassification.from_pretrained(
+    ...     "openai/clip-vit-base-patch32", class_names=["cat", "dog"], prompt_template="a photo of a {}."
+    ... )
+    >>> logits = model(pixel_values=pixel_values).logits  # (B, 2)
+    ```
+    """
+
+    main_input_name = "pixel_values"
+    # The loss is a mean over the batch; without this the Trainer takes **kwargs for a promise to divide by
+    # num_items_in_batch and would not divide by the number of accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.tokenizer = None
+        self._prompts: ClassPrompts | None = None
+        self._prompts_key: tuple | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        class_names: Sequence[str] | None = None,
+        prompt_template: str | None = None,
+        tokenizer=None,
+        **kwargs,
+    ):
+        """
+        As `CLIPModel.from_pretrained`, with class names. A folder or Hub id of a prompt adapter works too.
+
+        Args:
+            pretrained_model_name_or_path: CLIP checkpoint, saved classifier, or adapter.
+            class_names: C names; by default those saved with the checkpoint or adapter.
+            prompt_template: text with one `{}`, by default the saved one or `"a photo of a {}."`.
+            tokenizer: by default the one that lies beside the checkpoint.
+
+        Raises:
+            ValueError: bad names or template (before anything is loaded), or a checkpoint that is no CLIP.
+        """
+        if class_names is not None:
+            class_names = check_class_names(class_names)
+        if prompt_template is not None:
+            check_template(prompt_template)
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"{pretrained_model_name_or_path!r} is not a CLIP checkpoint: it lacks {len(missing)} of the model's "
+                f"weights ({', '.join(missing[:3])}, ...)."
+            )
+        model._set_up(class_names, prompt_template, tokenizer)
+        return (model, info) if with_info else model
+
+    @classmethod
+    def from_clip(
+        cls,
+        clip: CLIPModel,
+        tokenizer=None,
+        class_names: Sequence[str] | None = None,
+        prompt_template: str | None = None,
+    ) -> CLIPForPromptClassification:
+        """A classifier around a `CLIPModel` in memory. The modules are shared with it, not copied."""
+        model = _rehouse(clip, cls)
+        model._set_up(class_names, prompt_template, tokenizer)
+        return model
+
+    def to_clip(self) -> CLIPModel:
+        """The plain `CLIPModel`, sharing the modules of this classifier.
+
+        Raises:
+            ValueError: if an adapter is still in it.
+        """
+        if getattr(self, "peft_config", None):
+            raise ValueError(
+                f"The adapters {sorted(self.peft_config)} are still in the model; call merge_and_unload() or unload() "
+                "on the PeftModel first and to_clip() on what it returns."
+            )
+        return _rehouse(self, CLIPModel)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As `CLIPModel.save_pretrained`; the tokenizer is saved too, since the class prompts need it."""
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self._get_tokenizer().save_pretrained(save_directory)
+
+    def _set_up(self, class_names, prompt_template, tokenizer) -> None:
+        layout = self.prompt_layout  # of an adapter that was loaded with the checkpoint
+        if prompt_template is None:
+            saved = getattr(self.config, "prompt_template", None)
+            prompt_template = saved or getattr(layout, "prompt_template", None) or DEFAULT_TEMPLATE
+        if class_names is None:
+            class_names = getattr(self.config, "class_names", None) or getattr(layout, "class_names", None)
+        self.tokenizer = tokenizer
+        self.set_prompt_template(prompt_template)
+        if class_names is None:
+            self.config.class_names = None
+        else:
+            self.set_class_names(class_names)
+
+    # Needed by peft's auto classes when a tokenizer lies beside the adapter.
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.embeddings.token_embedding = value
+
+    @property
+    def prompt_layout(self) -> PromptLayout | None:
+        """How the active prompt adapter wants the prompts written; `None` without one."""
+        return getattr(self.text_model.embeddings, "prompt_layout", None)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes in use: those of the active prompt adapter if it has any, otherwise the classifier's own."""
+        return getattr(self.prompt_layout, "class_names", None) or self.config.class_names
+
+    @property
+    def prompt_template(self) -> str:
+        """The template of the zero-shot prompts. An active prompt adapter brings its own."""
+        return self.config.prompt_template
+
+    def set_class_names(self, class_names: Sequence[str]) -> None:
+        """Exchanges the classes, those of the active prompt adapter included.
+
+        Raises:
+            ValueError: empty, repeated or non-string names, or a prompt that is too long; nothing is changed then.
+        """
+        class_names = check_class_names(class_names)
+        layout = self.prompt_layout
+        self._build_prompts(class_names, layout)
+        self.config.class_names = class_names
+        if layout is not None:
+            layout.class_names = class_names
+        self._class_prompts()
+
+    def set_prompt_template(self, prompt_template: str) -> None:
+        """Exchanges the zero-shot template. Raises `ValueError` unless it holds `{}` exactly once."""
+        check_template(prompt_template)
+        self.config.prompt_template = prompt_template
+
+    def adopt_prompt_layout(self, layout: PromptLayout) -> None:
+        """Makes the texts of an adapter the classifier's own; called when the adapter is merged into it for good."""
+        self.set_prompt_template(layout.padded_template)
+        if layout.class_names is not None:
+            self.set_class_names(layout.class_names)
+
+    def get_class_embeds(self) -> torch.Tensor:
+        """(C, E) L2-normalised class embeddings, differentiable with respect to the active adapter."""
+        return encode_class_prompts(self, self._class_prompts())
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values: (B, 3, H, W), as the processor makes them.
+            labels: (B,) class indices; with them the mean cross entropy is returned as `loss`.
+            image_embeds: (B, E) in place of `pixel_values`, projected image features, normalised or not.
+            input_ids: if given, this is `CLIPModel.forward` and returns its output.
+            attention_mask, position_ids, return_loss: as in `CLIPModel`, only with `input_ids`.
+            interpolate_pos_encoding: as in `CLIPModel`.
+
+        Returns:
+            `ImageClassifierOutput` with `logits` (B, C) = `exp(logit_scale) * image_embeds @ class_embeds.T`.
+
+        Raises:
+            ValueError: both or neither of `pixel_values` and `image_embeds`; labels outside of 0 ... C - 1; no class
+                names.
+        """
+        if input_ids is not None:
+            return self._forward_as_clip(
+                labels,
+                image_embeds,
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                return_loss=return_loss,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                **kwargs,
+            )
+        if (pixel_values is None) == (image_embeds is None):
+            raise ValueError(
+                "Give either pixel_values or image_embeds, "
+                + ("not both." if pixel_values is not None else "got neither (nor input_ids, as CLIPModel takes).")
+            )
+        self._check_labels(labels)
+        vision = None
+        if image_embeds is None:
+            vision = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+            image_embeds = vision.pooler_output  # (B, E)
+        self._check_width(image_embeds)
+        similarity = normalize(image_embeds) @ self.get_class_embeds().T  # (B, C)
+        logits = self.logit_scale.exp().to(similarity.dtype) * similarity
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
+        return ImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=getattr(vision, "hidden_states", None),
+            attentions=getattr(vision, "attentions", None),
+        )
+
+    def _forward_as_clip(self, labels, image_embeds, **kwargs):
+        if labels is not None or image_embeds is not None:
+            raise ValueError(
+                "With input_ids this is CLIPModel.forward, which takes no labels and no image_embeds; leave input_ids "
+                "out to classify."
+            )
+        return super().forward(**kwargs)
+
+    def _check_labels(self, labels) -> None:
+        if labels is None or torch.compiler.is_compiling():
+            return
+        num_labels = len(self._class_prompts().texts)
+        bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= num_labels)]
+        if bad.numel():
+            raise ValueError(
+                f"Label {int(bad[0])} is out of range: the model has {num_labels} classes, so labels go from 0 to "
+                f"{num_labels - 1}. Compare the data set's label names with the model's class_names "
+                f"({', '.join(self.class_names[:5])}, ...)."
+            )
+
+    def _check_width(self, image_embeds) -> None:
+        width = self.text_projection.out_features
+        if image_embeds.ndim != 2 or image_embeds.shape[1] != width:
+            raise ValueError(
+                f"image_embeds must be (B, {width}), the projected image features of this model, got "
+                f"{tuple(image_embeds.shape)}."
+            )
+
+    def _class_prompts(self) -> ClassPrompts:
+        """The tokenized prompts of the classes in use, built anew when names, template or adapter have changed."""
+        class_names, layout = self.class_names, self.prompt_layout
+        if class_names is None:
+            raise ValueError("The classifier has no class names; call set_class_names([...]) or load it with some.")
+        key = (tuple(class_names), self.prompt_template, _layout_key(layout))
+        if key != self._prompts_key:
+            self._prompts = self._build_prompts(class_names, layout)
+            self._prompts_key = key
+            self.config.id2label = dict(enumerate(class_names))
+            self.config.label2id = {name: index for index, name in enumerate(class_names)}
+        return self._prompts
+
+    def _build_prompts(self, class_names, layout) -> ClassPrompts:
+        max_length = self.text_model.embeddings.position_embedding.num_embeddings
+        return build_class_prompts(class_names, self.prompt_template, self._get_tokenizer(), max_length, layout)
+
+    def _get_tokenizer(self):
+        if self.tokenizer is None:
+            if not self.name_or_path:
+                raise ValueError(
+                    "The classifier needs a tokenizer to read its class names, and this model has no name_or_path to "
+                    "load one from; pass tokenizer=..."
+                )
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
+        return self.tokenizer
+
+
+def _layout_key(layout: PromptLayout | None) -> tuple | None:
+    if layout is None:
+        return None
+    return layout.padded_template, layout.start_idx, tuple(layout.replaced_token_ids)
+
+
+def _rehouse(source: CLIPModel, target_class: type[CLIPModel]) -> CLIPModel:
+    """A model of `target_class` that holds the very modules of `source`."""
+    with torch.device("meta"):  # these weights are thrown away at once
+        model = target_class(copy.copy(source.config))
+    for name, module in source.named_children():
+        setattr(model, name, module)
+    model.logit_scale = source.logit_scale
+    return model.train(source.training)

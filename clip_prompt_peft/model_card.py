@@ -1,0 +1,107 @@
+"""The part of an adapter's model card that is ours."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from collections.abc import Mapping
+
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+
+BEGIN, END = "<!-- clip_prompt_peft: begin -->", "<!-- clip_prompt_peft: end -->"
+NUM_CLASSES_SHOWN = 50
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` can be a Hub id, and is not a folder of this machine."""
+    if not name or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def empty_card() -> ModelCard:
+    """A card without text."""
+    return ModelCard("---\nlibrary_name: peft\n---\n")
+
+
+def add_prompt_section(
+    card: ModelCard, config, metrics: Mapping[str, float] | None = None, repo_id: str | None = None
+) -> None:
+    """Adds, or replaces, what the card says about the prompts: base model, classes, template, how to load it.
+
+    Args:
+        card: the card to change.
+        config: the adapter's [`CLIPPromptTuningConfig`].
+        metrics: results by name.
+        repo_id: where the adapter is pushed to, if that is known.
+    """
+    card.data["library_name"] = "peft"
+    card.data["pipeline_tag"] = "image-classification"
+    tags = [tag for tag in card.data.get("tags") or [] if not _names_no_hub_id(tag)]
+    card.data["tags"] = sorted({*tags, "clip", "prompt-tuning", "clip_prompt_peft"})
+    if is_hub_id(config.base_model_name_or_path):
+        card.data["base_model"] = config.base_model_name_or_path
+    else:
+        card.data.base_model = None  # a local path is not a valid model id
+    section = f"{BEGIN}\n{_section(config, metrics, repo_id)}\n{END}"
+    if BEGIN in card.text:
+        pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+        card.text = re.sub(pattern, lambda _: section, card.text, flags=re.DOTALL)
+    else:
+        card.text = f"{section}\n\n{card.text.strip()}\n"
+
+
+def _names_no_hub_id(tag: str) -> bool:
+    # peft tags an adapter with its base model even when that is a folder of this machine
+    prefix = "base_model:adapter:"
+    return tag.startswith(prefix) and not is_hub_id(tag.removeprefix(prefix))
+
+
+def _section(config, metrics, repo_id) -> str:
+    names = config.class_names or []
+    shown = ", ".join(_inline(name) for name in names[:NUM_CLASSES_SHOWN])
+    if len(names) > NUM_CLASSES_SHOWN:
+        shown += f", ... ({len(names) - NUM_CLASSES_SHOWN} more)"
+    base = config.base_model_name_or_path
+    lines = [
+        "## Learned prompts for CLIP",
+        "",
+        f"- Base model: {_inline(base) if base else 'unknown'}"
+        + ("" if is_hub_id(base) else " (not a Hub id: pass `base_model_name_or_path` when loading)"),
+        f"- Vectors: {config.num_virtual_tokens}, in place of the tokens from position {config.start_idx} on",
+        f"- Template: {_inline(config.padded_template or config.prompt_template)}",
+        f"- Initialised from: {config.prompt_tuning_init.value}",
+        f"- Classes ({len(names)}): {shown or 'none saved'}",
+    ]
+    if metrics:
+        lines += ["", "| metric | value |", "|---|---|"]
+        lines += [f"| {_inline(name)} | {value:.4g} |" for name, value in metrics.items()]
+    return "\n".join([*lines, "", *_snippet(repo_id)])
+
+
+def _snippet(repo_id) -> list[str]:
+    return [
+        "```python",
+        "# pip install clip_prompt_peft",
+        "from clip_prompt_peft import AutoPeftModelForPromptClassification",
+        "",
+        f'model = AutoPeftModelForPromptClassification.from_pretrained("{repo_id or "ID_OF_THIS_REPOSITORY"}")',
+        "model.config.id2label  # class names; model(pixel_values=...).logits scores them",
+        "```",
+        "",
+        "With peft alone, `import clip_prompt_peft` first: that makes the method known to "
+        "`PeftModel.from_pretrained(clip, ...)` and `CLIPModel.load_adapter(...)`.",
+    ]
+
+
+def _inline(text: str) -> str:
+    """One line of Markdown code that shows `text` as it is: class names come from anywhere."""
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return "<code>" + html.escape(text).replace("|", "&#124;").replace("`", "&#96;") + "</code>"

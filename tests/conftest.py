@@ -1,0 +1,84 @@
+"""What the tests share: the embedded CLIP and the golden numbers. No test reaches the network."""
+
+import json
+import os
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoTokenizer, CLIPModel  # noqa: E402
+
+import clip_prompt_peft  # noqa: E402, F401  (registers the method with peft)
+
+
+ROOT = Path(__file__).parent.parent
+TINY_CLIP = str(ROOT / "examples" / "assets" / "tiny_clip")
+EMOJI = ROOT / "examples" / "assets" / "emoji"
+GOLDEN = ROOT / "tests" / "golden"
+CLASS_NAMES = ["animal", "plant", "food", "vehicle"]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def clip():
+    return CLIPModel.from_pretrained(TINY_CLIP).eval()
+
+
+@pytest.fixture
+def classifier():
+    return clip_prompt_peft.CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=CLASS_NAMES).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY_CLIP)
+
+
+@pytest.fixture
+def pixel_values():
+    return torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels():
+    return torch.tensor([0, 3, 1])
+
+
+class GoldenCase:
+    """Numbers that the original authors' code computed; see tests/golden/README.md."""
+
+    def __init__(self, name):
+        self.name = name
+        self.info = json.loads((GOLDEN / "public" / f"{name}.json").read_text())
+        self.tensors = load_file(GOLDEN / "public" / f"{name}.safetensors")
+        inputs = load_file(GOLDEN / "public" / "inputs.safetensors")
+        key = self.info["inputs_key"]
+        self.pixel_values, self.labels = inputs[f"{key}.pixel_values"], inputs[f"{key}.labels"]
+
+    def __getitem__(self, name):
+        return self.tensors[name]
+
+
+@pytest.fixture
+def golden():
+    return GoldenCase
+
+
+@pytest.fixture(params=["legacy_eos", "fixed_eos"])
+def golden_base(request, tmp_path):
+    """Folder of the small random CLIP of the golden numbers, with either kind of end token config."""
+    base = GOLDEN / "base"
+    if request.param == "legacy_eos":
+        return str(base)
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(base / name)
+    (tmp_path / "config.json").write_text((base / "config_eos_fixed.json").read_text())
+    return str(tmp_path)
