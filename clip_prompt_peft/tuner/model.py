@@ -215,7 +215,7 @@ def _check_fits(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
 def _key_at_other_path(key: str, adapter_name: str, expected: dict) -> str:
     if key in expected:
         return key
-    path, _, name = key.removesuffix(f".{adapter_name}").rpartition(".")
+    path, _, name = key.rpartition(".")  # keys of a file do not hold the adapter's name
     if name != "learnable_embeddings":
         return key
     path = path.removeprefix("base_model.model.")
