@@ -1,87 +1,17 @@
 """One adapter through its whole life, in every model that has a CLIP text tower."""
 
-import copy
-import functools
-import io
 import re
-import shutil
 
 import pytest
 import torch
-from conftest import CLASS_NAMES, TINY_CLIP
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from adapters import layer_of, randomize, vectors_of
+from cases import MERGED
+from peft import get_peft_model
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, CLIPTextLearnableEmbeddings
+from clip_prompt_peft import CLIPPromptTuningConfig
 
 
-TEXTS = ["a photo of a animal.", "a photo of a fire truck.", "a photo of a sun."]
 NUM_VECTORS = 4  # "a photo of a"
-MERGED = {"rtol": 0, "atol": 1e-4}  # merging changes the order of two additions
-
-
-@functools.cache
-def load_base(model_class):
-    kwargs = {"class_names": CLASS_NAMES} if model_class is CLIPForPromptClassification else {}
-    return model_class.from_pretrained(TINY_CLIP, **kwargs).eval()
-
-
-class Case:
-    """One of the models, with inputs for it and the tensor of its output that is compared."""
-
-    def __init__(self, model_class, tokenizer, pixel_values, labels):
-        self.model_class = model_class
-        texts = tokenizer(TEXTS, padding=True, return_tensors="pt")
-        self.inputs = {
-            CLIPModel: {**texts, "pixel_values": pixel_values, "return_loss": True},
-            CLIPTextModelWithProjection: texts,
-            CLIPTextModel: texts,
-            CLIPForPromptClassification: {"pixel_values": pixel_values, "labels": labels},
-        }[model_class]
-
-    def base(self):
-        return copy.deepcopy(load_base(self.model_class))
-
-    def tuned(self, adapter_name="default", seed=0, **fields):
-        """A base model with an adapter in it whose vectors are far from any word."""
-        model = get_peft_model(self.base(), CLIPPromptTuningConfig(**fields), adapter_name=adapter_name)
-        randomize(model, adapter_name, seed)
-        return model.eval()
-
-    def output(self, model):
-        out = model(**self.inputs)
-        for name in ("logits", "logits_per_image", "text_embeds", "pooler_output"):
-            if getattr(out, name, None) is not None:
-                return getattr(out, name)
-        raise AssertionError(f"no output to compare in {type(out).__name__}")
-
-    def loss(self, model):
-        out = model(**self.inputs)
-        return out.loss if getattr(out, "loss", None) is not None else out[0].square().mean()
-
-
-@pytest.fixture(
-    params=[CLIPModel, CLIPTextModelWithProjection, CLIPTextModel, CLIPForPromptClassification],
-    ids=lambda model_class: model_class.__name__,
-)
-def case(request, tokenizer, pixel_values, labels):
-    return Case(request.param, tokenizer, pixel_values, labels)
-
-
-def layer_of(model):
-    (layer,) = [module for module in model.modules() if isinstance(module, CLIPTextLearnableEmbeddings)]
-    return layer
-
-
-def vectors_of(model, adapter_name="default"):
-    return layer_of(model).learnable_embeddings[adapter_name]
-
-
-@torch.no_grad()
-def randomize(model, adapter_name="default", seed=0):
-    vectors = vectors_of(model, adapter_name)
-    vectors.copy_(0.1 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)))
 
 
 def snapshot(model):
@@ -143,81 +73,6 @@ def test_gradient_checkpointing_gives_the_same_gradient(case, use_reentrant):
     assert model.is_gradient_checkpointing
     case.loss(model).backward()
     torch.testing.assert_close(vectors_of(model).grad, expected, rtol=1e-5, atol=1e-6)
-
-
-# Saving and loading
-
-
-def test_an_adapter_file_is_one_small_tensor(case, tmp_path):
-    model = case.tuned()
-    model.save_pretrained(tmp_path)
-    (saved,) = load_file(tmp_path / "adapter_model.safetensors").values()
-    assert torch.equal(saved, vectors_of(model))
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size < saved.nbytes + 512
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"low_cpu_mem_usage": True}, {"is_trainable": True}, {"adapter_name": "mine"}])
-def test_peft_loads_what_it_saved(case, tmp_path, kwargs):
-    model = case.tuned()
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(case.base(), tmp_path, **kwargs).eval()
-    assert torch.equal(case.output(loaded), case.output(model))
-    assert vectors_of(loaded, kwargs.get("adapter_name", "default")).requires_grad == ("is_trainable" in kwargs)
-
-
-def test_an_adapter_is_loaded_beside_another_one_under_a_new_name(case, tmp_path):
-    model = case.tuned()
-    model.save_pretrained(tmp_path)
-    other = case.tuned(seed=1, num_virtual_tokens=2)
-    before = case.output(other)
-    other.load_adapter(tmp_path, adapter_name="saved")
-    assert torch.equal(case.output(other), before)
-    other.set_adapter("saved")
-    assert torch.equal(case.output(other), case.output(model))
-
-
-@pytest.mark.parametrize("adapter_name", ["default", "mine"])
-def test_transformers_loads_what_peft_saved(case, tmp_path, adapter_name):
-    model = case.tuned()
-    model.save_pretrained(tmp_path)
-    loaded = case.base()
-    loaded.load_adapter(tmp_path, adapter_name=adapter_name)
-    assert loaded.active_adapters() == [adapter_name]
-    assert torch.equal(case.output(loaded), case.output(model))
-
-
-def test_peft_loads_what_transformers_saved(case, tmp_path):
-    model = case.base()
-    model.add_adapter(CLIPPromptTuningConfig(), adapter_name="mine")
-    randomize(model, "mine")
-    model.save_pretrained(tmp_path)
-    assert not (tmp_path / "model.safetensors").exists()
-    loaded = PeftModel.from_pretrained(case.base(), tmp_path).eval()
-    assert torch.equal(case.output(loaded), case.output(model))
-
-
-def test_training_goes_on_from_a_saved_adapter(case, tmp_path):
-    model = case.tuned()
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(case.base(), tmp_path, is_trainable=True)
-    case.loss(model).backward()
-    case.loss(loaded).backward()
-    assert torch.equal(vectors_of(loaded).grad, vectors_of(model).grad)
-
-
-# Names that stand in the names of parameters too: peft tells by structure, not by name
-
-
-@pytest.mark.parametrize("name", ["embeddings", "learnable", "learnable_embeddings", "text_model", "e", "weight"])
-def test_an_adapter_name_may_be_part_of_a_parameter_name(case, tmp_path, name):
-    model = case.tuned(adapter_name=name)
-    assert [parameter for parameter in model.parameters() if parameter.requires_grad] == [vectors_of(model, name)]
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(case.base(), tmp_path / name, adapter_name=name).eval()
-    assert torch.equal(case.output(loaded), case.output(model))
-    other = case.base()
-    other.load_adapter(tmp_path / name, adapter_name=name)
-    assert torch.equal(case.output(other), case.output(model))
 
 
 # Several adapters
@@ -398,86 +253,3 @@ def test_peft_reports_the_state_of_layer_and_model(case):
     assert set(status.peft_types.values()) == {"CLIP_PROMPT_TUNING"}
     with model.disable_adapter():
         assert model.get_model_status().enabled is False
-
-
-# Further modules
-
-
-def test_a_further_module_is_trained_and_saved_with_the_vectors(case, tmp_path):
-    name = "final_layer_norm" if case.model_class is CLIPTextModel else "text_projection"
-    model = case.tuned(modules_to_save=[name])
-    module = model.base_model.model.get_submodule(name)
-    frozen, trained = module.original_module.weight, module.modules_to_save["default"].weight
-    assert trained.requires_grad and not frozen.requires_grad
-    torch.nn.init.normal_(trained, std=0.1)
-    model.save_pretrained(tmp_path)
-    expected = case.output(model)
-    for kwargs in ({}, {"low_cpu_mem_usage": True}):
-        loaded = PeftModel.from_pretrained(case.base(), tmp_path, **kwargs).eval()
-        assert torch.equal(case.output(loaded), expected)
-    with model.disable_adapter():
-        assert torch.equal(case.output(model), case.output(case.base()))
-    merged = model.merge_and_unload()
-    assert torch.equal(merged.get_submodule(name).weight, trained)
-    torch.testing.assert_close(case.output(merged), expected, **MERGED)
-
-
-# Copies and compilation
-
-
-def test_a_deep_copy_lives_its_own_life(case):
-    model = case.tuned()
-    expected = case.output(model)
-    twin = copy.deepcopy(model)
-    assert torch.equal(case.output(twin), expected)
-    randomize(twin, seed=1)
-    assert not torch.equal(case.output(twin), expected)
-    assert torch.equal(case.output(model), expected)
-
-
-@pytest.mark.parametrize("is_merged", [False, True])
-def test_a_pickled_model_comes_back(case, is_merged):
-    model = case.tuned()
-    if is_merged:
-        model.merge_adapter()
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    again = torch.load(file, weights_only=False)
-    assert torch.equal(case.output(again), case.output(model))
-    if is_merged:
-        model.unmerge_adapter()
-        again.unmerge_adapter()
-        assert_same(again.state_dict(), model.state_dict())
-
-
-def test_a_compiled_model_is_one_graph_and_follows_the_active_adapter(case):
-    torch._dynamo.reset()
-    model = case.tuned(num_virtual_tokens=2)
-    for module in model.modules():
-        if isinstance(getattr(module, "layers", None), torch.nn.ModuleList):
-            module.layers = module.layers[:1]  # compiling takes its time for every layer
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    # before compiling, since the classifier builds its prompts when it first needs them
-    tuned = case.output(model)
-    torch.testing.assert_close(case.output(compiled), tuned)
-    with model.disable_adapter():
-        base = case.output(model)
-        torch.testing.assert_close(case.output(compiled), base)
-    assert not torch.allclose(tuned, base)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
-def test_the_compiled_embeddings_have_the_same_output_and_gradient(tokenizer, clip):
-    torch._dynamo.reset()
-    model = get_peft_model(clip, CLIPPromptTuningConfig())
-    randomize(model)
-    layer, input_ids = layer_of(model), tokenizer(TEXTS, padding=True, return_tensors="pt")["input_ids"]
-    expected = layer(input_ids)
-    expected.square().sum().backward()
-    gradient = vectors_of(model).grad.clone()
-    model.zero_grad()
-    output = torch.compile(layer, fullgraph=True)(input_ids)
-    output.square().sum().backward()
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(vectors_of(model).grad, gradient)
