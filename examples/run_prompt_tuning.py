@@ -26,6 +26,7 @@ import transformers
 from arguments import find_checkpoint, parse_arguments, plan_runs
 from datasets import Dataset, DatasetDict
 from embedded_data import STYLES, load_style, use_one_thread_if_tiny
+from huggingface_hub import create_repo
 from peft import get_peft_model
 from tables import Results, results_table
 from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_seed
@@ -55,6 +56,8 @@ def main() -> None:
         draw(splits, data_args, training_args)
         model, image_processor = load_model(model_args, prompt_args, class_names_of(splits["train"]))
         model = get_peft_model(model, config).unload()  # complains of a prompt that does not fit
+        if training_args.push_to_hub and training_args.process_index == 0:
+            create_repository(training_args)
     except (ValueError, OSError) as error:  # what can be wrong with what was asked for
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
 
@@ -86,9 +89,12 @@ def main() -> None:
             with trainer.model.disable_adapter():
                 zero_shot = evaluate(trainer.model, test_sets, run_args)
         save(trainer, model_args.hub_base_model_id, zero_shot, tuned[-1])
-        model = trainer.model.unload()
+        if len(tuned) < len(runs):
+            model = trainer.model.unload()
     if training_args.process_index == 0:
         report(runs, zero_shot, tuned, training_args.output_dir)
+        if training_args.push_to_hub:
+            push(trainer)
 
 
 def set_up_logging(training_args: TrainingArguments) -> None:
@@ -168,6 +174,12 @@ def announce(model_args, data_args, runs: list[TrainingArguments], class_names, 
     print(f"Running on {first.device.type}, number of processes: {first.world_size}", flush=True)
 
 
+def create_repository(training_args: TrainingArguments) -> None:
+    """Now and not when all is done, so that a missing token or a wrong name is found at once."""
+    name = training_args.hub_model_id or os.path.basename(os.path.abspath(training_args.output_dir))
+    create_repo(name, token=training_args.hub_token, private=training_args.hub_private_repo, exist_ok=True)
+
+
 def tune(model, config, run_args, train_set, validation_set, image_processor) -> Trainer:
     set_seed(run_args.seed)
     trainer = Trainer(
@@ -176,7 +188,7 @@ def tune(model, config, run_args, train_set, validation_set, image_processor) ->
         train_dataset=train_set,
         eval_dataset=validation_set,
         compute_metrics=compute_metrics,
-        processing_class=image_processor,  # saved beside the adapter
+        processing_class=image_processor,
     )
     trainer.train(resume_from_checkpoint=find_checkpoint(run_args))
     return trainer
@@ -196,7 +208,7 @@ def evaluate(model, test_sets: dict[str, Dataset], training_args: TrainingArgume
 
 
 def save(trainer: Trainer, hub_base_model_id: str | None, zero_shot: Results, tuned: Results) -> None:
-    """The adapter, with a model card, into the output folder, and from there to the Hub if that is asked for."""
+    """The adapter, with a model card that shows the results, and the image processor, into the output folder."""
     model = trainer.model
     if hub_base_model_id is not None:
         model.active_peft_config.base_model_name_or_path = hub_base_model_id
@@ -206,10 +218,10 @@ def save(trainer: Trainer, hub_base_model_id: str | None, zero_shot: Results, tu
         for kind, results in (("zero-shot", zero_shot), ("tuned", tuned))
         for metric, value in results[name].items()
     }
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()  # saves first
-    else:
-        trainer.save_model()
+    if trainer.args.process_index == 0:
+        # not trainer.save_model(), which would push, too, and the table is to be seen even where that fails
+        model.save_pretrained(trainer.args.output_dir)
+        trainer.processing_class.save_pretrained(trainer.args.output_dir)
 
 
 def report(runs: list[TrainingArguments], zero_shot: Results, tuned: list[Results], output_dir: str) -> None:
@@ -226,6 +238,13 @@ def report(runs: list[TrainingArguments], zero_shot: Results, tuned: list[Result
     print(f'    model = AutoPeftModelForPromptClassification.from_pretrained("{folder}")')
     predict = os.path.join(os.path.dirname(sys.argv[0]), "predict.py")
     print(f"or classify images with\n    python {predict} {folder} IMAGE ...")
+
+
+def push(trainer: Trainer) -> None:
+    """By the model's own means, whose card says more than the Trainer's."""
+    args, repo_id = trainer.args, trainer.hub_model_id
+    trainer.model.push_to_hub(repo_id, token=args.hub_token, private=args.hub_private_repo, revision=args.hub_revision)
+    print(f"Pushed to {repo_id}, which loads it in place of the folder")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 from conftest import EMOJI, ROOT, TINY_CLIP
+from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from transformers import AutoImageProcessor
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification
@@ -24,12 +25,12 @@ EXAMPLES = ROOT / "examples"
 OTHER_STYLES = ("noto", "fluent3d")
 
 
-def run(script, *arguments, folder):
+def run(script, *arguments, folder, env=None):
     """Runs a script in a process of its own and returns what it printed, on both channels."""
     done = subprocess.run(
         [sys.executable, EXAMPLES / script, *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(env or {})},
         capture_output=True,
         text=True,
         timeout=300,
@@ -109,29 +110,6 @@ def test_the_card_holds_the_results(tuned):
     assert re.search(rf"accuracy \(fluenthc\), tuned.*\| {value:.4g} \|", card.text)
 
 
-def test_predict_prints_the_labels_of_the_model_and_reports_what_it_cannot_read(tuned, tmp_path):
-    folder, _, _ = tuned
-    adapter = folder / "outputs/prompt_tuning/seed1"
-    images = write_image_folder(tmp_path / "images", classes=("food", "clock"), num_images=2)
-    broken = images / "broken.png"
-    broken.write_text("no image")
-    code, printed, errors = run("predict.py", adapter, images, tmp_path / "gone.jpg", "--top_k", 2, folder=tmp_path)
-
-    assert code == 1
-    assert "2 of 6 files" in errors
-    assert f"{broken}: not an image" in errors
-    assert f"{tmp_path / 'gone.jpg'}: no such file" in errors
-    model = AutoPeftModelForPromptClassification.from_pretrained(str(adapter)).eval()
-    image_processor = AutoImageProcessor.from_pretrained(TINY_CLIP)
-    for path in images.glob("*/*.png"):
-        pixel_values = image_processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            probabilities = model(pixel_values=pixel_values).logits.softmax(dim=-1)[0]
-        best, second = probabilities.topk(2).indices.tolist()
-        expected = rf"{path} +{model.class_names[best]} +{probabilities[best]:.1%} +{model.class_names[second]} "
-        assert re.search(expected, printed), printed
-
-
 def test_the_loop_with_accelerate_tunes_like_the_trainer(tuned, tmp_path):
     _, _, results = tuned
     code, printed, errors = run("run_prompt_tuning_no_trainer.py", "--num_train_epochs", 12, folder=tmp_path)
@@ -142,6 +120,23 @@ def test_the_loop_with_accelerate_tunes_like_the_trainer(tuned, tmp_path):
     assert accuracy > zero_shot + 5
     assert class_mean > zero_shot + 5
     assert (tmp_path / "outputs/prompt_tuning_no_trainer/adapter_model.safetensors").exists()
+
+
+def test_what_is_pushed_names_its_base_model_and_its_own_place(tmp_path):
+    arguments = ["--num_train_epochs", 1, "--num_seeds", 1, "--shots", 1, "--hub_base_model_id", "user/tiny-clip"]
+    with HubStandIn() as hub:
+        env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_x"}
+        arguments += ["--push_to_hub", "--hub_model_id", "user/emoji"]
+        code, printed, errors = run("run_prompt_tuning.py", *arguments, folder=tmp_path, env=env)
+        assert code == 0, printed + errors
+        files = hub.repos["user/emoji"]
+    assert "Pushed to user/emoji" in printed
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "user/tiny-clip"
+    assert 'from_pretrained("user/emoji")' in files["README.md"].decode()
+    assert (
+        load(files["adapter_model.safetensors"]).keys()
+        == load_file(tmp_path / "outputs/prompt_tuning/adapter_model.safetensors").keys()
+    )
 
 
 @pytest.fixture
@@ -160,6 +155,30 @@ def run_here(monkeypatch, capsys, tmp_path):
         return capsys.readouterr().out
 
     return run_script
+
+
+def test_predict_prints_the_labels_of_the_model_and_reports_what_it_cannot_read(tuned, run_here, capsys, tmp_path):
+    folder, _, _ = tuned
+    adapter = folder / "outputs/prompt_tuning/seed1"
+    images = write_image_folder(tmp_path / "images", classes=("food", "clock"), num_images=2)
+    broken = images / "broken.png"
+    broken.write_text("no image")
+    with pytest.raises(SystemExit) as exit:
+        run_here("predict.py", adapter, images, tmp_path / "gone.jpg", "--top_k", 2)
+    printed, errors = capsys.readouterr().out, exit.value.code
+
+    assert "2 of 6 files" in errors
+    assert f"{broken}: not an image" in errors
+    assert f"{tmp_path / 'gone.jpg'}: no such file" in errors
+    model = AutoPeftModelForPromptClassification.from_pretrained(str(adapter)).eval()
+    image_processor = AutoImageProcessor.from_pretrained(TINY_CLIP)
+    for path in images.glob("*/*.png"):
+        pixel_values = image_processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            probabilities = model(pixel_values=pixel_values).logits.softmax(dim=-1)[0]
+        best, second = probabilities.topk(2).indices.tolist()
+        expected = rf"{path} +{model.class_names[best]} +{probabilities[best]:.1%} +{model.class_names[second]} "
+        assert re.search(expected, printed), printed
 
 
 def tune_folder(run_here, images, output_dir, *arguments):
@@ -213,16 +232,6 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
         printed = run_here("run_prompt_tuning.py", file)
         assert "Tuned on   noto: up to 1 images of each of 12 classes, seed 7" in printed
     assert "Saved out: 3.2 KB" in printed
-
-
-def test_a_base_model_in_a_folder_can_be_noted_under_its_hub_id(run_here, tmp_path):
-    run_here(
-        *("run_prompt_tuning.py", "--num_train_epochs", 1, "--num_seeds", 1, "--shots", 1),
-        *("--output_dir", "out", "--hub_base_model_id", "user/tiny-clip"),
-    )
-    assert (
-        json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "user/tiny-clip"
-    )
 
 
 @pytest.mark.parametrize(
