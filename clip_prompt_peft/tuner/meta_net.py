@@ -1,0 +1,47 @@
+"""The network that makes text vectors depend on the image (CoCoOp)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from .prompt_layer import trainable_dtype
+
+
+BOTTLENECK = 16  # CoCoOp, trainers/cocoop.py: hidden width = width of the image embedding // 16
+
+
+def build_meta_net(image_width: int, like: torch.Tensor, inference_mode: bool = False) -> nn.Sequential:
+    """Linear, ReLU, Linear: from a normalised image embedding (B, E) to a shift of the vectors (B, D).
+
+    Args:
+        image_width: E.
+        like: token embeddings (..., D), for width, device and dtype.
+        inference_mode: values are about to be loaded, so nothing is drawn from the random number generator.
+
+    Raises:
+        ValueError: if E is smaller than 16, which leaves no hidden units.
+    """
+    hidden = image_width // BOTTLENECK
+    if hidden < 1:
+        raise ValueError(
+            f"image_conditioned needs image embeddings of at least {BOTTLENECK} dimensions (the hidden layer has a "
+            f"{BOTTLENECK}th of them); this model's have {image_width}."
+        )
+    return nn.Sequential(
+        OrderedDict(
+            linear1=build_linear(image_width, hidden, like, inference_mode),
+            relu=nn.ReLU(),
+            linear2=build_linear(hidden, like.shape[-1], like, inference_mode),
+        )
+    )
+
+
+def build_linear(width_in: int, width_out: int, like: torch.Tensor, inference_mode: bool = False) -> nn.Linear:
+    """A linear layer on the device of `like`, in float32 at least; not initialised in `inference_mode`."""
+    options = {"device": like.device, "dtype": trainable_dtype(like)}
+    if inference_mode:
+        return nn.utils.skip_init(nn.Linear, width_in, width_out, **options)
+    return nn.Linear(width_in, width_out, **options)
