@@ -54,6 +54,8 @@ class CLIPForPromptClassification(CLIPModel):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        # The Trainer takes every output that is not named here for predictions.
+        self.config.keys_to_ignore_at_inference = ["hidden_states", "attentions"]
         self.tokenizer = None
         self._prompts: ClassPrompts | None = None
         self._prompts_key: tuple | None = None
@@ -132,11 +134,14 @@ class CLIPForPromptClassification(CLIPModel):
         return _rehouse(self, CLIPModel)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As `CLIPModel.save_pretrained`; the tokenizer is saved too, since the class prompts need it."""
+        """As `CLIPModel.save_pretrained`; the tokenizer is saved too, since the class prompts need it.
+
+        With an adapter from `add_adapter` in it, that adapter alone is saved, as transformers does.
+        """
         if self.class_names is not None:
             self._class_prompts()  # brings id2label up to date, should an adapter have been switched since
         super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
+        if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
             self._get_tokenizer().save_pretrained(save_directory)
 
     def _set_up(self, class_names, prompt_template, tokenizer) -> None:
