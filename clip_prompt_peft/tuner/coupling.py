@@ -22,7 +22,7 @@ class CLIPVectorsLayer(CLIPPromptLayer):
     """
 
     adapter_layer_names = ("learnable_prompts", "learnable_projections")
-    other_param_names = ("prompt_configs", "text_sources")
+    other_param_names = (*CLIPPromptLayer.other_param_names, "text_sources")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__(base_layer, adapter_name)
@@ -37,25 +37,26 @@ class CLIPVectorsLayer(CLIPPromptLayer):
             n: number of vectors.
             like: a tensor of the tower (..., D), for width, device and dtype.
         """
-        self._start(adapter_name, config)
-        self.learnable_prompts[adapter_name] = random_vectors((n, like.shape[-1]), like, config.inference_mode)
+        with self._starting(adapter_name, config):
+            vectors = random_vectors((n, like.shape[-1]), like, draw=not config._loaded)
+            self.learnable_prompts[adapter_name] = nn.Parameter(vectors)
 
-    def couple(
-        self, adapter_name: str, config: CLIPPromptTuningConfig, source: CLIPPromptLayer, width: int, like: torch.Tensor
-    ) -> None:
-        """Adds an adapter whose vectors are maps of those in `source`, or starts one of that name anew.
+    def couple(self, adapter_name: str, config: CLIPPromptTuningConfig, width: int, like: torch.Tensor) -> None:
+        """Adds an adapter whose vectors are maps of text vectors, or starts one of that name anew.
+
+        Which layer these come from is to be entered in `text_sources`.
 
         Args:
-            source: a text layer.
             width: of the text vectors.
             like: a tensor of this tower (..., D).
         """
-        self._start(adapter_name, config)
-        self.text_sources[adapter_name] = source
-        self.learnable_projections[adapter_name] = build_linear(width, like.shape[-1], like, config.inference_mode)
+        with self._starting(adapter_name, config):
+            projection = build_linear(width, like.shape[-1], like, draw=not config._loaded)
+            self.learnable_projections[adapter_name] = projection
 
     def vectors(self, adapter_name: str) -> torch.Tensor:
         """(n, D)"""
+        self._check_weights(adapter_name)
         if adapter_name not in self.learnable_projections:
             return self.learnable_prompts[adapter_name]
         projection = self.learnable_projections[adapter_name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,13 +14,13 @@ from .prompt_layer import trainable_dtype
 BOTTLENECK = 16  # CoCoOp, trainers/cocoop.py: hidden width = width of the image embedding // 16
 
 
-def build_meta_net(image_width: int, like: torch.Tensor, inference_mode: bool = False) -> nn.Sequential:
+def build_meta_net(image_width: int, like: torch.Tensor, draw: bool = True) -> nn.Sequential:
     """Linear, ReLU, Linear: from a normalised image embedding (B, E) to a shift of the vectors (B, D).
 
     Args:
         image_width: E.
         like: token embeddings (..., D), for width, device and dtype.
-        inference_mode: values are about to be loaded, so nothing is drawn from the random number generator.
+        draw: `False` if values are about to be loaded; nothing is drawn from the random number generator then.
 
     Raises:
         ValueError: if E is smaller than 16, which leaves no hidden units.
@@ -32,16 +33,15 @@ def build_meta_net(image_width: int, like: torch.Tensor, inference_mode: bool = 
         )
     return nn.Sequential(
         OrderedDict(
-            linear1=build_linear(image_width, hidden, like, inference_mode),
+            linear1=build_linear(image_width, hidden, like, draw),
             relu=nn.ReLU(),
-            linear2=build_linear(hidden, like.shape[-1], like, inference_mode),
+            linear2=build_linear(hidden, like.shape[-1], like, draw),
         )
     )
 
 
-def build_linear(width_in: int, width_out: int, like: torch.Tensor, inference_mode: bool = False) -> nn.Linear:
-    """A linear layer on the device of `like`, in float32 at least; not initialised in `inference_mode`."""
+def build_linear(width_in: int, width_out: int, like: torch.Tensor, draw: bool = True) -> nn.Linear:
+    """A linear layer on the device of `like`, in float32 at least; initialised if `draw`."""
     options = {"device": like.device, "dtype": trainable_dtype(like)}
-    if inference_mode:
-        return nn.utils.skip_init(nn.Linear, width_in, width_out, **options)
-    return nn.Linear(width_in, width_out, **options)
+    make = nn.Linear if draw else partial(nn.utils.skip_init, nn.Linear)
+    return make(width_in, width_out, **options)

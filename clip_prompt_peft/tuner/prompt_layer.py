@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
@@ -21,24 +23,55 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
     tuner object at all.
     """
 
-    other_param_names = ("prompt_configs",)
+    other_param_names = ("prompt_configs", "_placeholders")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.prompt_configs: dict[str, CLIPPromptTuningConfig] = {}
+        # by adapter and parameter name: what is to be overwritten by saved weights and has not been yet
+        self._placeholders: dict[str, dict[str, nn.Parameter]] = {}
         self.merged_adapters = []
         self._active_adapter = adapter_name
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.prompt_configs]
 
-    def _start(self, adapter_name: str, config: CLIPPromptTuningConfig) -> None:
-        """Enters an adapter, and forgets the tensors of an older one of that name."""
+    @contextmanager
+    def _starting(self, adapter_name: str, config: CLIPPromptTuningConfig):
+        """Enters an adapter, an older one of that name forgotten; its tensors are made in the body."""
         self.prompt_configs[adapter_name] = config
+        self._placeholders.pop(adapter_name, None)
         for container in (getattr(self, name) for name in self.adapter_layer_names):
             if adapter_name in container:
                 del container[adapter_name]
+        yield
+        if config._loaded:
+            self._placeholders[adapter_name] = dict(self.parameters_of(adapter_name))
+
+    def parameters_of(self, adapter_name: str):
+        """Names, relative to this layer, and tensors of an adapter."""
+        for container_name in self.adapter_layer_names:
+            for name, parameter in getattr(self, container_name).named_parameters(prefix=container_name):
+                if name.split(".")[1] == adapter_name:
+                    yield name, parameter
+
+    def _check_weights(self, adapter_name: str) -> None:
+        """Raises `ValueError` if weights were to be loaded and were not: transformers' `load_adapter` only warns when
+        a file lacks them."""
+        placeholders = self._placeholders.get(adapter_name)
+        if placeholders and any(placeholders.get(key) is value for key, value in self.parameters_of(adapter_name)):
+            raise ValueError(
+                f"The configuration of adapter {adapter_name!r} belongs to saved weights, but none were loaded: the "
+                "file is damaged or belongs to another model. To start a new adapter, make a CLIPPromptTuningConfig "
+                "without replaced_token_ids."
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for placeholders in self._placeholders.values():
+            for key in [key for key in placeholders if f"{prefix}{key}" in state_dict]:
+                del placeholders[key]
 
     def _adapters_to_merge(self, adapter_names: list[str] | None) -> list[str]:
         """Those of `adapter_names` that act here; raises `ValueError` if one of them cannot be merged at all."""
@@ -65,16 +98,16 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
         return "clip_prompt_tuning." + super().__repr__()
 
 
-def random_vectors(shape: tuple[int, ...], like: torch.Tensor, inference_mode: bool = False) -> nn.Parameter:
+def random_vectors(shape: tuple[int, ...], like: torch.Tensor, draw: bool = True) -> torch.Tensor:
     """normal(0, 0.02), in float32 at least: half precision is too coarse for the steps of an optimizer.
 
     Args:
         shape: of the result.
         like: for device and dtype.
-        inference_mode: values are about to be loaded, so nothing is drawn from the random number generator.
+        draw: `False` if values are about to be loaded; nothing is drawn from the random number generator then.
     """
     vectors = torch.zeros(shape, dtype=trainable_dtype(like), device=like.device)
-    return nn.Parameter(vectors if inference_mode else vectors.normal_(std=RANDOM_STD))
+    return vectors.normal_(std=RANDOM_STD) if draw else vectors
 
 
 def trainable_dtype(like: torch.Tensor) -> torch.dtype:

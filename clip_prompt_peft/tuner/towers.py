@@ -28,7 +28,9 @@ class Tower:
 
 def is_clip_text_embeddings(module: nn.Module | None) -> bool:
     """Whether `module` looks like CLIP's text embeddings: one token table plus one position table."""
-    return all(isinstance(getattr(module, name, None), nn.Embedding) for name in ("token_embedding", "position_embedding"))
+    return all(
+        isinstance(getattr(module, name, None), nn.Embedding) for name in ("token_embedding", "position_embedding")
+    )
 
 
 def is_clip_vision_embeddings(module: nn.Module | None) -> bool:
@@ -37,21 +39,27 @@ def is_clip_vision_embeddings(module: nn.Module | None) -> bool:
     return all(isinstance(getattr(module, name, None), (nn.Module, nn.Parameter)) for name in parts)
 
 
-def text_towers(model: nn.Module) -> list[Tower]:
-    """The text towers of `model`. One without encoder layers beside its embeddings has none in the list."""
-    return [_tower(model, key, module.token_embedding.weight) for key, module in _find(model, is_clip_text_embeddings)]
-
-
-def vision_towers(model: nn.Module) -> list[Tower]:
-    """The image towers of `model`."""
-    return [_tower(model, key, module.class_embedding) for key, module in _find(model, is_clip_vision_embeddings)]
-
-
-def _find(model, is_embeddings):
-    for key, module in model.named_modules():
+def find_towers(model: nn.Module, kind: str) -> list[Tower]:
+    """
+    Args:
+        model: to search.
+        kind: `"text"` or `"vision"`.
+    """
+    is_embeddings, like = {
+        "text": (is_clip_text_embeddings, lambda module: module.token_embedding.weight),
+        "vision": (is_clip_vision_embeddings, lambda module: module.class_embedding),
+    }[kind]
+    return [
+        _tower(model, key, like(module))
+        for key, module in model.named_modules()
         # a tuner layer answers for the module that it wraps
-        if is_embeddings(module) and not key.endswith("base_layer"):
-            yield key, module
+        if is_embeddings(module) and not key.endswith("base_layer")
+    ]
+
+
+def num_tower_layers(model: nn.Module, kind: str) -> int | None:
+    """The least number of encoder layers among the towers of a kind; `None` without one."""
+    return min((len(tower.layer_keys) for tower in find_towers(model, kind)), default=None)
 
 
 def _tower(model: nn.Module, embeddings_key: str, like: torch.Tensor) -> Tower:
