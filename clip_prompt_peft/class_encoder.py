@@ -37,7 +37,9 @@ def encode_class_prompts(
         return _encode(model, prompts, vectors)
     images_at_once = max(1, ROWS_AT_ONCE // len(prompts.texts))
     # computed again for the gradient, so that memory does not grow with the number of images
-    embeds = [checkpoint(_encode_images, model, prompts, part, use_reentrant=False) for part in vectors.split(images_at_once)]
+    embeds = [
+        checkpoint(_encode_images, model, prompts, part, use_reentrant=False) for part in vectors.split(images_at_once)
+    ]
     return torch.cat(embeds)
 
 

@@ -268,8 +268,8 @@ def _check_class_specific(class_names, layout) -> None:
         raise ValueError(
             f"The adapter has vectors of their own for each of its {len(layout.class_names)} classes "
             f"({layout.class_names[:5]}, in this order) and none for others, such as these {len(class_names)} "
-            f"({class_names[:5]}); disable or switch the adapter, or train one with class_specific=False, which serves "
-            "any classes."
+            f"({class_names[:5]}); disable or switch the adapter, or train one with class_specific=False, which "
+            "serves any classes."
         )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..class_encoder import normalize
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -21,6 +23,22 @@ class Prediction:
     image_embeds: torch.Tensor
     class_embeds: torch.Tensor
     logits: torch.Tensor
+
+    @classmethod
+    def of(cls, image_embeds: torch.Tensor, class_embeds: torch.Tensor, logit_scale: torch.Tensor) -> Prediction:
+        """
+        Args:
+            image_embeds: (B, E), normalised or not.
+            class_embeds: (C, E) or (B, C, E), normalised.
+            logit_scale: logarithm of the factor.
+        """
+        with torch.autocast(class_embeds.device.type, enabled=False):  # bfloat16 would round a logit of 30 to 0.1
+            image_embeds = normalize(image_embeds.to(class_embeds.dtype))
+            if class_embeds.ndim == 2:
+                similarity = image_embeds @ class_embeds.T  # (B, C)
+            else:
+                similarity = (class_embeds @ image_embeds[:, :, None]).squeeze(-1)  # (B, C)
+            return cls(image_embeds, class_embeds, logit_scale.exp().to(similarity.dtype) * similarity)
 
 
 class Regularizer(nn.Module):

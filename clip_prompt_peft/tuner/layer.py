@@ -235,8 +235,8 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             obstacle = self.prompt_configs[name].merge_obstacle
             if obstacle is not None:
                 raise ValueError(
-                    f"Adapter {name!r} works on its own only, because {obstacle}, but {names} are active; activate one "
-                    "of them."
+                    f"Adapter {name!r} works on its own only, because {obstacle}, but {names} are active; activate "
+                    "one of them."
                 )
         self._check_overlap(names)
 
