@@ -21,7 +21,7 @@ from .class_prompts import (
     check_class_names,
     check_template,
 )
-from .loss import IGNORED_LABEL, check_training, compute_loss
+from .loss import IGNORED_LABEL, active_regularizers, check_training, compute_loss
 from .losses import Prediction, Regularizer
 from .teacher import ZeroShotTeacher
 
@@ -199,6 +199,11 @@ class CLIPForPromptClassification(CLIPModel):
     def prompt_template(self) -> str:
         """The template of the zero-shot prompts. An active prompt adapter brings its own."""
         return self.config.prompt_template
+
+    @property
+    def active_regularizers(self) -> dict[str, Regularizer]:
+        """The loss terms in effect, by name: your own (`regularizers`) and that of the active prompt adapter."""
+        return active_regularizers(self)
 
     def set_class_names(self, class_names: Sequence[str]) -> None:
         """Exchanges the classes, those of the active prompt adapter included.

@@ -10,10 +10,15 @@ import pytest
 import torch
 from conftest import GoldenCase
 from peft import get_peft_model
+from torch.testing import assert_close
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft.callbacks import GaussianPromptAveraging
+from clip_prompt_peft.losses import PromptSRCRegularizer
 from clip_prompt_peft.losses.promptsrc import mean_distance, mean_divergence
 from clip_prompt_peft.losses.promptsrc_templates import PROMPTSRC_TEMPLATES
+from clip_prompt_peft.prograd_trainer import ProGradTrainer
 
 
 TEXT, VISION = "text_model.embeddings", "vision_model.embeddings"
@@ -144,7 +149,7 @@ def load(model, case, prefix):
 
 
 def assert_near(found, expected, atol):
-    torch.testing.assert_close(found.detach(), expected, atol=atol, rtol=0)
+    assert_close(found.detach(), expected, atol=atol, rtol=0)
 
 
 def assert_gradient(parameter, expected, tolerance):
@@ -200,4 +205,124 @@ def test_logits_loss_and_every_gradient_are_the_authors(name, golden_base):
     assert_near(outputs.loss_terms["cross_entropy"], case["ce_loss"], tolerances["loss_atol"])
     assert_gradients(model, case)
     with torch.no_grad():
-        assert torch.equal(model.eval()(pixel_values=case.pixel_values).logits, outputs.logits)
+        assert_near(model.eval()(pixel_values=case.pixel_values).logits, case["logits"], tolerances["logits_atol"])
+
+
+@pytest.mark.parametrize("name", ["coop_shared_front_n4", "coop_shared_middle_n4", "coop_csc_middle_n4"])
+def test_counting_name_tokens_in_their_prompt_changes_nothing_for_names_without_punctuation(name, golden_base):
+    case = GoldenCase(name)
+    model = prompted_model(golden_base, case, class_token_count="in_prompt").eval()
+    logits = model(pixel_values=case.pixel_values).logits
+    assert_near(logits, case["logits"], case.info["tolerances"]["logits_atol"])
+
+
+def test_a_name_cut_in_other_places_by_the_full_stop_stays_whole_unless_it_is_counted_alone(golden_base):
+    case = GoldenCase("coop_shared_front_punctuation")
+    model = prompted_model(golden_base, case, class_token_count="in_prompt").eval()
+    difference = (model(pixel_values=case.pixel_values).logits - case["logits"]).abs().amax(dim=0)
+    # "C++" alone is "c" and "++", but "C++." is "c", "+" and "+.": the authors' code puts the vectors before "+."
+    tolerance = case.info["tolerances"]["logits_atol"]
+    differing = [name for name, value in zip(case.info["classnames"], difference.tolist()) if value > tolerance]
+    assert differing == ["C++"]
+
+
+@pytest.mark.parametrize("name", ["promptsrc_ctxinit", "promptsrc_random_n2"])
+def test_promptsrc_compares_with_the_authors_teacher_term_by_term(name, golden_base):
+    case = GoldenCase(name)
+    assert tuple(case.info["teacher_templates"]) == PROMPTSRC_TEMPLATES
+    model = prompted_model(golden_base, case)
+    classifier = model.get_base_model()
+    seen = {}
+
+    def remember(module, args, output):
+        seen["student"], seen["teacher"] = args
+
+    classifier.regularizers["probe"] = probe = PromptSRCRegularizer(0.0, 0.0, 0.0)
+    probe.register_forward_hook(remember)
+    model(pixel_values=case.pixel_values, labels=case.labels)
+    student, teacher = seen["student"], seen["teacher"]
+    tolerances, settings = case.info["tolerances"], case.info["settings"]
+    assert_near(teacher.class_embeds, case["teacher_text_features_norm"], tolerances["features_atol"])
+    assert_near(teacher.image_embeds, case["teacher_image_features_norm"], tolerances["features_atol"])
+    assert_near(teacher.logits, case["teacher_logits"], tolerances["logits_atol"])
+    terms = {
+        "loss_scl_text": settings["text_loss_weight"] * mean_distance(student.class_embeds, teacher.class_embeds),
+        "loss_scl_image": settings["image_loss_weight"] * mean_distance(student.image_embeds, teacher.image_embeds),
+        "loss_scl_logits": mean_divergence(student.logits, teacher.logits),
+    }
+    for term, value in terms.items():
+        assert_near(value, case[term], tolerances["loss_atol"])
+
+
+@pytest.mark.parametrize("name", ["prograd_projected_n4", "prograd_not_projected_n4"])
+def test_prograd_hands_the_authors_gradient_to_the_optimizer(name, golden_base, tmp_path):
+    case = GoldenCase(name)
+    model = prompted_model(golden_base, case)
+    (ctx,) = tensors_of(model).values()
+    tolerances = case.info["tolerances"]
+    outputs = model(pixel_values=case.pixel_values, labels=case.labels, return_loss_terms=True)
+    assert_near(outputs.logits, case["logits"], tolerances["logits_atol"])
+    assert_near(outputs.loss, case["xe_loss"], tolerances["loss_atol"])
+    assert_near(outputs.loss_terms["prograd"], case["kl_loss"], tolerances["loss_atol"])
+
+    class CheckGradient(TrainerCallback):
+        num_steps = 0
+
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            assert_gradient(ctx, case["grad.ctx"], tolerances["grad_max_abs_over_absmax"])
+            self.num_steps += 1
+
+    examples = [{"pixel_values": image, "labels": label} for image, label in zip(case.pixel_values, case.labels)]
+    args = TrainingArguments(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=len(examples),
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    check = CheckGradient()
+    ProGradTrainer(model, args, train_dataset=examples, callbacks=[check]).train()
+    assert check.num_steps == 1
+
+
+def plain_sgd(model, settings):
+    optimizer = torch.optim.SGD(
+        list(tensors_of(model).values()),
+        lr=settings["lr"],
+        momentum=settings["momentum"],
+        weight_decay=settings["weight_decay"],
+    )
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def test_promptsrc_trains_and_averages_to_the_authors_tensors(golden_base, tmp_path):
+    case = GoldenCase("promptsrc_gpa_5epochs")
+    settings = case.info["settings"]
+    model = prompted_model(golden_base, case)
+    examples = [{"pixel_values": image, "labels": label} for image, label in zip(case.pixel_values, case.labels)]
+    args = TrainingArguments(
+        tmp_path,
+        num_train_epochs=settings["epochs"],
+        per_device_train_batch_size=len(examples),
+        logging_steps=1,
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    averaging = GaussianPromptAveraging(settings["gpa_mean"], settings["gpa_std"])
+    trainer = Trainer(
+        model, args, train_dataset=examples, callbacks=[averaging], optimizers=plain_sgd(model, settings)
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tolerances = case.info["tolerances"]
+    assert losses == pytest.approx(case["losses"].tolist(), abs=tolerances["losses_atol"])
+    for name, parameter in tensors_of(model).items():
+        key = next(key for key in case.tensors if key.startswith("gpa.") and name.endswith(our_name(key[4:])))
+        expected = case[key]
+        assert_near(parameter, expected, tolerances["params_max_abs_over_absmax"] * float(expected.abs().max()))
