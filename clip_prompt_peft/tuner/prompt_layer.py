@@ -63,8 +63,9 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
         if placeholders and any(placeholders.get(key) is value for key, value in self.parameters_of(adapter_name)):
             raise ValueError(
                 f"The configuration of adapter {adapter_name!r} belongs to saved weights, but none were loaded: the "
-                "file is damaged or belongs to another model. To start a new adapter, make a CLIPPromptTuningConfig "
-                "without replaced_token_ids."
+                "file is damaged, belongs to another model, or has the text tower at another path (then "
+                "PeftModel.from_pretrained finds it). To start a new adapter, make a CLIPPromptTuningConfig without "
+                "replaced_token_ids."
             )
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:

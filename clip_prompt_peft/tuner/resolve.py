@@ -26,7 +26,7 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     config.forget_filled_in()
     given = config.to_dict()
     if config.prompt_template is None:
-        config.prompt_template = getattr(model.config, "prompt_template", None) or DEFAULT_TEMPLATE
+        config.prompt_template = config_value(model, "prompt_template") or DEFAULT_TEMPLATE
     adopt_class_names(config, model)
     _resolve_depths(config, model)
     tokenizer = _tokenizer_for(config, model)
@@ -51,9 +51,14 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
 
 def adopt_class_names(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     """Takes the classifier's class names if the configuration has none."""
-    names = getattr(model.config, "class_names", None)
+    names = config_value(model, "class_names")
     if config.class_names is None and names is not None:
         config.class_names = check_class_names(names)
+
+
+def config_value(model: nn.Module, name: str):
+    """A field of the model's config; `None` without such a field, or without a config, as a module around a CLIP."""
+    return getattr(getattr(model, "config", None), name, None)
 
 
 def check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
@@ -142,7 +147,10 @@ def _check_targets(config, model) -> None:
         return
     for key, module in model.named_modules():
         is_target = key and ".base_layer" not in key and check_target_module_exists(config, key)
-        if is_target and not (is_clip_text_embeddings(module) or is_clip_vision_embeddings(module)):
+        is_used = is_clip_text_embeddings(module) or (
+            config.num_vision_virtual_tokens > 0 and is_clip_vision_embeddings(module)
+        )
+        if is_target and not is_used:
             raise ValueError(
                 f"Target module {key!r} is a {type(module).__name__} and holds no CLIP text embeddings; leave "
                 "target_modules out to find them."

@@ -52,8 +52,7 @@ def _key_at_other_path(key: str, expected: dict) -> str:
     path, name = _split(key)
     for candidate in expected:
         other_path, other_name = _split(candidate)
-        # the name of the adapter is missing from keys that peft did not recognise
-        same_name = name == other_name or name == _without_adapter(other_name)
+        same_name = name == _without_adapter(other_name)  # keys of a file do not hold the adapter's name
         if same_name and (path.endswith(other_path) or other_path.endswith(path)):
             return candidate
     return key
