@@ -53,4 +53,6 @@ def preset_settings(name: str, num_text_layers: int | None = None, num_vision_la
     for field, num_layers in (("text_prompt_depth", num_text_layers), ("vision_prompt_depth", num_vision_layers)):
         if num_layers is not None and settings.get(field) is not None:
             settings[field] = min(settings[field], num_layers)
+    if settings.get("vision_prompts_from_text"):  # each is a map of a text prompt
+        settings["vision_prompt_depth"] = min(settings["vision_prompt_depth"], settings["text_prompt_depth"])
     return settings

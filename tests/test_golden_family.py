@@ -112,8 +112,8 @@ def our_name(name):
         return f"{TEXT}.learnable_embeddings.default"
     if name == "image_encoder.VPT":
         return f"{VISION}.learnable_prompts.default"
-    if name.startswith("meta_net."):
-        return f"{TEXT}.learnable_meta_net.default.{name.removeprefix('meta_net.')}"
+    if meta_net := re.fullmatch(r"meta_net\.linear(\d)\.(\w+)", name):
+        return f"{TEXT}.learnable_meta_{'in' if meta_net[1] == '1' else 'out'}.default.{meta_net[2]}"
     if name.startswith("proj."):
         return f"{VISION}.learnable_projections.default.{name.removeprefix('proj.')}"
     if deep := re.fullmatch(r"compound_prompts_text\.(\d+)", name):

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..class_prompts import PromptLayout
 from .config import CLIPPromptTuningConfig
-from .meta_net import build_meta_net
+from .meta_net import build_meta_net, run_meta_net
 from .prompt_layer import CLIPPromptLayer, random_vectors, trainable_dtype
 
 
@@ -47,10 +47,11 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
 
     **Attributes**:
         - **learnable_embeddings** (`nn.ParameterDict`): (n, D), or (C, n, D) if class-specific, for each adapter.
-        - **learnable_meta_net** (`nn.ModuleDict`): from image embeddings to a shift of the vectors.
+        - **learnable_meta_in**, **learnable_meta_out** (`nn.ModuleDict`): the two linear maps from an image embedding
+          to a shift of the vectors. Apart, since peft and transformers look for adapters right above the weights.
     """
 
-    adapter_layer_names = ("learnable_embeddings", "learnable_meta_net")
+    adapter_layer_names = ("learnable_embeddings", "learnable_meta_in", "learnable_meta_out")
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
     ) -> None:
         super().__init__(base_layer, adapter_name)
         self.learnable_embeddings = nn.ParameterDict({})
-        self.learnable_meta_net = nn.ModuleDict({})
+        self.learnable_meta_in, self.learnable_meta_out = nn.ModuleDict({}), nn.ModuleDict({})
         self._rows: Rows | None = None
         self._unmerged_rows: list[tuple[int, torch.Tensor]] = []  # (first position, rows) in the order of merging
         self.update_layer(adapter_name, config, image_width)
@@ -110,8 +111,8 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             if config.num_virtual_tokens:
                 self.learnable_embeddings[adapter_name] = nn.Parameter(self._initial_values(config))
             if config.image_conditioned:
-                meta_net = build_meta_net(image_width, self.weight, draw=not config._loaded)
-                self.learnable_meta_net[adapter_name] = meta_net
+                first, second = build_meta_net(image_width, self.weight, draw=not config._loaded)
+                self.learnable_meta_in[adapter_name], self.learnable_meta_out[adapter_name] = first, second
 
     @torch.no_grad()
     def _initial_values(self, config: CLIPPromptTuningConfig) -> torch.Tensor:
@@ -140,10 +141,10 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         """
         self._check_weights(adapter_name)
         vectors = self.learnable_embeddings[adapter_name]
-        if image_embeds is None or adapter_name not in self.learnable_meta_net:
+        if image_embeds is None or adapter_name not in self.learnable_meta_in:
             return vectors
-        meta_net = self.learnable_meta_net[adapter_name]
-        shift = meta_net(image_embeds.to(meta_net.linear1.weight))  # (B, D)
+        meta_net = self.learnable_meta_in[adapter_name], self.learnable_meta_out[adapter_name]
+        shift = run_meta_net(*meta_net, image_embeds)  # (B, D)
         return vectors + shift[:, None]  # (B, n, D)
 
     def row_vectors(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor | None:

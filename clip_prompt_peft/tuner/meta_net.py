@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -14,8 +13,8 @@ from .prompt_layer import trainable_dtype
 BOTTLENECK = 16  # CoCoOp, trainers/cocoop.py: hidden width = width of the image embedding // 16
 
 
-def build_meta_net(image_width: int, like: torch.Tensor, draw: bool = True) -> nn.Sequential:
-    """Linear, ReLU, Linear: from a normalised image embedding (B, E) to a shift of the vectors (B, D).
+def build_meta_net(image_width: int, like: torch.Tensor, draw: bool = True) -> tuple[nn.Linear, nn.Linear]:
+    """The two linear maps from a normalised image embedding (B, E) to a shift of the vectors (B, D).
 
     Args:
         image_width: E.
@@ -31,13 +30,12 @@ def build_meta_net(image_width: int, like: torch.Tensor, draw: bool = True) -> n
             f"image_conditioned needs image embeddings of at least {BOTTLENECK} dimensions (the hidden layer has a "
             f"{BOTTLENECK}th of them); this model's have {image_width}."
         )
-    return nn.Sequential(
-        OrderedDict(
-            linear1=build_linear(image_width, hidden, like, draw),
-            relu=nn.ReLU(),
-            linear2=build_linear(hidden, like.shape[-1], like, draw),
-        )
-    )
+    return build_linear(image_width, hidden, like, draw), build_linear(hidden, like.shape[-1], like, draw)
+
+
+def run_meta_net(first: nn.Linear, second: nn.Linear, image_embeds: torch.Tensor) -> torch.Tensor:
+    """(B, D) shift of the vectors for (B, E) image embeddings."""
+    return second(first(image_embeds.to(first.weight)).relu())
 
 
 def build_linear(width_in: int, width_out: int, like: torch.Tensor, draw: bool = True) -> nn.Linear:

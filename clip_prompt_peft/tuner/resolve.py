@@ -106,7 +106,10 @@ def _resolve_depths(config, model) -> None:
     for field, kind in (("text_prompt_depth", "text"), ("vision_prompt_depth", "vision")):
         if getattr(config, field) is None:
             towers = chosen_towers(config, model, kind)
-            setattr(config, field, min((len(tower.layer_keys) for tower in towers), default=1))
+            depths = [len(tower.layer_keys) for tower in towers]
+            if config.vision_prompts_from_text and kind == "vision":
+                depths.append(config.text_prompt_depth)  # each is a map of a text prompt
+            setattr(config, field, max(1, min(depths, default=1)))
     check_coupled_depths(config)
 
 
