@@ -35,12 +35,11 @@ def encode_class_prompts(
     vectors = model.text_model.embeddings.row_vectors(image_embeds)  # (C, n, D) or (B, n, D)
     if not layout.image_conditioned:
         return _encode(model, prompts, vectors)
-    images_at_once = max(1, ROWS_AT_ONCE // len(prompts.texts))
+    parts = vectors.split(max(1, ROWS_AT_ONCE // len(prompts.texts)))
+    if len(parts) == 1:
+        return _encode_images(model, prompts, vectors)
     # computed again for the gradient, so that memory does not grow with the number of images
-    embeds = [
-        checkpoint(_encode_images, model, prompts, part, use_reentrant=False) for part in vectors.split(images_at_once)
-    ]
-    return torch.cat(embeds)
+    return torch.cat([checkpoint(_encode_images, model, prompts, part, use_reentrant=False) for part in parts])
 
 
 def _encode_images(model, prompts, vectors) -> torch.Tensor:
