@@ -60,7 +60,7 @@ class Recipe:
     """
 
     arguments: dict
-    optimizers: tuple[torch.optim.Optimizer, LambdaLR]
+    optimizers: tuple[torch.optim.Optimizer | None, LambdaLR | None]
     callbacks: list[TrainerCallback] = field(default_factory=list)
     trainer_class: type[Trainer] = Trainer
 

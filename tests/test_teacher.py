@@ -1,12 +1,15 @@
 """Regularizers in the classifier: their teacher, when they count, and what they refuse."""
 
+import re
+import textwrap
+
 import pytest
 import torch
-from conftest import CLASS_NAMES, TINY_CLIP
+from conftest import CLASS_NAMES, ROOT, TINY_CLIP
 from peft import LoraConfig, get_peft_model
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
-from clip_prompt_peft.losses import KgCoOpRegularizer, Regularizer
+from clip_prompt_peft.losses import REGULARIZERS, KgCoOpRegularizer, Regularizer
 from clip_prompt_peft.teacher import without_adapters
 
 
@@ -160,3 +163,19 @@ def test_training_on_image_embeddings_is_refused_with_vision_prompts(classifier,
         model(image_embeds=embeds, labels=labels)
     expected = model.eval()(pixel_values=pixel_values).logits
     torch.testing.assert_close(model(image_embeds=embeds).logits, expected)
+
+
+def test_a_new_regularizer_is_one_class_and_one_entry_in_the_table(classifier, pixel_values, labels, monkeypatch):
+    """The example of CONTRIBUTING.md, run as it stands there."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n( +\"\"\"Logits stay.*?)```", guide, flags=re.DOTALL)
+    namespace = {"__name__": "clip_prompt_peft.losses.squared"}
+    exec(textwrap.dedent(code).replace("from .base", "from clip_prompt_peft.losses.base"), namespace)
+    monkeypatch.setitem(REGULARIZERS, "squared", namespace["SquaredRegularizer"])
+
+    model = prompted(classifier, regularizer="squared", regularizer_weights={"weight": 0.5})
+    terms = model(pixel_values=pixel_values, labels=labels, return_loss_terms=True).loss_terms
+    student = model.eval()(pixel_values=pixel_values).logits
+    with model.disable_adapter():
+        zero_shot = model(pixel_values=pixel_values).logits
+    torch.testing.assert_close(terms["squared"], 0.5 * (student - zero_shot).square().mean())
