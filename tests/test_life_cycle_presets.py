@@ -21,6 +21,7 @@ CLASS_NAMES = ["cat", "golden retriever", "lily of the valley"]
 LABELS = torch.tensor([0, 2, 1, 1])
 MERGEABLE = {"coop", "kgcoop", "prograd"}
 MERGED = {"rtol": 0, "atol": 1e-4}
+LOADED = {"rtol": 0, "atol": 1e-5}  # a matrix that lies at another place in memory is multiplied in another order
 
 # Widths: text 128, image 160, 3 and 4 layers; and text 128, image 64, 4 and 5 layers, with an odd number of vectors.
 BASES = ["tiny", "golden_legacy_eos", "golden_fixed_eos"]
@@ -98,22 +99,24 @@ def test_an_adapter_of_any_name_is_saved_under_the_same_keys(case, tmp_path):
     model = get_peft_model(base, case.config(base), adapter_name="mine")
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(case.base(), tmp_path / "mine", adapter_name="theirs").eval()
-    assert torch.equal(case.logits(loaded), case.logits(model.eval()))
+    torch.testing.assert_close(case.logits(loaded), case.logits(model.eval()), **LOADED)
 
 
 def test_a_folder_brings_back_the_same_logits_in_every_way_of_loading(case, tmp_path):
     model = case.prompted()
     expected = case.logits(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(case.logits(PeftModel.from_pretrained(case.base(), tmp_path)), expected)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(case.base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        torch.testing.assert_close(case.logits(loaded), expected, **LOADED)
     by_transformers = case.base()
     by_transformers.load_adapter(tmp_path)
-    torch.testing.assert_close(case.logits(by_transformers), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(case.logits(by_transformers), expected, **LOADED)
     state = torch.get_rng_state()
     alone = AutoPeftModelForPromptClassification.from_pretrained(tmp_path, base_model_name_or_path=case.folder)
     assert torch.equal(torch.get_rng_state(), state)
     assert alone.get_base_model().class_names == CLASS_NAMES
-    assert torch.equal(case.logits(alone), expected)
+    torch.testing.assert_close(case.logits(alone), expected, **LOADED)
 
 
 def test_adapters_are_switched_disabled_deleted_and_unloaded(case):
@@ -122,6 +125,9 @@ def test_adapters_are_switched_disabled_deleted_and_unloaded(case):
     expected = case.logits(model)
     assert not torch.allclose(expected, zero_shot, atol=1e-3)
     model.add_adapter("other", CLIPPromptTuningConfig(num_virtual_tokens=2))
+    status = model.get_model_status()
+    assert status.available_adapters == ["default", "other"] and status.active_adapters == ["default"]
+    assert status.enabled is True and status.merged_adapters == []
     model.set_adapter("other")
     assert torch.equal(case.logits(model), zero_shot)  # starts from the words that it replaces
     model.set_adapter("default")

@@ -56,7 +56,17 @@ class CLIPPromptTuningModel(BaseTuner):
         vision_depth = peft_config.vision_prompt_depth if peft_config.num_vision_virtual_tokens else 0
         self._text_targets = _targets(chosen_towers(peft_config, self.model, "text"), peft_config.text_prompt_depth)
         self._vision_targets = _targets(chosen_towers(peft_config, self.model, "vision"), vision_depth)
+        self._check_coupled_layers(peft_config)
         return self._keep_copy(peft_config)
+
+    def _check_coupled_layers(self, peft_config) -> None:
+        keys = (*self._text_targets, *self._vision_targets) if peft_config.vision_prompts_from_text else ()
+        excluded = [key for key in keys if not self._check_target_module_exists(peft_config, key)]
+        if excluded:
+            raise ValueError(
+                f"exclude_modules leaves out {excluded[0]!r}, but with vision_prompts_from_text each text layer and "
+                "the image layer that maps it belong together; exclude none of them."
+            )
 
     def _keep_copy(self, peft_config):
         # The user may go on to use the same object for another model; class names are changed in ours.

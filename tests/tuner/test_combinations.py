@@ -75,6 +75,10 @@ def test_a_configuration_that_contradicts_itself_is_refused(fields, message):
         ),
         ({**VISION, "target_modules": ["text_model.embeddings"]}, "an image tower, and target_modules names none"),
         ({**VISION, "target_modules": ["vision_model.embeddings"]}, "must name the text embeddings too"),
+        (
+            {**VISION, "vision_prompts_from_text": True, "exclude_modules": ["text_model.embeddings"]},
+            "exclude_modules leaves out 'text_model.embeddings', but with vision_prompts_from_text",
+        ),
         ({**VISION, "target_modules": ["encoder"]}, "'text_model.encoder' is a CLIPEncoder and holds no CLIP text"),
     ],
 )

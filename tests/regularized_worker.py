@@ -1,6 +1,6 @@
-"""What every process of test_prograd_trainer.py runs: a few steps of ProGradTrainer on the embedded CLIP.
+"""What every process of test_prograd_trainer.py runs: a few steps with a regularizer on the embedded CLIP.
 
-prograd_worker.py OUTPUT_DIR BATCH_SIZE_PER_PROCESS ACCUMULATION_STEPS
+regularized_worker.py REGULARIZER OUTPUT_DIR BATCH_SIZE_PER_PROCESS ACCUMULATION_STEPS
 """
 
 import sys
@@ -21,12 +21,21 @@ def examples():
     return [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]
 
 
-def train(output_dir: str, batch_size: int, accumulation_steps: int, trainer_class=ProGradTrainer, **arguments):
+def train(
+    regularizer: str,
+    output_dir: str,
+    batch_size: int,
+    accumulation_steps: int,
+    trainer_class=ProGradTrainer,
+    **arguments,
+) -> None:
     """Leaves the adapter in `output_dir`; vision prompts too, so that there are several tensors to project."""
     torch.manual_seed(0)
     classifier = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=["cat", "plant", "red car"])
     vision = {"num_vision_virtual_tokens": 2, "vision_prompt_depth": 2}
-    config = CLIPPromptTuningConfig.from_preset("prograd", num_virtual_tokens=4, **vision)
+    config = CLIPPromptTuningConfig(
+        regularizer=regularizer, prompt_tuning_init="RANDOM", num_virtual_tokens=4, **vision
+    )
     args = TrainingArguments(
         output_dir=output_dir,
         per_device_train_batch_size=batch_size,
@@ -48,4 +57,4 @@ def train(output_dir: str, batch_size: int, accumulation_steps: int, trainer_cla
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    train(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
