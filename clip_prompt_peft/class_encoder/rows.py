@@ -1,0 +1,176 @@
+"""The text tower over one chunk of classes, one prompt a row or many.
+
+Shapes beside the usual ones: `K` classes in the chunk, `R` packed rows of `T` tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import CLIPModel
+
+from ..class_prompts import ClassPrompts
+
+
+ROW_TOKENS = 160  # of suffixes in a packed row: attention grows with it, the repeated prefix weighs less; 80-200 are equal
+PREFIX, FILLER = 0, -1  # segments of a packed row; class i of the chunk is segment i + 1
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """One prompt a row.
+
+    Attributes:
+        classes: (K,) which classes these are.
+        input_ids, attention_mask: (K, L).
+    """
+
+    classes: torch.LongTensor
+    input_ids: torch.LongTensor
+    attention_mask: torch.LongTensor
+
+    def encode(self, model: CLIPModel) -> torch.Tensor:
+        """(K, E) normalised class embeddings, as `get_text_features` gives them."""
+        with _selected(model.text_model.embeddings, self.classes):
+            outputs = model.get_text_features(input_ids=self.input_ids, attention_mask=self.attention_mask)
+        return normalize(outputs.pooler_output)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Many prompts a row: `[shared prefix | suffix of class 1 | suffix of class 2 | ...]`.
+
+    In a tower that attends backwards only, the states of the positions that are the same for all classes are the same
+    too. They are computed once a row; each suffix attends to them and to itself, at the positions that it has in its
+    own prompt.
+
+    Attributes:
+        classes: (K,) which classes these are.
+        input_ids: (K, L) their prompts, one a row.
+        token_index: (R, T) where in the flattened prompts a packed token comes from.
+        segment: (R, T) whose suffix a token belongs to.
+        end_index: (K,) where in the flattened packed rows the end token of a class is.
+    """
+
+    classes: torch.LongTensor
+    input_ids: torch.LongTensor
+    token_index: torch.LongTensor
+    segment: torch.LongTensor
+    end_index: torch.LongTensor
+
+    def encode(self, model: CLIPModel) -> torch.Tensor:
+        """(K, E) normalised class embeddings, equal to those of [`PlainRows`]."""
+        embeds = embed_prompts(model, self.input_ids, self.classes)  # (K, L, D)
+        packed = embeds.flatten(0, 1).index_select(0, self.token_index.flatten()).view(*self.segment.shape, -1)
+        states = run_tower(model.text_model, packed, self._mask(packed.dtype))  # (R, T, D)
+        ends = states.flatten(0, 1).index_select(0, self.end_index)  # (K, D)
+        return normalize(model.text_projection(ends))
+
+    def _mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """(R, 1, T, T), to be added to the attention scores: eager attention would take a boolean one for numbers."""
+        query, key = self.segment[:, :, None], self.segment[:, None, :]
+        length = self.segment.shape[1]
+        backwards = torch.ones(length, length, dtype=torch.bool, device=self.segment.device).tril()
+        hidden = ~(backwards & ((query == key) | (key == PREFIX)))  # (R, T, T); every token sees itself
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+            hidden, torch.finfo(dtype).min
+        )[:, None]
+
+
+def pack_rows(
+    classes: torch.LongTensor, input_ids: torch.LongTensor, lengths: torch.LongTensor, num_shared: int
+) -> PackedRows:
+    """Lays the prompts of a chunk out in rows of about equal length.
+
+    Args:
+        classes: (K,) which classes these are.
+        input_ids: (K, L).
+        lengths: (K,) tokens of each prompt, end token included.
+        num_shared: positions from the begin token on that are the same for all classes, P.
+    """
+    num_shared = min(num_shared, int(lengths.min()) - 1)  # the end token is a class's own
+    suffixes = lengths - num_shared  # (K,)
+    num_rows = max(1, round(int(suffixes.sum()) / ROW_TOKENS))
+    row, start = _deal(suffixes, num_rows)  # both (K,)
+    start = start + num_shared
+    length = int((start + suffixes).max())  # T
+
+    token_index = torch.zeros(num_rows, length, dtype=torch.long)
+    segment = torch.full((num_rows, length), FILLER)
+    token_index[:, :num_shared] = torch.arange(num_shared)
+    segment[:, :num_shared] = PREFIX
+    owner = torch.repeat_interleave(torch.arange(len(classes)), suffixes)  # (all suffix tokens,)
+    offset = torch.arange(len(owner)) - (suffixes.cumsum(0) - suffixes)[owner]  # within the suffix
+    token_index[row[owner], start[owner] + offset] = owner * input_ids.shape[1] + num_shared + offset
+    segment[row[owner], start[owner] + offset] = owner + 1
+    end_index = row * length + start + suffixes - 1
+    return PackedRows(classes, input_ids, token_index, segment, end_index)
+
+
+def _deal(sizes: torch.LongTensor, num_rows: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Row and place in it for every size: the largest first, from the left and from the right in turn."""
+    order = sizes.argsort(descending=True, stable=True)
+    rounds, places = torch.arange(len(sizes)) // num_rows, torch.arange(len(sizes)) % num_rows
+    places = torch.where(rounds % 2 == 0, places, num_rows - 1 - places)
+    grid = torch.zeros(int(rounds[-1]) + 1, num_rows, dtype=torch.long)
+    grid[rounds, places] = sizes[order]
+    starts = grid.cumsum(0) - grid
+    row, start = torch.empty_like(sizes), torch.empty_like(sizes)
+    row[order], start[order] = places, starts[rounds, places]
+    return row, start
+
+
+def embed_prompts(model: CLIPModel, input_ids: torch.LongTensor, classes: torch.LongTensor) -> torch.Tensor:
+    """(K, L, D) what the tower's own embedding module, with whatever is active in it, makes of the prompts."""
+    with _selected(model.text_model.embeddings, classes):
+        return model.text_model.embeddings(input_ids=input_ids)
+
+
+def _selected(embeddings: nn.Module, classes: torch.LongTensor):
+    """Tells embeddings that differ by class which classes the rows are of."""
+    select = getattr(embeddings, "select_classes", None)
+    return contextlib.nullcontext() if select is None else select(classes)
+
+
+def run_tower(text_model: nn.Module, embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """(R, T, D) last hidden states of the text model for given embeddings.
+
+    The text model takes token ids only, and no more of them than it has positions. A shallow copy of it, which shares
+    every module but the embeddings, takes these as they are; the model itself is not touched.
+    """
+    tower = copy.copy(text_model)
+    tower._modules = {**text_model._modules, "embeddings": _Given(embeds)}
+    ids = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    return tower(input_ids=ids, attention_mask=attention_mask).last_hidden_state
+
+
+class _Given(nn.Module):
+    """Embeddings that are there already."""
+
+    def __init__(self, embeds: torch.Tensor) -> None:
+        super().__init__()
+        self.embeds = embeds
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        return self.embeds
+
+
+def plain_rows(classes: torch.LongTensor, prompts: ClassPrompts, length: int) -> PlainRows:
+    """The prompts of these classes, padded to `length` where they are shorter."""
+    input_ids, attention_mask = prompts.input_ids[classes], prompts.attention_mask[classes]  # (K, L)
+    missing = max(0, length - input_ids.shape[1])
+    return PlainRows(
+        classes,
+        nn.functional.pad(input_ids, (0, missing), value=prompts.pad_token_id),
+        nn.functional.pad(attention_mask, (0, missing)),
+    )
+
+
+def normalize(embeds: torch.Tensor) -> torch.Tensor:
+    """Divides by the L2 norm over the last dimension, in float32 at least: squares overflow in half precision."""
+    embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
+    return embeds / embeds.norm(dim=-1, keepdim=True)
