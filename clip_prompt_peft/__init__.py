@@ -5,7 +5,7 @@ Importing the package registers the method with peft, so that `get_peft_model`, 
 """
 
 from .auto import AutoPeftModelForPromptClassification, PeftModelForPromptClassification
-from .class_prompts import build_class_prompts, pad_template
+from .class_prompts import build_class_prompts, check_label_names, pad_template
 from .classifier import CLIPForPromptClassification
 from .registration import register
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
@@ -23,5 +23,6 @@ __all__ = [
     "CLIPTextLearnableEmbeddings",
     "PeftModelForPromptClassification",
     "build_class_prompts",
+    "check_label_names",
     "pad_template",
 ]

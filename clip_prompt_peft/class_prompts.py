@@ -6,7 +6,7 @@ Shapes: `C` classes, `L` text length (with begin and end token), `n` virtual tok
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,8 +64,8 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     Raises:
         ValueError: if there are none, or one is empty, not a string, or there twice.
     """
-    if isinstance(class_names, str):
-        raise ValueError(f"class_names must be a list of strings, got the single string {class_names!r}.")
+    if isinstance(class_names, (str, Set, Mapping)) or not isinstance(class_names, Iterable):
+        raise ValueError(f"class_names must be a list of strings in the order of the labels, got {class_names!r}.")
     class_names = list(class_names)
     if not class_names:
         raise ValueError("class_names is empty; a classifier needs at least one class name.")
@@ -78,6 +78,43 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     if repeated:
         raise ValueError(f"class_names must differ from each other, but these stand there twice: {repeated[:5]}.")
     return class_names
+
+
+def check_label_names(label_names: Sequence[str], class_names: Sequence[str]) -> None:
+    """Makes sure that the labels of a data set mean the classes of a model: label i is class i.
+
+    A model scores any labels in range, so without this check labels in another order only show as poor accuracy.
+
+    Args:
+        label_names: what the labels 0, 1, ... of the data set are called, such as `dataset.features["label"].names`.
+        class_names: the classes of the model, `model.class_names`.
+
+    Raises:
+        ValueError: if they are not the same names in the same order.
+
+    Example:
+
+    ```py
+    >>> check_label_names(dataset.features["label"].names, model.class_names)
+    ```
+    """
+    label_names, class_names = check_class_names(label_names), check_class_names(class_names)
+    if label_names == class_names:
+        return
+    unknown = [name for name in label_names if name not in class_names]
+    missing = [name for name in class_names if name not in label_names]
+    if not unknown and not missing:
+        first = next(i for i, (label, name) in enumerate(zip(label_names, class_names)) if label != name)
+        raise ValueError(
+            f"The data set and the model have the same classes in another order: label {first} is "
+            f"{label_names[first]!r} in the data set and {class_names[first]!r} in the model. Renumber the data set "
+            "with dataset.align_labels_with_mapping(model.config.label2id, 'label')."
+        )
+    raise ValueError(
+        f"The data set's labels are not the model's classes: {len(unknown)} are unknown to the model "
+        f"({unknown[:5]}), {len(missing)} of the model's are not in the data set ({missing[:5]}). Use the data set "
+        "that the adapter was trained for, or give the model the data set's names with model.set_class_names(...)."
+    )
 
 
 def context_text(template: str) -> str:
@@ -134,7 +171,10 @@ def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: i
             "there; choose another start_idx or write the placeholders into the template."
         )
     padded = words[:kept] + [PLACEHOLDER] * num_missing + words[kept:]
-    return " ".join(padded) + " " + template[template.index(CLASS_SLOT) :]
+    slot = template.index(CLASS_SLOT)
+    # a word of the template keeps its distance from the class name ("pre-{}"), a placeholder must not merge with it
+    gap = template[len(template[:slot].rstrip()) : slot] if kept < len(words) else " "
+    return " ".join(padded) + gap + template[slot:]
 
 
 def _num_tokens(words: list[str], tokenizer) -> int:

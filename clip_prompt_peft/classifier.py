@@ -54,6 +54,8 @@ class CLIPForPromptClassification(CLIPModel):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        # The Trainer takes every output that is not named here for predictions.
+        self.config.keys_to_ignore_at_inference = ["hidden_states", "attentions"]
         self.tokenizer = None
         self._prompts: ClassPrompts | None = None
         self._prompts_key: tuple | None = None
@@ -105,7 +107,15 @@ class CLIPForPromptClassification(CLIPModel):
         class_names: Sequence[str] | None = None,
         prompt_template: str | None = None,
     ) -> CLIPForPromptClassification:
-        """A classifier around a `CLIPModel` in memory. The modules are shared with it, not copied."""
+        """A classifier around a `CLIPModel` in memory. The modules are shared with it, not copied.
+
+        Raises:
+            TypeError: if `clip` is not a `CLIPModel`.
+            ValueError: bad names or template.
+        """
+        if not isinstance(clip, CLIPModel):
+            hint = "; of a PeftModel pass get_base_model()" if hasattr(clip, "get_base_model") else ""
+            raise TypeError(f"from_clip takes a CLIPModel, got a {type(clip).__name__}{hint}.")
         model = _rehouse(clip, cls)
         model._set_up(class_names, prompt_template, tokenizer)
         return model
@@ -124,9 +134,14 @@ class CLIPForPromptClassification(CLIPModel):
         return _rehouse(self, CLIPModel)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As `CLIPModel.save_pretrained`; the tokenizer is saved too, since the class prompts need it."""
+        """As `CLIPModel.save_pretrained`; the tokenizer is saved too, since the class prompts need it.
+
+        With an adapter from `add_adapter` in it, that adapter alone is saved, as transformers does.
+        """
+        if self.class_names is not None:
+            self._class_prompts()  # brings id2label up to date, should an adapter have been switched since
         super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
+        if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
             self._get_tokenizer().save_pretrained(save_directory)
 
     def _set_up(self, class_names, prompt_template, tokenizer) -> None:
@@ -246,8 +261,10 @@ class CLIPForPromptClassification(CLIPModel):
             vision = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
             image_embeds = vision.pooler_output  # (B, E)
         self._check_width(image_embeds)
-        similarity = normalize(image_embeds) @ self.get_class_embeds().T  # (B, C)
-        logits = self.logit_scale.exp().to(similarity.dtype) * similarity
+        class_embeds = self.get_class_embeds()  # (C, E)
+        with torch.autocast(class_embeds.device.type, enabled=False):  # bfloat16 would round a logit of 30 to 0.1
+            similarity = normalize(image_embeds.to(class_embeds.dtype)) @ class_embeds.T  # (B, C)
+            logits = self.logit_scale.exp().to(similarity.dtype) * similarity
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
         return ImageClassifierOutput(
             loss=loss,
@@ -325,4 +342,7 @@ def _rehouse(source: CLIPModel, target_class: type[CLIPModel]) -> CLIPModel:
     for name, module in source.named_children():
         setattr(model, name, module)
     model.logit_scale = source.logit_scale
+    for name in ("peft_config", "_hf_peft_config_loaded"):  # an adapter comes along with the modules
+        if hasattr(source, name):
+            setattr(model, name, getattr(source, name))
     return model.train(source.training)

@@ -63,7 +63,9 @@ class CLIPPromptTuningConfig(PeftConfig):
         padded_template (`str`, *optional*):
             Filled in: the template with room for all vectors.
         replaced_token_ids (`list[int]`, *optional*):
-            Filled in: the n token ids whose embeddings are replaced. With them no tokenizer is needed to load.
+            Filled in: the n token ids whose embeddings are replaced. With them no tokenizer is needed to load. A
+            configuration that is made with them belongs to saved weights and starts nothing: make a new adapter from
+            a configuration without them.
         init_token_ids (`list[int]`, *optional*):
             Filled in: the n token ids that `TEXT` started from.
 
@@ -116,17 +118,19 @@ class CLIPPromptTuningConfig(PeftConfig):
         self.prompt_tuning_init = _as_member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
         self._check_numbers()
         self._check_texts()
-        # Ids that came through the constructor came from a file: they are final, and no tokenizer is asked again.
+        # Ids that came through the constructor came from a file: they are final, no tokenizer is asked again, and
+        # weights are expected to follow.
         self._loaded = self.replaced_token_ids is not None
-        self._filled_in: list[str] = []
+        self._filled_in: dict[str, object] = {}
         if self._loaded:
             self._check_resolved()
 
     def forget_filled_in(self) -> None:
         """Takes back what an injection filled in: it belongs to that model, and this one may go into another."""
-        for name in self._filled_in:
-            setattr(self, name, None)
-        self._filled_in = []
+        for name, value in self._filled_in.items():
+            if getattr(self, name) == value:  # otherwise the user has set it since
+                setattr(self, name, None)
+        self._filled_in = {}
 
     def _check_numbers(self):
         if self.num_virtual_tokens is not None and not _is_int_from(1, self.num_virtual_tokens):

@@ -43,13 +43,14 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("learnable_embeddings",)
-    other_param_names = ("prompt_configs",)
+    other_param_names = ("prompt_configs", "_placeholders")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: CLIPPromptTuningConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.learnable_embeddings = nn.ParameterDict({})
         self.prompt_configs: dict[str, CLIPPromptTuningConfig] = {}
+        self._placeholders: dict[str, nn.Parameter] = {}  # of adapters whose weights have not been loaded yet
         self.merged_adapters = []
         self._unmerged_rows: list[tuple[int, torch.Tensor]] = []  # (first position, rows) in the order of merging
         self._active_adapter = adapter_name
@@ -100,6 +101,27 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
         self.prompt_configs[adapter_name] = config
         self.learnable_embeddings[adapter_name] = nn.Parameter(self._initial_values(config))
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._placeholders.pop(adapter_name, None)
+        if config._loaded:
+            self._placeholders[adapter_name] = self.learnable_embeddings[adapter_name]
+
+    def _vectors(self, name: str) -> nn.Parameter:
+        """(n, D). Raises `ValueError` if they were to be loaded and were not: transformers' `load_adapter` only warns
+        when a file lacks them."""
+        vectors = self.learnable_embeddings[name]
+        if self._placeholders.get(name) is vectors:
+            raise ValueError(
+                f"The configuration of adapter {name!r} belongs to saved weights, but none were loaded: the file is "
+                "damaged or belongs to another model. To start a new adapter, make a CLIPPromptTuningConfig without "
+                "replaced_token_ids."
+            )
+        return vectors
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name in list(self._placeholders):
+            if f"{prefix}learnable_embeddings.{name}" in state_dict:
+                del self._placeholders[name]
 
     @torch.no_grad()
     def _initial_values(self, config: CLIPPromptTuningConfig) -> torch.Tensor:
@@ -107,7 +129,7 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
         table = self.token_embedding.weight  # (V, D)
         dtype = torch.promote_types(table.dtype, torch.float32)
         shape = (config.num_virtual_tokens, table.shape[1])
-        if config.inference_mode:  # values are about to be loaded: draw nothing from the random number generator
+        if config._loaded:  # values are about to come: draw nothing from the random number generator
             return table[torch.tensor(config.replaced_token_ids, device=table.device)].to(dtype)
         if config.prompt_tuning_init is PromptTuningInit.RANDOM:
             return torch.empty(shape, dtype=dtype, device=table.device).normal_(std=RANDOM_STD)
@@ -153,7 +175,7 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
         return self.base_layer(position_ids=position_ids, inputs_embeds=inputs_embeds)
 
     def _replace(self, inputs_embeds: torch.Tensor, name: str) -> torch.Tensor:
-        vectors = self.learnable_embeddings[name]  # (n, D)
+        vectors = self._vectors(name)  # (n, D)
         start, end = self._span(name)
         if inputs_embeds.shape[1] <= end:
             raise ValueError(
@@ -184,7 +206,7 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
         adapter's template do. Other texts are changed in a meaningless way.
 
         Args:
-            safe_merge: check the result for NaN and Inf before any row is changed.
+            safe_merge: check the results for NaN and Inf before any row is changed.
             adapter_names: adapters to merge; by default the active ones.
 
         Raises:
@@ -194,18 +216,18 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
         adapter_names = [name for name in adapter_names if name in self.learnable_embeddings]
         self._check_overlap(self.merged_adapters + adapter_names)
         table = self.position_embedding.weight.data  # (positions, D)
-        for name in adapter_names:
+        folded = {name: self._folded_rows(name, table[slice(*self._span(name))]) for name in adapter_names}
+        broken = [name for name, rows in folded.items() if safe_merge and not torch.isfinite(rows).all()]
+        if broken:
+            raise ValueError(f"NaN or Inf in the merged rows; the adapter {broken[0]!r} seems to be broken.")
+        for name, rows in folded.items():
             start, end = self._span(name)
-            rows = table[start:end].clone()
-            folded = self._folded_rows(name, rows)
-            if safe_merge and not torch.isfinite(folded).all():
-                raise ValueError(f"NaN or Inf in the merged rows; the adapter {name!r} seems to be broken.")
-            table[start:end] = folded
-            self._unmerged_rows.append((start, rows))
+            self._unmerged_rows.append((start, table[start:end].clone()))
+            table[start:end] = rows
             self.merged_adapters.append(name)
 
     def _folded_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        vectors = self.learnable_embeddings[name].data  # (n, D)
+        vectors = self._vectors(name).data  # (n, D)
         ids = torch.tensor(self.prompt_configs[name].replaced_token_ids, device=rows.device)
         # in the vectors' precision, so that a half-precision table is rounded once
         return (rows.to(vectors) + vectors - self.weight.data[ids].to(vectors)).to(rows.dtype)

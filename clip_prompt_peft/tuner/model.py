@@ -102,14 +102,22 @@ class CLIPPromptTuningModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         layout = None
         if merge:
-            names = adapter_names or self.active_adapters
+            names = self.active_adapters if adapter_names is None else adapter_names
+            _check_known(names, self.peft_config)
             layout = self.peft_config[names[0]] if names else None
+        else:
+            self._restore_merged_rows()
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         if layout is not None and hasattr(model, "adopt_prompt_layout"):
             model.adopt_prompt_layout(layout)  # the texts that the merged rows belong to
         return model
+
+    def _restore_merged_rows(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, CLIPTextLearnableEmbeddings) and module.merged:
+                module.unmerge()
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -150,7 +158,13 @@ def _resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     config.replaced_token_ids = context_ids[start - 1 : start - 1 + n]
     is_text = config.prompt_tuning_init is PromptTuningInit.TEXT
     config.init_token_ids = (init_ids or config.replaced_token_ids) if is_text else None
-    config._filled_in = [name for name, value in given.items() if value is None]
+    config._filled_in = {name: getattr(config, name) for name, value in given.items() if value is None}
+
+
+def _check_known(adapter_names: list[str], peft_config: dict) -> None:
+    unknown = [name for name in adapter_names if name not in peft_config]
+    if unknown:
+        raise ValueError(f"There is no adapter {unknown[0]!r} to merge; the model has {sorted(peft_config)}.")
 
 
 def _room_in_template(config: CLIPPromptTuningConfig, tokenizer) -> int:

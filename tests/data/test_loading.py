@@ -1,0 +1,181 @@
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from clip_prompt_peft.data import load_image_dataset
+
+
+def picture(value=0):
+    return PILImage.fromarray(np.full((8, 8, 3), value, dtype=np.uint8))
+
+
+def write_folder(root, images_per_class):
+    for name, count in images_per_class.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            picture(index).save(root / name / f"{index}.png")
+    return str(root)
+
+
+def write_parquet(path, columns, features=None):
+    Dataset.from_dict(columns, features=features).to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_folders_become_splits_with_the_folder_names_as_classes(tmp_path):
+    splits = load_image_dataset(
+        folders={
+            "train": write_folder(tmp_path / "train", {"polar_bear": 2, "Zebra": 1}),
+            "validation": write_folder(tmp_path / "[held] out", {"Zebra": 1}),
+        }
+    )
+    assert splits["train"].features == {"image": Image(), "label": ClassLabel(names=["Zebra", "polar_bear"])}
+    assert list(splits["train"]["label"]).count(1) == 2
+    assert list(splits["validation"]["label"]) == [0]
+
+
+def test_columns_of_any_name_are_found(tmp_path):
+    file = write_parquet(
+        tmp_path / "pets.parquet",
+        {"photo": [picture()], "breed": [1], "note": ["x"]},
+        Features({"photo": Image(), "breed": ClassLabel(names=["pug", "beagle"]), "note": Value("string")}),
+    )
+    train = load_image_dataset(files={"train": file})["train"]
+    assert train.column_names == ["image", "label"]
+    assert train.features["label"].names == ["pug", "beagle"]
+    assert train[0]["image"].size == (8, 8)
+
+
+def test_strings_become_labels_in_alphabetical_order_in_all_splits(tmp_path):
+    def file(split, labels):
+        features = Features({"image": Image(), "class": Value("string")})
+        columns = {"image": [picture()] * len(labels), "class": labels}
+        return write_parquet(tmp_path / f"{split}.parquet", columns, features)
+
+    splits = load_image_dataset(
+        files={"train": file("train", ["pug", "beagle", "pug"]), "test": file("test", ["pug"])}
+    )
+    assert splits["train"].features["label"].names == ["beagle", "pug"]
+    assert list(splits["test"]["label"]) == [1]
+
+
+def test_records_of_bytes_are_read_as_images(tmp_path):
+    picture(200).save(tmp_path / "a.png")
+    record = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}
+    file = write_parquet(tmp_path / "plain.parquet", {"img": [record], "label": ["pug"]})
+    assert load_image_dataset(files={"train": file})["train"][0]["image"].getpixel((0, 0)) == (200, 200, 200)
+
+
+def test_a_named_column_may_hold_paths(tmp_path):
+    picture(9).save(tmp_path / "a.png")
+    file = write_parquet(tmp_path / "paths.parquet", {"where": [str(tmp_path / "a.png")], "label": ["pug"]})
+    train = load_image_dataset(files={"train": file}, image_column="where")["train"]
+    assert train[0]["image"].getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_a_split_without_labels_is_left_out(tmp_path, caplog):
+    features = Features({"image": Image(), "label": ClassLabel(names=["pug", "beagle"])})
+    files = {
+        "train": write_parquet(tmp_path / "a.parquet", {"image": [picture()] * 2, "label": [0, 1]}, features),
+        "test": write_parquet(tmp_path / "b.parquet", {"image": [picture()] * 2, "label": [-1, -1]}, features),
+    }
+    assert list(load_image_dataset(files=files)) == ["train"]
+    assert "'test' has no labels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "arguments", "message"),
+    [
+        ({"image": [0], "number": [1]}, {}, r"No label column; name it with label_column.*number \(int64\)"),
+        ({"image": [0], "a": [0], "b": [0]}, {}, r"More than one column could hold the labels \(a, b\)"),
+        (
+            {"image": [0], "label": [0]},
+            {"label_column": "breed"},
+            r"'breed' does not exist.*label \(ClassLabel of 1\)",
+        ),
+        ({"image": [0], "number": [1]}, {"label_column": "number"}, "'number' holds int64.*ClassLabel"),
+        ({"number": [1], "label": [0]}, {}, r"No image column.*number \(int64\), label"),
+        ({"image": [0], "label": [0]}, {"image_column": "label"}, "image column 'label' holds ClassLabel"),
+    ],
+)
+def test_columns_that_are_not_found_are_an_error_that_lists_what_there_is(tmp_path, columns, arguments, message):
+    kinds = {"image": Image(), "number": Value("int64")}
+    features = Features({name: kinds.get(name, ClassLabel(names=["pug"])) for name in columns})
+    columns = {name: [picture()] if name == "image" else values for name, values in columns.items()}
+    file = write_parquet(tmp_path / "data.parquet", columns, features)
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset(files={"train": file}, **arguments)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'.*nowhere' does not exist"):
+        load_image_dataset(folders={"train": str(tmp_path / "nowhere")})
+
+
+def test_a_folder_without_images_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no images in"):
+        load_image_dataset(folders={"train": str(tmp_path)})
+
+
+@pytest.mark.parametrize("classes", [{"": 2}, {"only": 2}, {"pug/young": 1, "beagle": 1}])
+def test_a_folder_that_is_laid_out_otherwise_is_an_error_that_shows_the_layout(tmp_path, classes):
+    with pytest.raises(ValueError, match="FOLDER/cat/1.jpg"):
+        load_image_dataset(folders={"train": write_folder(tmp_path / "train", classes)})
+
+
+def test_a_class_without_training_images_is_an_error(tmp_path):
+    folders = {
+        "train": write_folder(tmp_path / "train", {"cat": 1, "dog": 1}),
+        "validation": write_folder(tmp_path / "val", {"cat": 1, "Dog": 1}),
+    }
+    with pytest.raises(ValueError, match="'validation' has images of 1 classes that have none in 'train': Dog"):
+        load_image_dataset(folders=folders)
+
+
+def test_splits_with_other_classes_are_an_error(tmp_path):
+    def file(name, names):
+        features = Features({"image": Image(), "label": ClassLabel(names=names)})
+        return write_parquet(tmp_path / f"{name}.parquet", {"image": [picture()] * 2, "label": [0, 1]}, features)
+
+    train, test = file("train", ["cat", "dog"]), file("test", ["dog", "cat"])
+    with pytest.raises(ValueError, match="'test' has the classes .*in the same order"):
+        load_image_dataset(files={"train": train, "test": test})
+
+
+def test_a_string_label_that_train_does_not_have_is_an_error(tmp_path):
+    def file(name, labels):
+        features = Features({"image": Image(), "label": Value("string")})
+        return write_parquet(tmp_path / f"{name}.parquet", {"image": [picture()], "label": labels}, features)
+
+    with pytest.raises(ValueError, match="no class of 'train', such as 'wolf'"):
+        load_image_dataset(files={"train": file("train", ["dog"]), "test": file("test", ["wolf"])})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, "exactly one"),
+        ({"dataset_name": "pets", "files": {"train": "a.parquet"}}, "exactly one"),
+        ({"files": {"train": "missing.parquet"}}, "'missing.parquet' does not exist"),
+    ],
+)
+def test_no_source_two_sources_or_a_missing_file_are_errors(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset(**source)
+
+
+def test_a_file_of_another_format_is_an_error(tmp_path):
+    (tmp_path / "data.csv").write_text("image,label\n")
+    with pytest.raises(ValueError, match=r"\.parquet or \.arrow.*data\.csv"):
+        load_image_dataset(files={"train": str(tmp_path / "data.csv")})
+
+
+def test_a_data_set_without_training_split_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no split 'train'; its splits are test"):
+        load_image_dataset(folders={"test": write_folder(tmp_path / "test", {"cat": 1, "dog": 1})})
