@@ -40,11 +40,13 @@ class ClassPrompts:
         texts: one prompt per class.
         input_ids: (C, L), cut after the longest prompt's end token; shorter ones are padded by the tokenizer.
         attention_mask: (C, L), 1 up to the end token.
+        pad_token_id: what shorter prompts are padded with.
     """
 
     texts: list[str]
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor
+    pad_token_id: int
 
 
 def check_template(template: str) -> None:
@@ -210,7 +212,7 @@ def build_class_prompts(
     _check_lengths(class_names, attention_mask, template, max_length)
     if layout is not None:
         _check_replaced_tokens(class_names, input_ids, layout)
-    return ClassPrompts(texts=texts, input_ids=input_ids, attention_mask=attention_mask)
+    return ClassPrompts(texts, input_ids, attention_mask, tokenizer.pad_token_id)
 
 
 def _check_lengths(class_names, attention_mask, template, max_length) -> None:

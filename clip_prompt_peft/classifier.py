@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .class_encoder import encode_class_prompts, normalize
+from .class_encoder import ClassEncoder, normalize
 from .class_prompts import (
     DEFAULT_TEMPLATE,
     ClassPrompts,
@@ -57,6 +57,7 @@ class CLIPForPromptClassification(CLIPModel):
         # The Trainer takes every output that is not named here for predictions.
         self.config.keys_to_ignore_at_inference = ["hidden_states", "attentions"]
         self.tokenizer = None
+        self.class_encoder = ClassEncoder()
         self._prompts: ClassPrompts | None = None
         self._prompts_key: tuple | None = None
 
@@ -207,7 +208,11 @@ class CLIPForPromptClassification(CLIPModel):
 
     def get_class_embeds(self) -> torch.Tensor:
         """(C, E) L2-normalised class embeddings, differentiable with respect to the active adapter."""
-        return encode_class_prompts(self, self._class_prompts())
+        embeds = self._class_embeds()
+        return embeds if embeds.requires_grad else embeds.clone()  # the encoder may keep its own for the next call
+
+    def _class_embeds(self) -> torch.Tensor:
+        return self.class_encoder(self, self._class_prompts(), self.prompt_layout)
 
     @can_return_tuple
     def forward(
@@ -261,7 +266,7 @@ class CLIPForPromptClassification(CLIPModel):
             vision = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
             image_embeds = vision.pooler_output  # (B, E)
         self._check_width(image_embeds)
-        class_embeds = self.get_class_embeds()  # (C, E)
+        class_embeds = self._class_embeds()  # (C, E)
         with torch.autocast(class_embeds.device.type, enabled=False):  # bfloat16 would round a logit of 30 to 0.1
             similarity = normalize(image_embeds.to(class_embeds.dtype)) @ class_embeds.T  # (B, C)
             logits = self.logit_scale.exp().to(similarity.dtype) * similarity

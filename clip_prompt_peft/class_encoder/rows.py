@@ -5,7 +5,6 @@ Shapes beside the usual ones: `K` classes in the chunk, `R` packed rows of `T` t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from dataclasses import dataclass
 
@@ -16,7 +15,9 @@ from transformers import CLIPModel
 from ..class_prompts import ClassPrompts
 
 
-ROW_TOKENS = 160  # of suffixes in a packed row: attention grows with it, the repeated prefix weighs less; 80-200 are equal
+ROW_TOKENS = (
+    160  # of suffixes in a packed row: attention grows with it, the repeated prefix weighs less; 80-200 are equal
+)
 PREFIX, FILLER = 0, -1  # segments of a packed row; class i of the chunk is segment i + 1
 
 
@@ -35,8 +36,7 @@ class PlainRows:
 
     def encode(self, model: CLIPModel) -> torch.Tensor:
         """(K, E) normalised class embeddings, as `get_text_features` gives them."""
-        with _selected(model.text_model.embeddings, self.classes):
-            outputs = model.get_text_features(input_ids=self.input_ids, attention_mask=self.attention_mask)
+        outputs = model.get_text_features(input_ids=self.input_ids, attention_mask=self.attention_mask)
         return normalize(outputs.pooler_output)
 
 
@@ -64,7 +64,7 @@ class PackedRows:
 
     def encode(self, model: CLIPModel) -> torch.Tensor:
         """(K, E) normalised class embeddings, equal to those of [`PlainRows`]."""
-        embeds = embed_prompts(model, self.input_ids, self.classes)  # (K, L, D)
+        embeds = model.text_model.embeddings(input_ids=self.input_ids)  # (K, L, D), with whatever is active in there
         packed = embeds.flatten(0, 1).index_select(0, self.token_index.flatten()).view(*self.segment.shape, -1)
         states = run_tower(model.text_model, packed, self._mask(packed.dtype))  # (R, T, D)
         ends = states.flatten(0, 1).index_select(0, self.end_index)  # (K, D)
@@ -81,17 +81,17 @@ class PackedRows:
         )[:, None]
 
 
-def pack_rows(
-    classes: torch.LongTensor, input_ids: torch.LongTensor, lengths: torch.LongTensor, num_shared: int
-) -> PackedRows:
+def pack_rows(classes: torch.LongTensor, prompts: ClassPrompts, num_shared: int, device: torch.device) -> PackedRows:
     """Lays the prompts of a chunk out in rows of about equal length.
 
     Args:
         classes: (K,) which classes these are.
-        input_ids: (K, L).
-        lengths: (K,) tokens of each prompt, end token included.
+        prompts: of all classes.
         num_shared: positions from the begin token on that are the same for all classes, P.
+        device: of the result.
     """
+    input_ids = prompts.input_ids[classes]  # (K, L)
+    lengths = prompts.attention_mask[classes].sum(dim=1)  # (K,)
     num_shared = min(num_shared, int(lengths.min()) - 1)  # the end token is a class's own
     suffixes = lengths - num_shared  # (K,)
     num_rows = max(1, round(int(suffixes.sum()) / ROW_TOKENS))
@@ -108,7 +108,8 @@ def pack_rows(
     token_index[row[owner], start[owner] + offset] = owner * input_ids.shape[1] + num_shared + offset
     segment[row[owner], start[owner] + offset] = owner + 1
     end_index = row * length + start + suffixes - 1
-    return PackedRows(classes, input_ids, token_index, segment, end_index)
+    rows = (classes, input_ids, token_index, segment, end_index)
+    return PackedRows(*(tensor.to(device) for tensor in rows))
 
 
 def _deal(sizes: torch.LongTensor, num_rows: int) -> tuple[torch.LongTensor, torch.LongTensor]:
@@ -122,18 +123,6 @@ def _deal(sizes: torch.LongTensor, num_rows: int) -> tuple[torch.LongTensor, tor
     row, start = torch.empty_like(sizes), torch.empty_like(sizes)
     row[order], start[order] = places, starts[rounds, places]
     return row, start
-
-
-def embed_prompts(model: CLIPModel, input_ids: torch.LongTensor, classes: torch.LongTensor) -> torch.Tensor:
-    """(K, L, D) what the tower's own embedding module, with whatever is active in it, makes of the prompts."""
-    with _selected(model.text_model.embeddings, classes):
-        return model.text_model.embeddings(input_ids=input_ids)
-
-
-def _selected(embeddings: nn.Module, classes: torch.LongTensor):
-    """Tells embeddings that differ by class which classes the rows are of."""
-    select = getattr(embeddings, "select_classes", None)
-    return contextlib.nullcontext() if select is None else select(classes)
 
 
 def run_tower(text_model: nn.Module, embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -159,15 +148,13 @@ class _Given(nn.Module):
         return self.embeds
 
 
-def plain_rows(classes: torch.LongTensor, prompts: ClassPrompts, length: int) -> PlainRows:
-    """The prompts of these classes, padded to `length` where they are shorter."""
-    input_ids, attention_mask = prompts.input_ids[classes], prompts.attention_mask[classes]  # (K, L)
-    missing = max(0, length - input_ids.shape[1])
-    return PlainRows(
-        classes,
-        nn.functional.pad(input_ids, (0, missing), value=prompts.pad_token_id),
-        nn.functional.pad(attention_mask, (0, missing)),
-    )
+def plain_rows(classes: torch.LongTensor, prompts: ClassPrompts, length: int, device: torch.device) -> PlainRows:
+    """The prompts of these classes (K,), padded to `length` tokens."""
+    input_ids, attention_mask = prompts.input_ids[classes], prompts.attention_mask[classes]  # both (K, L)
+    missing = length - input_ids.shape[1]
+    input_ids = nn.functional.pad(input_ids, (0, missing), value=prompts.pad_token_id)
+    attention_mask = nn.functional.pad(attention_mask, (0, missing))
+    return PlainRows(classes.to(device), input_ids.to(device), attention_mask.to(device))
 
 
 def normalize(embeds: torch.Tensor) -> torch.Tensor:
