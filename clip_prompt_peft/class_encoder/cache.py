@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,6 +20,8 @@ from .surroundings import autocast_state
 SMALL = 2**16
 NUM_SAMPLES = 64
 MAX_COMPARED = 2**24  # adapters with more values than this are not worth a second copy: nothing is kept
+ADAPTERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+WRAPPED = ("base_layer", "original_module")  # what adapters call the module that they wrap
 
 
 class ClassEmbedsCache:
@@ -39,23 +41,19 @@ class ClassEmbedsCache:
             prompts: of the classes.
             encode: gives (C, E) without a gradient.
         """
-        state = _State(model, prompts) if _is_deterministic(model) else None
+        state = _State(model, prompts)
         kept = self._kept  # read once: another thread may exchange it
-        if state is not None and kept is not None and kept[0] == state:
+        if kept is not None and kept[0] == state:
             return kept[1]
         with torch.inference_mode(False), torch.no_grad():  # for later use in training, unlike inference tensors
             embeds = encode()
-        self._kept = None if state is None or state.is_too_large else (state, embeds)
+        self._kept = (state, embeds) if state.can_be_kept else None
         return embeds
 
 
 def text_side(model: CLIPModel) -> tuple[nn.Module, ...]:
     """The modules that class embeddings are made by."""
     return model.text_model, model.text_projection
-
-
-def _is_deterministic(model: CLIPModel) -> bool:
-    return not any(module.training for part in text_side(model) for module in part.modules())
 
 
 class _State:
@@ -68,24 +66,33 @@ class _State:
     """
 
     def __init__(self, model: CLIPModel, prompts: ClassPrompts) -> None:
-        modules = [module for part in text_side(model) for module in part.modules()]
-        tensors = [tensor for part in text_side(model) for tensor in (*part.parameters(), *part.buffers())]
-        adapters = [module for module in modules if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-        of_adapters = {id(tensor) for adapter in adapters for tensor in _own_tensors(adapter)}
-        whole = [t for t in tensors if id(t) in of_adapters or t.requires_grad or t.numel() <= SMALL]
+        walked = [pair for part in text_side(model) for pair in _walk(part)]
+        modules = [module for module, _ in walked]
+        tensors, of_adapters = [], []
+        for module, is_of_adapter in walked:
+            own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+            tensors += own
+            of_adapters += [is_of_adapter] * len(own)
+        whole = [flag or t.requires_grad or t.numel() <= SMALL for t, flag in zip(tensors, of_adapters)]
 
         self.prompts = prompts
         self.objects = [weakref.ref(thing) for thing in (*modules, *tensors)]
         self.versions = [_version(tensor) for tensor in tensors]
-        self.settings = [_plain_attributes(adapter) for adapter in adapters]
+        self.settings = [_plain_attributes(module) for module in modules if isinstance(module, ADAPTERS)]
         self.settings.append((run_state(model.text_model), autocast_state(model.text_model.device)))
-        self.is_too_large = sum(tensor.numel() for tensor in whole) > MAX_COMPARED
-        self.values = [] if self.is_too_large else _values(tensors, {id(tensor) for tensor in whole})
+        num_whole = sum(tensor.numel() for tensor, flag in zip(tensors, whole) if flag)
+        self.can_be_kept = (
+            num_whole <= MAX_COMPARED
+            and not any(module.training for module in modules)  # dropout may make every result another one
+            and not any(tensor.is_meta for tensor in tensors)  # offloaded by accelerate: out of sight
+        )
+        self.values = _values(tensors, whole) if self.can_be_kept else []
 
     def __eq__(self, other: _State) -> bool:
         return (
             self.prompts is other.prompts
-            and not self.is_too_large
+            and self.can_be_kept
+            and other.can_be_kept
             and len(self.objects) == len(other.objects)
             and all(a() is b() is not None for a, b in zip(self.objects, other.objects))
             and self.versions == other.versions
@@ -95,10 +102,13 @@ class _State:
         )
 
 
-def _own_tensors(adapter: nn.Module) -> list[torch.Tensor]:
-    """Without those of the module that it wraps."""
-    wrapped = ("base_layer.", "original_module.")
-    return [tensor for name, tensor in adapter.named_parameters() if not name.startswith(wrapped)]
+def _walk(module: nn.Module, of_adapter: bool = False) -> Iterator[tuple[nn.Module, bool]]:
+    """The module and all below it, each with whether it is an adapter's and not one that an adapter wraps."""
+    of_adapter = of_adapter or isinstance(module, ADAPTERS)
+    yield module, of_adapter
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, of_adapter and name not in WRAPPED)
 
 
 def _version(tensor: torch.Tensor) -> tuple:
@@ -119,11 +129,11 @@ def _is_plain(value) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _values(tensors: list[torch.Tensor], whole: set[int]) -> list[torch.Tensor]:
+def _values(tensors: list[torch.Tensor], whole: list[bool]) -> list[torch.Tensor]:
     """The values that are compared: one tensor for each device and dtype, so that comparing takes few steps."""
     groups: dict[tuple, list[torch.Tensor]] = {}
-    for tensor in tensors:
+    for tensor, is_whole in zip(tensors, whole):
         flat = tensor.detach().flatten()
-        sample = flat if id(tensor) in whole else flat[:: flat.numel() // NUM_SAMPLES]
+        sample = flat if is_whole else flat[:: flat.numel() // NUM_SAMPLES]
         groups.setdefault((tensor.device, tensor.dtype), []).append(sample)
     return [torch.cat(samples) for samples in groups.values()]

@@ -72,8 +72,10 @@ class ClassEncoder:
             ValueError: a setting that does not exist, or that is not exact for this model.
         """
         self._check_settings()
-        parameters = [p for part in text_side(model) for p in part.parameters() if p.requires_grad]
-        wants_gradient = torch.is_grad_enabled() and bool(parameters)
+        parameters = []
+        if torch.is_grad_enabled():
+            parameters = [p for part in text_side(model) for p in part.parameters() if p.requires_grad]
+        wants_gradient = bool(parameters)
         is_sharded = self._is_sharded(len(prompts.texts), model.training and wants_gradient)
 
         def encode() -> torch.Tensor:
