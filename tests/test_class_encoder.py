@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
-from conftest import CLASS_NAMES, TINY_CLIP, golden_base_folder
+from conftest import TINY_CLIP, golden_base_folder
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.class_encoder.chunks import encode_in_chunks
+from clip_prompt_peft.class_encoder.paths import fastest_exact_path
 
 
 # one to many tokens, so that suffixes differ in length
@@ -58,6 +59,11 @@ def base(request, tmp_path):
 
 def load(base, class_names=NAMES, **kwargs):
     return CLIPForPromptClassification.from_pretrained(base, class_names=class_names, **kwargs).eval()
+
+
+def plain_tokens(classifier):
+    texts = [f"a photo of a {name}." for name in classifier.class_names]
+    return classifier.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")
 
 
 def embeds_and_gradients(model, **settings):
@@ -148,8 +154,7 @@ class TestPackedRows:
 
 class TestGoldenNumbers:
     @pytest.mark.parametrize("case", ["coop_shared_end_n4", "coop_shared_end_n16", "coop_ctxinit_end"])
-    @pytest.mark.parametrize("batch_size", [None, 2], ids=["at_once", "in_chunks"])
-    @pytest.mark.parametrize("path", ["packed", "cut", "plain"])
+    @pytest.mark.parametrize(("path", "batch_size"), [("packed", None), ("packed", 2), ("cut", 2), ("plain", None)])
     def test_logits_and_gradients_are_those_of_the_original_code(self, golden, golden_base, case, path, batch_size):
         case = golden(case)
         context = case["param.ctx"]
@@ -204,14 +209,12 @@ class TestChoiceOfPath:
         torch.testing.assert_close(embeds, expected)
 
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-    def test_a_tower_that_looks_ahead_gets_plain_rows(self, tokenizer, attention):
-        classifier = load(TINY_CLIP, CLASS_NAMES, attn_implementation=attention)
+    def test_a_tower_that_looks_ahead_gets_plain_rows(self, attention):
+        classifier = load(TINY_CLIP, attn_implementation=attention)
         classifier.text_model.config.is_causal = False  # transformers then masks the padding only
-        texts = [f"a photo of a {name}." for name in CLASS_NAMES]
-        tokens = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")
-        expected = classifier.get_text_features(**tokens).pooler_output
+        expected = classifier.get_text_features(**plain_tokens(classifier)).pooler_output
         shape, embeds = self.rows_of(classifier)
-        assert shape == (len(CLASS_NAMES), 77)
+        assert shape == (len(NAMES), 77)
         torch.testing.assert_close(embeds, expected / expected.norm(dim=-1, keepdim=True))
 
     def test_a_path_that_is_not_exact_is_refused(self):
@@ -221,16 +224,34 @@ class TestChoiceOfPath:
         with pytest.raises(ValueError, match="'plain'"):
             classifier.get_class_embeds()
 
-    def test_a_text_model_that_runs_other_code_than_its_own_gets_plain_rows(self):
+    def test_a_text_model_that_does_more_than_its_parts_gets_cut_rows(self):
         classifier = load(TINY_CLIP)
-        expected = classifier.get_class_embeds()
-        forward, calls = classifier.text_model.forward, []
-        classifier.text_model.forward = lambda **kwargs: (
-            calls.append(kwargs) or forward(**kwargs)
-        )  # as accelerate does
-        shape, embeds = self.rows_of(classifier)
-        assert calls and shape == (len(NAMES), 77)
-        torch.testing.assert_close(embeds, expected)
+        forward = classifier.text_model.forward
+
+        def scaled(**kwargs):
+            outputs = forward(**kwargs)
+            outputs.last_hidden_state = 2 * outputs.last_hidden_state
+            return outputs
+
+        classifier.text_model.forward = scaled
+        expected = classifier.get_text_features(**plain_tokens(classifier)).pooler_output
+        (rows, length), embeds = self.rows_of(classifier)
+        assert rows == len(NAMES) and length < 77
+        torch.testing.assert_close(embeds, expected / expected.norm(dim=-1, keepdim=True))
+
+    def test_the_path_is_asked_for_again_when_the_attention_changes(self):
+        classifier = load(TINY_CLIP)
+        assert self.rows_of(classifier)[0][0] == 1
+        classifier.text_model.config.is_causal = False
+        assert self.rows_of(classifier)[0] == (len(NAMES), 77)
+
+    def test_dropout_does_not_hide_what_the_tower_does_and_loses_no_random_numbers(self):
+        classifier = load(TINY_CLIP)
+        lora_tuned(classifier, dropout=0.5).train()
+        torch.manual_seed(0)
+        assert fastest_exact_path(classifier, classifier._class_prompts()) == "packed"
+        following = torch.rand(1)
+        assert torch.equal(following, torch.rand(1, generator=torch.Generator().manual_seed(0)))
 
     @pytest.mark.parametrize(
         ("setting", "value"), [("path", "fast"), ("batch_size", 0), ("batch_size", "8"), ("across_processes", 2)]

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from ..class_prompts import ClassPrompts
-from .paths import run_state
+from .paths import attention_of
 from .surroundings import autocast_state
 
 
@@ -79,7 +79,7 @@ class _State:
         self.objects = [weakref.ref(thing) for thing in (*modules, *tensors)]
         self.versions = [_version(tensor) for tensor in tensors]
         self.settings = [_plain_attributes(module) for module in modules if isinstance(module, ADAPTERS)]
-        self.settings.append((run_state(model.text_model), autocast_state(model.text_model.device)))
+        self.settings.append((attention_of(model.text_model), autocast_state(model.text_model.device)))
         num_whole = sum(tensor.numel() for tensor, flag in zip(tensors, whole) if flag)
         self.can_be_kept = (
             num_whole <= MAX_COMPARED

@@ -9,7 +9,7 @@ from ..class_prompts import ClassPrompts, PromptLayout
 from . import sharding
 from .cache import ClassEmbedsCache, text_side
 from .chunks import encode_in_chunks
-from .paths import PATHS, PLAIN, build_rows, fastest_exact_path, num_shared_positions, run_state
+from .paths import PATHS, PLAIN, attention_of, build_rows, fastest_exact_path, num_shared_positions
 from .rows import PackedRows, PlainRows
 
 
@@ -81,6 +81,8 @@ class ClassEncoder:
         def encode() -> torch.Tensor:
             return self._encode(model, prompts, layout, parameters, is_sharded)
 
+        if torch.compiler.is_compiling():  # one graph, which cannot look at the state of the model
+            return encode()
         if model.training or wants_gradient:
             self._cache.clear()
             return encode()
@@ -108,21 +110,21 @@ class ClassEncoder:
 
     def _encode(self, model, prompts, layout, parameters, is_sharded) -> torch.Tensor:
         num_classes = len(prompts.texts)
-        classes = sharding.share_of_classes(num_classes) if is_sharded else torch.arange(num_classes)
+        classes = sharding.share_of_classes(num_classes) if is_sharded else range(num_classes)
         chunks = self._chunks_of(model, prompts, layout, classes)
         embeds = encode_in_chunks(lambda chunk: chunk.encode(model), chunks, parameters)
         return sharding.gather_shares(embeds, num_classes) if is_sharded else embeds
 
-    def _chunks_of(self, model, prompts, layout, classes) -> list[PlainRows | PackedRows]:
+    def _chunks_of(self, model, prompts, layout, classes: range) -> list[PlainRows | PackedRows]:
         """The rows for the text tower, kept from call to call: they change with prompts and settings only."""
         text_model = model.text_model
-        settings = (self.path, self.batch_size, classes.tolist()[:: max(1, len(classes) - 1)], text_model.device)
-        key = (*settings, run_state(text_model), getattr(layout, "num_shared_positions", None))
+        settings = self.path, self.batch_size, getattr(layout, "num_shared_positions", None)
+        key = (classes, settings, text_model.device, attention_of(text_model))
         kept = self._chunks  # read once: another thread may exchange it
         if kept is None or kept[0] is not prompts or kept[1] != key:
             path = self._resolved_path(model, prompts)
             num_shared = num_shared_positions(prompts, layout)
-            parts = classes.split(self._chunk_size(len(classes)))
+            parts = torch.tensor(classes).split(self._chunk_size(len(classes)))
             kept = prompts, key, [build_rows(path, part, prompts, num_shared, text_model) for part in parts]
             self._chunks = kept
         return kept[2]

@@ -12,9 +12,10 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def share_of_classes(num_classes: int) -> torch.LongTensor:
-    """The classes that this process encodes; shares differ by one class at most."""
-    return torch.arange(num_classes).tensor_split(num_processes())[dist.get_rank()]
+def share_of_classes(num_classes: int, rank: int | None = None) -> range:
+    """The classes that a process, by default this one, encodes; shares differ by one class at most."""
+    size, rank = num_processes(), dist.get_rank() if rank is None else rank
+    return range(num_classes * rank // size, num_classes * (rank + 1) // size)
 
 
 def gather_shares(share: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -29,7 +30,7 @@ def gather_shares(share: torch.Tensor, num_classes: int) -> torch.Tensor:
 class _GatherShares(torch.autograd.Function):
     @staticmethod
     def forward(ctx, share, num_classes):
-        ctx.sizes = [len(part) for part in torch.arange(num_classes).tensor_split(num_processes())]
+        ctx.sizes = [len(share_of_classes(num_classes, rank)) for rank in range(num_processes())]
         longest = max(ctx.sizes)
         padded = share.new_zeros(longest, share.shape[1])  # collectives want equal sizes
         padded[: len(share)] = share
