@@ -34,8 +34,8 @@ from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_see
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.auto import WEIGHTS_NAME
 from clip_prompt_peft.data import (
+    cache_image_embeds,
     class_names_of,
-    compute_image_embeds,
     hold_out,
     load_image_dataset,
     sample_few_shot,
@@ -63,7 +63,9 @@ def main() -> None:
 
     def embed(dataset: Dataset, name: str) -> Dataset:
         batch_size = training_args.per_device_eval_batch_size
-        return compute_image_embeds(dataset, model, image_processor, batch_size, f"Embedding images ({name})")
+        return cache_image_embeds(
+            dataset, model, image_processor, batch_size, description=f"Embedding images ({name})"
+        )
 
     if training_args.process_index == 0:
         announce(model_args, data_args, runs, model.class_names, test_sets)
