@@ -6,8 +6,9 @@ import pickle
 import pytest
 import torch
 from conftest import TINY_CLIP, golden_base_folder
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Trainer, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
@@ -371,3 +372,40 @@ class TestChunks:
                 model(pixel_values=pixel_values, labels=labels).loss.backward()
             gradients.append(vectors.grad)
         torch.testing.assert_close(*gradients)
+
+
+class TestCompiled:
+    @pytest.mark.parametrize("batch_size", [None, 3], ids=["at_once", "in_chunks"])
+    def test_a_step_gives_the_loss_and_gradient_of_one_that_is_not(self, pixel_values, labels, batch_size):
+        torch._dynamo.reset()
+        model = prompt_tuned(load(TINY_CLIP)).train()
+        classifier, vectors = model.get_base_model(), next(p for p in model.parameters() if p.requires_grad)
+        classifier.text_model.encoder.layers = classifier.text_model.encoder.layers[:1]  # compiling takes its time
+        classifier.vision_model.encoder.layers = classifier.vision_model.encoder.layers[:1]
+        classifier.class_encoder.batch_size = batch_size
+        results = []
+        for run in (model, torch.compile(model, backend="aot_eager")):
+            vectors.grad = None
+            for _ in range(2):
+                loss = run(pixel_values=pixel_values, labels=labels).loss
+                loss.backward()
+            results.append((loss.detach(), vectors.grad))
+        torch.testing.assert_close(*results)
+
+    def test_the_trainer_compiles_and_evaluates(self, tmp_path):
+        torch._dynamo.reset()
+        losses = []
+        for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+            torch.manual_seed(0)
+            model = prompt_tuned(load(TINY_CLIP))
+            model.get_base_model().text_model.encoder.layers = model.get_base_model().text_model.encoder.layers[:1]
+            embeds = torch.randn(6, model.config.projection_dim)
+            dataset = Dataset.from_dict({"image_embeds": embeds.numpy(), "labels": list(range(6))}).with_format(
+                "torch"
+            )
+            args = TrainingArguments(
+                tmp_path, max_steps=3, learning_rate=1e-2, use_cpu=True, report_to=[], disable_tqdm=True, **compiled
+            )
+            trainer = Trainer(model, args, train_dataset=dataset, eval_dataset=dataset)
+            losses.append((trainer.train().training_loss, trainer.evaluate()["eval_loss"]))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)

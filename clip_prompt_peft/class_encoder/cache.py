@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -78,7 +78,7 @@ class _State:
         self.prompts = prompts
         self.objects = [weakref.ref(thing) for thing in (*modules, *tensors)]
         self.versions = [_version(tensor) for tensor in tensors]
-        self.settings = [_plain_attributes(module) for module in modules if isinstance(module, ADAPTERS)]
+        self.settings = adapter_settings(modules)
         self.settings.append((attention_of(model.text_model), autocast_state(model.text_model.device)))
         num_whole = sum(tensor.numel() for tensor, flag in zip(tensors, whole) if flag)
         self.can_be_kept = (
@@ -116,9 +116,11 @@ def _version(tensor: torch.Tensor) -> tuple:
     return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
 
 
-def _plain_attributes(adapter: nn.Module) -> dict[str, str]:
-    """Which adapter is active, disabled or merged, scaling factors, ...: whatever plain values the layer holds."""
-    return {name: repr(value) for name, value in vars(adapter).items() if _is_plain(value)}
+def adapter_settings(modules: Iterable[nn.Module]) -> list:
+    """Of each adapter layer among the modules, which adapter is active, disabled or merged, scaling factors, ...:
+    whatever plain values the layer holds."""
+    adapters = [module for module in modules if isinstance(module, ADAPTERS)]
+    return [{name: repr(value) for name, value in vars(adapter).items() if _is_plain(value)} for adapter in adapters]
 
 
 def _is_plain(value) -> bool:

@@ -137,17 +137,19 @@ class ClassEncoder:
 
     def _chunks_of(self, model, prompts, layout, classes: range) -> list[PlainRows | PackedRows]:
         """The rows for the text tower, kept from call to call: they change with prompts and settings only."""
-        text_model = model.text_model
         settings = self.path, self.batch_size, getattr(layout, "num_shared_positions", None)
-        key = (classes, settings, text_model.device, attention_of(text_model))
+        key = (classes, settings, model.text_model.device, attention_of(model.text_model))
         kept = self._chunks  # read once: another thread may exchange it
         if kept is None or kept[0] is not prompts or kept[1] != key:
-            path = self._resolved_path(model, prompts)
-            num_shared = num_shared_positions(prompts, layout)
-            parts = torch.tensor(classes).split(self._chunk_size(len(classes)))
-            kept = prompts, key, [build_rows(path, part, prompts, num_shared, text_model) for part in parts]
-            self._chunks = kept
+            kept = self._chunks = prompts, key, self._build_chunks(model, prompts, layout, classes)
         return kept[2]
+
+    @torch.compiler.disable
+    def _build_chunks(self, model, prompts, layout, classes: range) -> list[PlainRows | PackedRows]:
+        path = self._resolved_path(model, prompts)
+        num_shared = num_shared_positions(prompts, layout)
+        parts = torch.tensor(classes).split(self._chunk_size(len(classes)))
+        return [build_rows(path, part, prompts, num_shared, model.text_model) for part in parts]
 
     def _chunk_size(self, num_classes: int) -> int:
         if self.batch_size == AUTO:
