@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, CLIPModel
-from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
 from .class_encoder import ClassEncoder, normalize
@@ -21,22 +19,9 @@ from .class_prompts import (
     check_class_names,
     check_template,
 )
-from .loss import IGNORED_LABEL, active_regularizers, check_training, compute_loss
+from .loss import IGNORED_LABEL, PromptClassifierOutput, active_regularizers, check_training, compute_loss
 from .losses import Prediction, Regularizer
 from .teacher import ZeroShotTeacher
-
-
-@dataclass
-class PromptClassifierOutput(ImageClassifierOutput):
-    """
-    `ImageClassifierOutput` and, where asked for, what the loss is made of.
-
-    Args:
-        loss_terms (`dict[str, torch.Tensor]`, *optional*):
-            `"cross_entropy"` and each regularizer by name; returned with `return_loss_terms`.
-    """
-
-    loss_terms: dict[str, torch.Tensor] | None = None
 
 
 class CLIPForPromptClassification(CLIPModel):

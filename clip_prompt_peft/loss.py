@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional as F
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from .losses import Prediction, Regularizer, build_regularizer
 
 
 IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss(ignore_index)
+
+
+@dataclass
+class PromptClassifierOutput(ImageClassifierOutput):
+    """
+    `ImageClassifierOutput` and, where asked for, what the loss is made of.
+
+    Args:
+        loss_terms (`dict[str, torch.Tensor]`, *optional*):
+            `"cross_entropy"` and each regularizer by name; returned with `return_loss_terms`.
+    """
+
+    loss_terms: dict[str, torch.Tensor] | None = None
 
 
 def active_regularizers(model) -> dict[str, Regularizer]:
