@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from transformers.utils import cached_file
 
 from .classifier import CLIPForPromptClassification
+from .mixed_batch import mixed_batch_forward
 from .model_card import add_prompt_section, empty_card, is_hub_id
 from .tuner import CLIPPromptTuningConfig
 
@@ -23,8 +25,12 @@ class PeftModelForPromptClassification(PeftModel):
     """
     The `PeftModel` that `get_peft_model` returns for a [`CLIPPromptTuningConfig`].
 
-    It differs from `PeftModel` in its model card only: the card names the classes, the template and the number of
-    vectors, and shows how to load the adapter.
+    It differs from `PeftModel` in two things: its model card names the classes, the template and the number of
+    vectors, and shows how to load the adapter; and `forward` takes `adapter_names`, one for each image of a batch, see
+    [`~mixed_batch.mixed_batch_forward`].
+
+    The model may already hold adapters of other methods (LoRA, ...) from `model.add_adapter(config, name)`; see
+    docs/lora_beside_prompts.md.
 
     **Attributes**:
         - **card_metrics** (`dict[str, float]`): results for the model card, to be set by the user.
@@ -32,6 +38,20 @@ class PeftModelForPromptClassification(PeftModel):
 
     card_metrics: dict[str, float] | None = None
     _repo_id: str | None = None
+
+    def __init__(self, model, peft_config, adapter_name: str = "default", **kwargs) -> None:
+        """
+        Raises:
+            ValueError: an adapter of another method in the model that would be lost or switched off by this one.
+        """
+        _check_other_methods(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+        """As the base model's `forward`; with `adapter_names`, each image is scored by the adapter of that name."""
+        if adapter_names is None:
+            return super().forward(*args, **kwargs)
+        return mixed_batch_forward(self, adapter_names, *args, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Writes peft's card plus a section of ours; the Trainer calls this when it pushes."""
@@ -139,6 +159,26 @@ class AutoPeftModelForPromptClassification:
             is_trainable=is_trainable,
             low_cpu_mem_usage=low_cpu_mem_usage,
             **hub,
+        )
+
+
+def _check_other_methods(model, adapter_name: str) -> None:
+    # configurations of all methods share one dictionary, and peft lets one adapter at a time have its modules_to_save
+    others = {
+        name: config
+        for name, config in (getattr(model, "peft_config", None) or {}).items()
+        if not isinstance(config, CLIPPromptTuningConfig)
+    }
+    if adapter_name in others:
+        raise ValueError(
+            f"The model already holds a {others[adapter_name].peft_type.value} adapter named {adapter_name!r}, whose "
+            "configuration would be lost; give the prompts another name with adapter_name."
+        )
+    with_modules = [name for name, config in others.items() if getattr(config, "modules_to_save", None)]
+    if with_modules:
+        raise ValueError(
+            f"The adapter {with_modules[0]!r} in the model has modules_to_save, which peft would switch off as soon "
+            "as prompts are put beside it; merge it into the model first, or train it without modules_to_save."
         )
 
 
