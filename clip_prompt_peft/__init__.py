@@ -4,9 +4,10 @@ Importing the package registers the method with peft, so that `get_peft_model`, 
 `CLIPModel.load_adapter` understand its adapters.
 """
 
-from .auto import AutoPeftModelForPromptClassification, PeftModelForPromptClassification
+from .auto import AutoPeftModelForPromptClassification
 from .class_prompts import build_class_prompts, check_label_names, pad_template
 from .classifier import CLIPForPromptClassification
+from .peft_model import PeftModelForPromptClassification
 from .registration import register
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
 

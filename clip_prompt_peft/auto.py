@@ -2,78 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
-from collections.abc import Sequence
 
-from huggingface_hub import ModelCard
-from peft import PeftConfig, PeftModel
-from transformers.utils import cached_file
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file, extract_commit_hash
 
 from .classifier import CLIPForPromptClassification
-from .mixed_batch import mixed_batch_forward
-from .model_card import add_prompt_section, empty_card, is_hub_id
+from .model_card import is_hub_id
+from .peft_model import PeftModelForPromptClassification
 from .tuner import CLIPPromptTuningConfig
-
-
-logger = logging.getLogger(__name__)
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-
-
-class PeftModelForPromptClassification(PeftModel):
-    """
-    The `PeftModel` that `get_peft_model` returns for a [`CLIPPromptTuningConfig`].
-
-    It differs from `PeftModel` in two things: its model card names the classes, the template and the number of
-    vectors, and shows how to load the adapter; and `forward` takes `adapter_names`, one for each image of a batch, see
-    [`~mixed_batch.mixed_batch_forward`].
-
-    The model may already hold adapters of other methods (LoRA, ...) from `model.add_adapter(config, name)`; see
-    docs/lora_beside_prompts.md.
-
-    **Attributes**:
-        - **card_metrics** (`dict[str, float]`): results for the model card, to be set by the user.
-    """
-
-    card_metrics: dict[str, float] | None = None
-    _repo_id: str | None = None
-
-    def __init__(self, model, peft_config, adapter_name: str = "default", **kwargs) -> None:
-        """
-        Raises:
-            ValueError: an adapter of another method in the model that would be lost or switched off by this one.
-        """
-        _check_other_methods(model, adapter_name)
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-
-    def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
-        """As the base model's `forward`; with `adapter_names`, each image is scored by the adapter of that name."""
-        if adapter_names is None:
-            return super().forward(*args, **kwargs)
-        return mixed_batch_forward(self, adapter_names, *args, **kwargs)
-
-    def create_or_update_model_card(self, output_dir: str) -> None:
-        """Writes peft's card plus a section of ours; the Trainer calls this when it pushes."""
-        path = os.path.join(output_dir, "README.md")
-        if not os.path.exists(path):
-            empty_card().save(path)  # peft would start from a page of "[More Information Needed]"
-        super().create_or_update_model_card(output_dir)
-        card = ModelCard.load(path)
-        add_prompt_section(card, self.active_peft_config, self.card_metrics, self._repo_id)
-        card.save(path)
-
-    def push_to_hub(self, repo_id: str, **kwargs):
-        """As `PeftModel.push_to_hub`; warns when others could not load the adapter for want of a base model id."""
-        base = self.active_peft_config.base_model_name_or_path
-        if not is_hub_id(base):
-            logger.warning(
-                "The base model of this adapter is %r, which nobody else can load. Set "
-                "model.active_peft_config.base_model_name_or_path to the Hub id of the base model and push again.",
-                base,
-            )
-        self._repo_id = repo_id
-        return super().push_to_hub(repo_id, **kwargs)
 
 
 class AutoPeftModelForPromptClassification:
@@ -100,7 +41,7 @@ class AutoPeftModelForPromptClassification:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str,
+        pretrained_model_name_or_path: str | os.PathLike,
         adapter_name: str = "default",
         is_trainable: bool = False,
         base_model_name_or_path: str | None = None,
@@ -125,25 +66,20 @@ class AutoPeftModelForPromptClassification:
             base_model_kwargs: for the base model's `from_pretrained` (`dtype`, `device_map`, ...).
 
         Raises:
-            ValueError: no prompt adapter there; weights that are a pickle; an adapter that names no base model.
+            OSError: no such folder or repository, no access to it, no adapter in it, or a Hub that fails.
+            ValueError: an adapter of another method; weights that are a pickle or damaged; an adapter that names no
+                base model, or one that is not on this machine.
         """
-        hub = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
-        hub = {key: value for key, value in hub.items() if value is not None}
-        config = PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        if not isinstance(config, CLIPPromptTuningConfig):
-            raise ValueError(
-                f"{pretrained_model_name_or_path!r} is an adapter of type {config.peft_type}, not of CLIP prompt "
-                "tuning; load it with peft's own classes."
-            )
-        _refuse_pickles(pretrained_model_name_or_path, hub)
-        base = base_model_name_or_path or config.base_model_name_or_path
-        if not base:
-            raise ValueError(
-                f"The adapter {pretrained_model_name_or_path!r} does not name its base model; pass "
-                "base_model_name_or_path."
-            )
+        adapter = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+        adapter = {key: value for key, value in adapter.items() if value is not None}
+        config_file = _fetch(pretrained_model_name_or_path, CONFIG_NAME, **adapter)
+        config = _read_config(config_file)
+        commit = extract_commit_hash(config_file, None)
+        if commit is not None:
+            adapter["revision"] = commit  # so that the weights are of the same commit, whoever pushes meanwhile
+        folder = os.path.dirname(_fetch_weights(pretrained_model_name_or_path, adapter))
         model = CLIPForPromptClassification.from_pretrained(
-            base,
+            base_model_name_or_path or _base_model_of(config, pretrained_model_name_or_path),
             class_names=config.class_names,
             prompt_template=config.prompt_template,
             tokenizer=tokenizer,
@@ -154,39 +90,57 @@ class AutoPeftModelForPromptClassification:
         )
         return PeftModelForPromptClassification.from_pretrained(
             model,
-            pretrained_model_name_or_path,
+            folder,
             adapter_name=adapter_name,
             is_trainable=is_trainable,
             low_cpu_mem_usage=low_cpu_mem_usage,
-            **hub,
         )
 
 
-def _check_other_methods(model, adapter_name: str) -> None:
-    # configurations of all methods share one dictionary, and peft lets one adapter at a time have its modules_to_save
-    others = {
-        name: config
-        for name, config in (getattr(model, "peft_config", None) or {}).items()
-        if not isinstance(config, CLIPPromptTuningConfig)
-    }
-    if adapter_name in others:
+def _fetch(name_or_path: str | os.PathLike, filename: str, **kwargs) -> str | None:
+    try:
+        return cached_file(name_or_path, filename, **kwargs)
+    except OSError:
+        raise
+    except Exception as error:  # of the HTTP library: a connection that breaks off
+        raise OSError(f"{filename} of {str(name_or_path)!r} could not be downloaded: {error}") from error
+
+
+def _read_config(path: str) -> CLIPPromptTuningConfig:
+    try:
+        config = PeftConfig.from_pretrained(os.path.dirname(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); download or save the adapter again.") from error
+    if not isinstance(config, CLIPPromptTuningConfig):
         raise ValueError(
-            f"The model already holds a {others[adapter_name].peft_type.value} adapter named {adapter_name!r}, whose "
-            "configuration would be lost; give the prompts another name with adapter_name."
+            f"{path} is of an adapter of type {config.peft_type}, not of CLIP prompt tuning; load it with peft's own "
+            "classes."
         )
-    with_modules = [name for name, config in others.items() if getattr(config, "modules_to_save", None)]
-    if with_modules:
-        raise ValueError(
-            f"The adapter {with_modules[0]!r} in the model has modules_to_save, which peft would switch off as soon "
-            "as prompts are put beside it; merge it into the model first, or train it without modules_to_save."
-        )
+    return config
 
 
-def _refuse_pickles(name_or_path: str, hub: dict) -> None:
-    # peft falls back to adapter_model.bin, a pickle, when there are no safetensors
-    found = cached_file(name_or_path, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if found is None:
+def _fetch_weights(name_or_path: str | os.PathLike, adapter: dict) -> str:
+    path = _fetch(name_or_path, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **adapter)
+    if path is None:  # peft would go on to look for adapter_model.bin, a pickle
         raise ValueError(
-            f"{name_or_path!r} holds no {WEIGHTS_NAME}. Weights in other formats are pickles, which can run code when "
-            "they are opened, and are not loaded; save the adapter again with save_pretrained (safetensors)."
+            f"{str(name_or_path)!r} holds no {WEIGHTS_NAME}. Weights in other formats are pickles, which can run code "
+            "when they are opened, and are not loaded; save the adapter again with save_pretrained (safetensors)."
         )
+    try:
+        with safe_open(path, framework="pt"):  # reads the header, which tells the length of the file
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); download or save the adapter again.") from error
+    return path
+
+
+def _base_model_of(config: CLIPPromptTuningConfig, adapter: str | os.PathLike) -> str:
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"The adapter {str(adapter)!r} does not name its base model; pass base_model_name_or_path.")
+    if not os.path.isdir(base) and not is_hub_id(base):
+        raise ValueError(
+            f"The adapter {str(adapter)!r} names the base model {base!r}, which is no folder of this machine and "
+            "cannot be a Hub id; pass base_model_name_or_path."
+        )
+    return base

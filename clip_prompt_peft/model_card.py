@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 
 BEGIN, END = "<!-- clip_prompt_peft: begin -->", "<!-- clip_prompt_peft: end -->"
+BASE_TAG = "base_model:adapter:"  # how peft, and the Hub, tag an adapter with its base model
 NUM_CLASSES_SHOWN = 50
 
 
@@ -44,24 +44,19 @@ def add_prompt_section(
     """
     card.data["library_name"] = "peft"
     card.data["pipeline_tag"] = "image-classification"
-    tags = [tag for tag in card.data.get("tags") or [] if not _names_no_hub_id(tag)]
-    card.data["tags"] = sorted({*tags, "clip", "prompt-tuning", "clip_prompt_peft"})
+    tags = {tag for tag in card.data.get("tags") or [] if not tag.startswith(BASE_TAG)}
     if is_hub_id(config.base_model_name_or_path):
         card.data["base_model"] = config.base_model_name_or_path
-    else:
-        card.data.base_model = None  # a local path is not a valid model id
+        tags.add(BASE_TAG + config.base_model_name_or_path)
+    else:  # peft writes the path of a local folder, which is not a valid model id
+        card.data.base_model = None
+    card.data["tags"] = sorted({*tags, "clip", "prompt-tuning", "clip_prompt_peft"})
     section = f"{BEGIN}\n{_section(config, metrics, repo_id)}\n{END}"
     if BEGIN in card.text:
-        pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+        pattern = re.escape(BEGIN) + ".*" + re.escape(END)  # to the last: a class may be named like the marker
         card.text = re.sub(pattern, lambda _: section, card.text, flags=re.DOTALL)
     else:
         card.text = f"{section}\n\n{card.text.strip()}\n"
-
-
-def _names_no_hub_id(tag: str) -> bool:
-    # peft tags an adapter with its base model even when that is a folder of this machine
-    prefix = "base_model:adapter:"
-    return tag.startswith(prefix) and not is_hub_id(tag.removeprefix(prefix))
 
 
 def _section(config, metrics, repo_id) -> str:
@@ -69,12 +64,10 @@ def _section(config, metrics, repo_id) -> str:
     shown = ", ".join(_inline(name) for name in names[:NUM_CLASSES_SHOWN])
     if len(names) > NUM_CLASSES_SHOWN:
         shown += f", ... ({len(names) - NUM_CLASSES_SHOWN} more)"
-    base = config.base_model_name_or_path
     lines = [
         "## Learned prompts for CLIP",
         "",
-        f"- Base model: {_inline(base) if base else 'unknown'}"
-        + ("" if is_hub_id(base) else " (not a Hub id: pass `base_model_name_or_path` when loading)"),
+        f"- Base model: {_base_model(config.base_model_name_or_path)}",
         f"- Vectors: {config.num_virtual_tokens}, in place of the tokens from position {config.start_idx} on",
         f"- Template: {_inline(config.padded_template or config.prompt_template)}",
         f"- Initialised from: {config.prompt_tuning_init.value}",
@@ -82,8 +75,16 @@ def _section(config, metrics, repo_id) -> str:
     ]
     if metrics:
         lines += ["", "| metric | value |", "|---|---|"]
-        lines += [f"| {_inline(name)} | {value:.4g} |" for name, value in metrics.items()]
+        lines += [f"| {_table_cell(name)} | {value:.4g} |" for name, value in metrics.items()]
     return "\n".join([*lines, "", *_snippet(repo_id)])
+
+
+def _base_model(base: str | None) -> str:
+    if is_hub_id(base):
+        return _inline(base)
+    # the last part only: where it lies is nobody's business
+    name = _inline(os.path.basename(os.path.normpath(base))) + ", a folder" if base else "unknown"
+    return f"{name} (not on the Hub: pass `base_model_name_or_path` when loading)"
 
 
 def _snippet(repo_id) -> list[str]:
@@ -102,6 +103,16 @@ def _snippet(repo_id) -> list[str]:
 
 
 def _inline(text: str) -> str:
-    """One line of Markdown code that shows `text` as it is: class names come from anywhere."""
+    """One line of Markdown code that shows `text` as it is: class names come from anywhere.
+
+    Nothing inside a code span is markup, neither Markdown nor HTML, as long as its fence is longer than any run of
+    backticks in it.
+    """
     text = "".join(char if char.isprintable() else " " for char in text)
-    return "<code>" + html.escape(text).replace("|", "&#124;").replace("`", "&#96;") + "</code>"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    padding = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{padding}{text}{padding}{fence}"
+
+
+def _table_cell(text: str) -> str:
+    return _inline(text).replace("|", r"\|")  # a cell ends at a bar even inside of code

@@ -3,7 +3,7 @@
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from .auto import PeftModelForPromptClassification
+from .peft_model import PeftModelForPromptClassification
 from .tuner import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig, CLIPPromptTuningModel
 
 

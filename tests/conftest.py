@@ -52,6 +52,14 @@ def labels():
     return torch.tensor([0, 3, 1])
 
 
+@pytest.fixture(params=range(4), ids=["CLIPModel", "CLIPTextModelWithProjection", "CLIPTextModel", "classifier"])
+def case(request, tokenizer, pixel_values, labels):
+    """Every model with a CLIP text tower, one after the other."""
+    from cases import MODEL_CLASSES, Case
+
+    return Case(MODEL_CLASSES[request.param], tokenizer, pixel_values, labels)
+
+
 class GoldenCase:
     """Numbers that the original authors' code computed; see tests/golden/README.md."""
 

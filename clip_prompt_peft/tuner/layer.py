@@ -112,7 +112,8 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
         if self._placeholders.get(name) is vectors:
             raise ValueError(
                 f"The configuration of adapter {name!r} belongs to saved weights, but none were loaded: the file is "
-                "damaged or belongs to another model. To start a new adapter, make a CLIPPromptTuningConfig without "
+                "damaged, belongs to another model, or has the text tower at another path (then "
+                "PeftModel.from_pretrained finds it). To start a new adapter, make a CLIPPromptTuningConfig without "
                 "replaced_token_ids."
             )
         return vectors

@@ -139,7 +139,7 @@ def _resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     config.forget_filled_in()
     given = config.to_dict()
     if config.prompt_template is None:
-        config.prompt_template = getattr(model.config, "prompt_template", None) or DEFAULT_TEMPLATE
+        config.prompt_template = _config_value(model, "prompt_template") or DEFAULT_TEMPLATE
     if config.class_names is None:
         config.class_names = _class_names_of(model)
     tokenizer = _tokenizer_for(config, model)
@@ -190,8 +190,12 @@ def _tokenizer_for(config: CLIPPromptTuningConfig, model: nn.Module):
 
 
 def _class_names_of(model: nn.Module) -> list[str] | None:
-    names = getattr(model.config, "class_names", None)
+    names = _config_value(model, "class_names")
     return None if names is None else check_class_names(names)
+
+
+def _config_value(model: nn.Module, name: str):
+    return getattr(getattr(model, "config", None), name, None)  # not every module around a CLIP has a config
 
 
 def _check_fits(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
@@ -215,7 +219,7 @@ def _check_fits(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
 def _key_at_other_path(key: str, adapter_name: str, expected: dict) -> str:
     if key in expected:
         return key
-    path, _, name = key.removesuffix(f".{adapter_name}").rpartition(".")
+    path, _, name = key.rpartition(".")  # keys of a file do not hold the adapter's name
     if name != "learnable_embeddings":
         return key
     path = path.removeprefix("base_model.model.")

@@ -1,0 +1,161 @@
+"""What runs in a process of its own in test_hub.py, with HF_ENDPOINT set to the stand-in of the Hub.
+
+    hub_client.py FOLDER TASK ...
+
+A task is one of the functions below, and leaves in FOLDER what the tests look at.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from urllib.request import urlopen
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, CLIPModel, Trainer, TrainingArguments
+
+from clip_prompt_peft import (
+    AutoPeftModelForPromptClassification,
+    CLIPForPromptClassification,
+    CLIPPromptTuningConfig,
+    build_class_prompts,
+)
+
+
+BASE = "clips/tiny-clip"  # on the stand-in
+LOCAL_BASE = str(Path(__file__).parent.parent / "examples" / "assets" / "tiny_clip")
+CLASS_NAMES = ["cat", "dog", "red_car"]
+PIXEL_VALUES = torch.randn(6, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+
+def new_model(base):
+    classifier = CLIPForPromptClassification.from_pretrained(base, class_names=CLASS_NAMES)
+    model = get_peft_model(classifier, CLIPPromptTuningConfig(num_virtual_tokens=5))
+    torch.nn.init.normal_(classifier.text_model.embeddings.learnable_embeddings["default"], std=0.1)
+    return model
+
+
+def new_trainer(model, output_dir, repo_id):
+    data = Dataset.from_dict({"pixel_values": PIXEL_VALUES.numpy(), "labels": [0, 1, 2, 0, 1, 2]}).with_format("torch")
+    args = TrainingArguments(str(output_dir), max_steps=2, hub_model_id=repo_id, use_cpu=True, save_strategy="no")
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    )
+
+
+@torch.no_grad()
+def classifier_logits(model):
+    return model.eval()(pixel_values=PIXEL_VALUES).logits
+
+
+@torch.no_grad()
+def clip_logits(model, repo_id):
+    """Of a plain CLIPModel, with the texts that the adapter asks for."""
+    config = PeftConfig.from_pretrained(repo_id)
+    prompts = build_class_prompts(
+        config.class_names, config.padded_template, AutoTokenizer.from_pretrained(BASE), max_length=77
+    )
+    output = model.eval()(
+        input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, pixel_values=PIXEL_VALUES
+    )
+    return output.logits_per_image
+
+
+def push(folder):
+    """Trains and pushes, by the Trainer and by the model, over a base model of the Hub."""
+    model = new_model(BASE)
+    trainer = new_trainer(model, folder / "run", "by-trainer")
+    trainer.train()
+    metrics = trainer.evaluate()
+    model.hub_repo_id = "me/by-trainer"
+    trainer.push_to_hub()
+    model.card_metrics = {"accuracy": metrics["eval_accuracy"]}
+    model.push_to_hub("by-model", tags=["pets"])
+    model.push_to_hub("me/with-card", revision="preview")
+    model.push_to_hub("me/with-card")
+    save_file({"logits": classifier_logits(model)}, folder / "pushed.safetensors")
+
+
+def push_with_local_base(folder):
+    """The same over a folder, with what is logged meanwhile."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("clip_prompt_peft").addHandler(handler)
+    logged = {}
+    model = new_model(LOCAL_BASE)
+    model.save_pretrained(folder / "saved")
+    logged["save"] = list(messages)
+    messages.clear()
+    model.push_to_hub("me/local-by-model")
+    logged["model"] = list(messages)
+    messages.clear()
+    new_trainer(model, folder / "local_run", "me/local-by-trainer").push_to_hub()
+    logged["trainer"] = list(messages)
+    messages.clear()
+    model.active_peft_config.base_model_name_or_path = BASE
+    model.push_to_hub("me/local-corrected")
+    logged["corrected"] = list(messages)
+    (folder / "logged.json").write_text(json.dumps(logged))
+
+
+def load(folder):
+    """Loads in the three ways, each from a repository pushed in another way."""
+    logits = {
+        "auto": classifier_logits(AutoPeftModelForPromptClassification.from_pretrained("me/by-trainer")),
+        "auto_from_push_by_model": classifier_logits(
+            AutoPeftModelForPromptClassification.from_pretrained("me/by-model")
+        ),
+        "classifier": classifier_logits(CLIPForPromptClassification.from_pretrained("me/by-trainer")),
+    }
+    peft_model = PeftModel.from_pretrained(CLIPModel.from_pretrained(BASE), "me/by-trainer")
+    logits["peft_model"] = clip_logits(peft_model, "me/by-trainer")
+    clip = CLIPModel.from_pretrained(BASE)
+    clip.load_adapter("me/by-trainer")
+    logits["load_adapter"] = clip_logits(clip, "me/by-trainer")
+    save_file({way: tensor.contiguous() for way, tensor in logits.items()}, folder / "loaded.safetensors")
+
+
+def outcome(action):
+    try:
+        action()
+    except Exception as error:
+        return {"type": type(error).__name__, "is_os_error": isinstance(error, OSError), "message": str(error)}
+    return None
+
+
+def fail_to_push(folder):
+    model = new_model(LOCAL_BASE)
+    model.active_peft_config.base_model_name_or_path = BASE
+    model.save_pretrained(folder / "before")
+    pushes = {
+        "refused": lambda: model.push_to_hub("me/push-refused"),
+        "breaks_down": lambda: model.push_to_hub("me/push-breaks-down"),
+        "breaks_down_under_trainer": new_trainer(model, folder / "failed_run", "me/push-breaks-down").push_to_hub,
+    }
+    (folder / "push_outcomes.json").write_text(json.dumps({name: outcome(action) for name, action in pushes.items()}))
+    model.save_pretrained(folder / "after")
+
+
+def fail_to_load(folder):
+    def load(name):
+        return AutoPeftModelForPromptClassification.from_pretrained(f"me/{name}")
+
+    names = ["no-access", "nowhere", "breaks-down", "breaks-off", "pickled", "by-trainer"]
+    outcomes = {name: outcome(lambda name=name: load(name)) for name in names}
+    (folder / "load_outcomes.json").write_text(json.dumps(outcomes))
+    urlopen(os.environ["HF_ENDPOINT"] + "/heal")
+    save_file({"logits": classifier_logits(load("breaks-off"))}, folder / "recovered.safetensors")
+
+
+if __name__ == "__main__":
+    for task in sys.argv[2:]:
+        globals()[task](Path(sys.argv[1]))

@@ -1,0 +1,181 @@
+"""A stand-in of the Hugging Face Hub: the part of its HTTP API that pushing and loading an adapter needs.
+
+It lets the tests use the real client (`HF_ENDPOINT`, with `HF_HUB_DISABLE_XET=1`) without network. Repositories live
+in memory, every repository has one branch, and failures are told to it beforehand.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+
+TRUNCATE = "truncate"  # a failure that is no status: the answer breaks off in the middle
+
+
+class HubStandIn:
+    """
+    Attributes:
+        repos: files by repository id and path.
+        failures: (regex of "METHOD /path", status or TRUNCATE); requests that match fail.
+        requests: "METHOD /path" of all requests so far.
+    """
+
+    def __init__(self):
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.failures: list[tuple[str, int | str]] = []
+        self.requests: list[str] = []
+        self.uploads: dict[str, bytes] = {}  # large files that no commit has named yet, by sha256
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+
+    def __enter__(self) -> HubStandIn:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def commit_id(self, repo_id: str) -> str:
+        return hashlib.sha1(repr(sorted(self.repos[repo_id].items())).encode()).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubStandIn
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self._answer()
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _answer(self):
+        path = unquote(urlsplit(self.path).path)
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        request = f"{self.command} {path}"
+        self.hub.requests.append(request)
+        failure = next((how for pattern, how in self.hub.failures if re.search(pattern, request)), None)
+        self.truncated = failure == TRUNCATE
+        if isinstance(failure, int):
+            return self._json({"error": f"stand-in answers {failure}"}, failure)
+        for pattern, method in ROUTES.items():
+            match = re.fullmatch(pattern, request)
+            if match:
+                return method(self, *match.groups())
+        return self._json({"error": f"the stand-in has no {request}"}, 404)
+
+    def _send(self, content: bytes, status: int = 200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(content[: len(content) // 2] if self.truncated else content)
+        self.close_connection = self.truncated
+
+    def _json(self, answer, status: int = 200, **headers):
+        self._send(json.dumps(answer).encode(), status, Content_Type="application/json", **headers)
+
+    def heal(self):
+        self.hub.failures = []
+        self._json({})
+
+    def create_repo(self):
+        wanted = json.loads(self.body)
+        repo_id = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+        known = repo_id in self.hub.repos
+        self.hub.repos.setdefault(repo_id, {})
+        self._json({"url": f"{self.hub.endpoint}/{repo_id}", "id": repo_id}, 409 if known else 200)
+
+    def whoami(self):
+        self._json({"name": "me", "type": "user", "orgs": []})
+
+    def validate_yaml(self):
+        content = json.loads(self.body)["content"]
+        metadata = yaml.safe_load(content.split("---\n")[1])
+        base = metadata.get("base_model", "some/model")
+        valid = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
+        errors = [] if valid else [{"message": f'"base_model" with value "{base}" is not valid.'}]
+        self._json({"errors": errors, "warnings": []}, 200 if valid else 400)
+
+    def preupload(self, repo_id, revision):
+        files = json.loads(self.body)["files"]
+        large = {path: path.endswith((".safetensors", ".bin")) for path in (file["path"] for file in files)}
+        modes = [{"path": path, "uploadMode": "lfs" if large[path] else "regular"} for path in large]
+        self._json({"files": [{**mode, "shouldIgnore": False} for mode in modes]})
+
+    def lfs_batch(self, repo_id):
+        objects = json.loads(self.body)["objects"]
+        upload = [{**o, "actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{o['oid']}"}}} for o in objects]
+        self._json({"transfer": "basic", "objects": upload})
+
+    def lfs_put(self, oid):
+        assert hashlib.sha256(self.body).hexdigest() == oid
+        self.hub.uploads[oid] = self.body
+        self._json({})
+
+    def commit(self, repo_id, revision):
+        files = self.hub.repos[repo_id]
+        for line in map(json.loads, self.body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.uploads.pop(value["oid"])
+        commit = self.hub.commit_id(repo_id)
+        self._json(
+            {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{commit}"}
+        )
+
+    def create_branch(self, repo_id, branch):
+        self._json({})
+
+    def info(self, repo_id):
+        if repo_id not in self.hub.repos:
+            return self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        siblings = [{"rfilename": path} for path in self.hub.repos[repo_id]]
+        return self._json({"id": repo_id, "sha": self.hub.commit_id(repo_id), "siblings": siblings, "tags": []})
+
+    def resolve(self, repo_id, revision, path):
+        if repo_id not in self.hub.repos:
+            return self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        commit = self.hub.commit_id(repo_id)
+        if path not in self.hub.repos[repo_id]:
+            return self._json({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+        content = self.hub.repos[repo_id][path]
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": commit}
+        start = int(re.search(r"\d+", self.headers.get("Range", "bytes=0-"))[0])  # a client resumes a download
+        if start:
+            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        return self._send(content[start:], 206 if start else 200, **headers)
+
+
+REPO, REVISION = r"([\w.-]+/[\w.-]+)", r"([\w.-]+)"
+ROUTES = {
+    "GET /heal": _Handler.heal,
+    "POST /api/repos/create": _Handler.create_repo,
+    "GET /api/whoami-v2": _Handler.whoami,
+    "POST /api/validate-yaml": _Handler.validate_yaml,
+    f"POST /api/models/{REPO}/preupload/{REVISION}": _Handler.preupload,
+    rf"POST /{REPO}\.git/info/lfs/objects/batch": _Handler.lfs_batch,
+    r"PUT /lfs/(\w+)": _Handler.lfs_put,
+    f"POST /api/models/{REPO}/commit/{REVISION}": _Handler.commit,
+    f"POST /api/models/{REPO}/branch/{REVISION}": _Handler.create_branch,
+    f"GET /api/models/{REPO}(?:/revision/[^/]+)?": _Handler.info,
+    f"(?:GET|HEAD) /{REPO}/resolve/{REVISION}/(.+)": _Handler.resolve,
+}
