@@ -97,6 +97,31 @@ def test_modules_that_an_adapter_saves_act_on_its_own_images_only(classifier, pi
     assert (mixed[0] - zero_shot[0]).abs().max() > 0.1
 
 
+def test_adapters_of_any_kind_share_a_batch(classifier, pixel_values):
+    """Prompts in the image tower, of every class, and conditioned on the image: each acts on its own images only."""
+    names = ["kgcoop", "coop-csc", "cocoop", "vpt-deep", "maple"]
+    model = None
+    for name in names:
+        config = CLIPPromptTuningConfig.from_preset(name, classifier, regularizer=None)
+        if model is None:
+            model = get_peft_model(classifier, config, adapter_name=name).eval()
+        else:
+            model.add_adapter(name, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "learnable_" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    images = pixel_values.repeat(4, 1, 1, 1)  # (12, 3, H, W)
+    batch = [*names, "__base__", *reversed(names), "__base__"]
+    mixed = model(pixel_values=images, adapter_names=batch).logits
+    with model.disable_adapter():
+        separate = {"__base__": model(pixel_values=images).logits}
+    separate |= {name: logits_of(model, name, images) for name in names}
+    expected = torch.stack([separate[name][row] for row, name in enumerate(batch)])
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5)
+    assert min((separate[name] - separate["__base__"]).abs().max() for name in names) > 0.01
+
+
 def test_the_active_adapter_and_what_is_trained_stay_as_they_are(tuned, pixel_values):
     tuned.set_adapter("zoo")
     before = logits_of(tuned, "zoo", pixel_values)

@@ -33,10 +33,10 @@ def pixel_values(dataset):
     return torch.stack(examples[:100]["pixel_values"])
 
 
-def tuned_model(dataset):
+def tuned_model(dataset, preset="kgcoop"):
     torch.manual_seed(0)
-    model = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=class_names_of(dataset))
-    model = get_peft_model(model, CLIPPromptTuningConfig())
+    base = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=class_names_of(dataset))
+    model = get_peft_model(base, CLIPPromptTuningConfig.from_preset(preset, base))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -124,6 +124,22 @@ def test_exporting_leaves_the_model_as_it_was(exported, dataset, pixel_values):
     fresh = tuned_model(dataset)
     assert exported.model.training == fresh.training
     assert torch.equal(logits_of(exported.model, pixel_values), logits_of(fresh, pixel_values))
+
+
+def test_deep_prompts_in_both_towers_are_exported(dataset, pixel_values, tmp_path):
+    model = tuned_model(dataset, "maple")
+    report = export_classifier(model, tmp_path, images=dataset["image"][:20])
+    assert report.num_images == 20
+    logits, _ = run(tmp_path / ONNX_FILE, pixel_values)
+    torch.testing.assert_close(logits, logits_of(model, pixel_values), rtol=0, atol=1e-4)
+    with model.disable_adapter():
+        assert (logits - logits_of(model, pixel_values)).abs().max() > 0.1
+
+
+def test_an_adapter_conditioned_on_the_image_is_refused_with_the_reason(dataset, tmp_path):
+    with pytest.raises(ValueError, match="conditioned on the image: its class embeddings differ"):
+        export_classifier(tuned_model(dataset, "cocoop"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_lora_in_the_image_tower_is_exported_too_and_replaces_all_of_an_older_export(
