@@ -1,17 +1,19 @@
-"""The PeftModel of the method: how its adapters get a model card and onto the Hub."""
+"""The PeftModel of the method: mixed batches, the model card, and the way onto the Hub."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 
+from .mixed_batch import mixed_batch_forward
 from .model_card import add_prompt_section, empty_card, is_hub_id
+from .tuner import CLIPPromptTuningConfig
 
 
 logger = logging.getLogger(__name__)
@@ -21,8 +23,12 @@ class PeftModelForPromptClassification(PeftModel):
     """
     The `PeftModel` that `get_peft_model` returns for a [`CLIPPromptTuningConfig`].
 
-    It differs from `PeftModel` in its model card only: the card names the classes, the template and the number of
-    vectors, and shows how to load the adapter.
+    It differs from `PeftModel` in two things: its model card names the classes, the template and the number of
+    vectors, and shows how to load the adapter; and `forward` takes `adapter_names`, one for each image of a batch, see
+    [`~mixed_batch.mixed_batch_forward`].
+
+    The model may already hold adapters of other methods (LoRA, ...) from `model.add_adapter(config, name)`; see
+    docs/lora_beside_prompts.md.
 
     **Attributes**:
         - **card_metrics** (`dict[str, float]`): results for the model card, to be set by the user.
@@ -33,6 +39,20 @@ class PeftModelForPromptClassification(PeftModel):
     card_metrics: Mapping[str, float] | None = None
     hub_repo_id: str | None = None
     _is_saving = False
+
+    def __init__(self, model, peft_config, adapter_name: str = "default", **kwargs) -> None:
+        """
+        Raises:
+            ValueError: an adapter of another method in the model that would be lost or switched off by this one.
+        """
+        _check_other_methods(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+        """As the base model's `forward`; with `adapter_names`, each image is scored by the adapter of that name."""
+        if adapter_names is None:
+            return super().forward(*args, **kwargs)
+        return mixed_batch_forward(self, adapter_names, *args, **kwargs)
 
     def save_pretrained(
         self,
@@ -123,3 +143,23 @@ class PeftModelForPromptClassification(PeftModel):
                 "model.active_peft_config.base_model_name_or_path to the Hub id of the base model and push again.",
                 base,
             )
+
+
+def _check_other_methods(model, adapter_name: str) -> None:
+    # configurations of all methods share one dictionary, and peft lets one adapter at a time have its modules_to_save
+    others = {
+        name: config
+        for name, config in (getattr(model, "peft_config", None) or {}).items()
+        if not isinstance(config, CLIPPromptTuningConfig)
+    }
+    if adapter_name in others:
+        raise ValueError(
+            f"The model already holds a {others[adapter_name].peft_type.value} adapter named {adapter_name!r}, whose "
+            "configuration would be lost; give the prompts another name with adapter_name."
+        )
+    with_modules = [name for name, config in others.items() if getattr(config, "modules_to_save", None)]
+    if with_modules:
+        raise ValueError(
+            f"The adapter {with_modules[0]!r} in the model has modules_to_save, which peft would switch off as soon "
+            "as prompts are put beside it; merge it into the model first, or train it without modules_to_save."
+        )

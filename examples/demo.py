@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""Shows in the browser what tuning changes: an image, class names to edit, zero-shot and tuned side by side.
+
+    python demo.py                                                # tunes on the embedded pictures first, a minute
+    python demo.py --base openai/clip-vit-base-patch16 --adapters outputs/prompt_tuning
+
+Needs `pip install 'clip_prompt_peft[demo]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from threading import Lock
+
+import gradio as gr
+import torch
+from embedded_data import STYLES, TINY_CLIP, load_style, use_one_thread_if_tiny
+from peft import PeftConfig
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
+
+
+DEFAULT_ADAPTERS = Path("outputs/demo")
+NUM_LABELS_SHOWN = 5
+NUM_EXAMPLES = 7
+# fonts that are there: the demo asks nothing of other servers
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+Probabilities = dict[str, float]
+
+
+class Comparison:
+    """
+    One CLIP with all adapters of a folder.
+
+    Args:
+        base: Hub id or folder of the CLIP.
+        folder: its sub-folders are the adapters.
+
+    Raises:
+        ValueError: if there are none.
+    """
+
+    def __init__(self, base: str, folder: Path) -> None:
+        paths = {path.parent.name: path.parent for path in sorted(folder.glob("*/adapter_config.json"))}
+        paths = {name: path for name, path in paths.items() if _is_classifier(path)}
+        if not paths:
+            raise ValueError(f"There are no adapters with class names in the sub-folders of {str(folder)!r}.")
+        self.image_processor = AutoImageProcessor.from_pretrained(base)
+        self._classifier = CLIPForPromptClassification.from_pretrained(base)
+        (first, path), *others = paths.items()
+        model = PeftModelForPromptClassification.from_pretrained(self._classifier, path, adapter_name=first)
+        for name, path in others:
+            model.load_adapter(path, name)
+        self._model = model.eval()
+        self.class_names = {name: list(config.class_names) for name, config in model.peft_config.items()}
+        self._lock = Lock()  # adapter and class names are the model's state
+
+    @torch.no_grad()
+    def __call__(
+        self, image: Image.Image, adapter: str, class_names: list[str]
+    ) -> tuple[Probabilities, Probabilities]:
+        """Zero-shot and tuned probabilities by class name.
+
+        Raises:
+            ValueError: class names that the adapter cannot take.
+        """
+        pixel_values = self.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        with self._lock:
+            self._model.set_adapter(adapter)
+            self._classifier.set_class_names(class_names)
+            tuned = self._model(pixel_values=pixel_values).logits[0]  # (C,)
+            with self._model.disable_adapter():
+                zero_shot = self._model(pixel_values=pixel_values).logits[0]
+        return [dict(zip(class_names, logits.softmax(dim=0).tolist())) for logits in (zero_shot, tuned)]
+
+
+def _is_classifier(path: Path) -> bool:
+    config = PeftConfig.from_pretrained(path)
+    return isinstance(config, CLIPPromptTuningConfig) and bool(config.class_names)
+
+
+def build_demo(comparison: Comparison, examples: list[Image.Image]) -> gr.Blocks:
+    """The page."""
+    adapters = list(comparison.class_names)
+
+    def names_of(adapter: str) -> str:
+        return ", ".join(comparison.class_names[adapter])
+
+    def compare(image: Image.Image | None, adapter: str, names: str):
+        if image is None:
+            return None, None
+        class_names = [name.strip() for name in names.replace("\n", ",").split(",") if name.strip()]
+        try:
+            return comparison(image, adapter, class_names)
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+
+    with gr.Blocks(title="Prompt-tuned CLIP", analytics_enabled=False) as demo:
+        gr.Markdown("# Prompt-tuned CLIP\nThe same frozen CLIP twice: as it is, and with learned words in its prompt.")
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(
+                    examples[0],
+                    type="pil",
+                    format="png",  # the default loses something
+                    label="Image",
+                    height=240,
+                    sources=["upload", "clipboard"],
+                    elem_id="image",
+                )
+                adapter = gr.Dropdown(adapters, value=adapters[0], label="Adapter")
+                names = gr.Textbox(names_of(adapters[0]), label="Class names, separated by commas", lines=3)
+                button = gr.Button("Classify", variant="primary")
+            zero_shot = gr.Label(label="Zero-shot", num_top_classes=NUM_LABELS_SHOWN, elem_id="zero-shot")
+            tuned = gr.Label(label="Tuned", num_top_classes=NUM_LABELS_SHOWN, elem_id="tuned")
+        gr.Examples([[example] for example in examples], image, label="Pictures that no adapter was tuned on")
+        inputs, outputs = [image, adapter, names], [zero_shot, tuned]
+        adapter.input(names_of, adapter, names).then(compare, inputs, outputs)
+        gr.on([demo.load, image.change, button.click, names.submit], compare, inputs, outputs)
+    return demo
+
+
+def tune_on_embedded_pictures(folder: Path) -> None:
+    """Two adapters, by the script that a user would take."""
+    script = Path(__file__).parent / "run_prompt_tuning.py"
+    for style in STYLES[:2]:
+        command = [sys.executable, script, "--style", style, "--num_seeds", "1", "--output_dir", folder / style]
+        subprocess.run(command, check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=TINY_CLIP, help="CLIP of the adapters; by default the embedded tiny one")
+    parser.add_argument(
+        "--adapters", type=Path, help="folder whose sub-folders are adapters; by default some are made now"
+    )
+    parser.add_argument("--port", type=int, default=7860)
+    args = parser.parse_args()
+    # peft reads a property of the model that transformers has renamed; nothing that a user can change
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    if args.adapters is None:
+        args.adapters = DEFAULT_ADAPTERS
+        if not args.adapters.is_dir():
+            tune_on_embedded_pictures(args.adapters)
+    use_one_thread_if_tiny(args.base)
+    try:
+        comparison = Comparison(args.base, args.adapters)
+    except (ValueError, OSError) as error:
+        sys.exit(f"demo.py: error: {error}")
+    examples = load_style(STYLES[0])["test"].shuffle(seed=0)[:NUM_EXAMPLES]["image"]
+    build_demo(comparison, examples).launch(
+        server_name="127.0.0.1", server_port=args.port, theme=THEME, max_file_size="20mb"
+    )
+
+
+if __name__ == "__main__":
+    main()
