@@ -68,9 +68,12 @@ class CLIPPromptTuningModel(BaseTuner):
     def _check_target_module_exists(self, peft_config, key):
         """By name where `target_modules` says so, otherwise by structure. The config keeps its `None`, so that one
         adapter file fits models that hold the embeddings at different paths."""
-        if peft_config.target_modules is not None:
-            return check_target_module_exists(peft_config, key)
-        return is_clip_text_embeddings(self.model.get_submodule(key))
+        if peft_config.target_modules is None:
+            if not is_clip_text_embeddings(self.model.get_submodule(key)):
+                return False
+            peft_config = copy.copy(peft_config)
+            peft_config.target_modules = [key]  # exclude_modules has still to be heeded
+        return check_target_module_exists(peft_config, key)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
         if isinstance(target, CLIPTextLearnableEmbeddings):

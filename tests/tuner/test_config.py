@@ -77,6 +77,11 @@ def test_the_number_of_vectors_follows_from_the_init_text_first(clip):
     assert config.replaced_token_ids == IDS_OF_A_PHOTO_OF_A[:2]
 
 
+def test_an_init_text_longer_than_the_template_pads_it(clip):
+    config = CLIPPromptTuningConfig(prompt_tuning_init_text="a photo of one of the")
+    assert get_peft_model(clip, config).active_peft_config.padded_template == "X X a photo of a {}."
+
+
 def test_an_injection_into_the_classifier_takes_its_classes_and_its_template():
     model = CLIPForPromptClassification.from_pretrained(
         TINY_CLIP, class_names=CLASS_NAMES, prompt_template="a drawing of a {}."
@@ -84,6 +89,11 @@ def test_an_injection_into_the_classifier_takes_its_classes_and_its_template():
     config = get_peft_model(model, CLIPPromptTuningConfig()).active_peft_config
     assert config.class_names == CLASS_NAMES
     assert config.prompt_template == "a drawing of a {}."
+
+
+def test_an_adapter_of_a_plain_clip_takes_the_classes_of_the_classifier_that_loads_it(clip, classifier, tmp_path):
+    get_peft_model(clip, CLIPPromptTuningConfig()).save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(classifier, tmp_path).active_peft_config.class_names == CLASS_NAMES
 
 
 def test_what_the_user_says_goes_before_what_the_classifier_has(classifier):

@@ -236,6 +236,12 @@ def test_vectors_stay_in_float32_over_a_base_in_half_precision(dtype, tokenizer)
     assert torch.equal(output, base)
 
 
+def test_vectors_that_transformers_adds_are_in_float32_too():
+    clip = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.bfloat16)
+    clip.add_adapter(CLIPPromptTuningConfig())
+    assert clip.text_model.embeddings.learnable_embeddings["default"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_vectors_take_the_dtype_of_the_base_if_peft_is_asked_not_to_cast(dtype, input_ids):
     clip = CLIPModel.from_pretrained(TINY_CLIP, dtype=dtype)

@@ -48,6 +48,13 @@ def test_a_safe_merge_refuses_a_broken_adapter_before_anything_changes(clip, bad
         model.merge_and_unload(adapter_names=["default", "broken"], safe_merge=True)
 
 
+def test_a_merge_looks_for_broken_values_only_if_asked_to(clip):
+    model = tuned(clip)
+    vectors_of(model).data[1, 5] = float("nan")
+    model.merge_adapter()
+    assert layer_of(model).position_embedding.weight[2, 5].isnan()
+
+
 def test_a_safe_merge_of_a_sound_adapter_is_a_merge(clip, texts):
     model = tuned(clip)
     expected = text_features(model, texts)
@@ -76,6 +83,16 @@ def test_adapters_at_the_same_position_are_not_merged_together(clip):
     with pytest.raises(ValueError, match="'second' and 'default' both replace position 1"):
         model.merge_adapter(adapter_names=["second"])
     assert model.get_model_status().merged_adapters == ["default"]
+
+
+def test_the_merged_adapter_brings_the_texts_and_not_the_active_one(classifier, pixel_values):
+    model = tuned(classifier, num_virtual_tokens=6)
+    expected = model(pixel_values=pixel_values).logits
+    model.add_adapter("second", CLIPPromptTuningConfig(num_virtual_tokens=2))
+    model.set_adapter("second")
+    model.merge_adapter(adapter_names=["default"])
+    assert layer_of(model).prompt_layout.padded_template == "X X a photo of a {}."
+    torch.testing.assert_close(model(pixel_values=pixel_values).logits, expected, **MERGED)
 
 
 def test_merging_nothing_by_name_changes_nothing(clip):

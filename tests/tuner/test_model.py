@@ -1,5 +1,7 @@
 """Which models the tuner takes, and that one adapter file fits them all."""
 
+import copy
+
 import pytest
 import torch
 from adapters import layer_of, randomize, tuned
@@ -7,7 +9,7 @@ from conftest import TINY_CLIP
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertModel, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModel
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, CLIPTextLearnableEmbeddings
 
 
 MODELS = [CLIPModel, CLIPTextModelWithProjection, CLIPTextModel, CLIPForPromptClassification]
@@ -72,6 +74,38 @@ def test_a_model_that_holds_a_clip_somewhere_inside_is_tuned_too(clip, texts, tm
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(CLIPModel.from_pretrained(TINY_CLIP), tmp_path)
     assert torch.equal(text_features(loaded, texts), model(**texts))
+
+
+def test_a_text_tower_may_be_left_out(clip):
+    pair = torch.nn.ModuleDict({"left": copy.deepcopy(clip.text_model), "right": clip.text_model})
+    config = CLIPPromptTuningConfig(exclude_modules=["left.embeddings"], tokenizer_name_or_path=TINY_CLIP)
+    get_peft_model(pair, config)
+    assert not isinstance(pair["left"].embeddings, CLIPTextLearnableEmbeddings)
+    assert isinstance(pair["right"].embeddings, CLIPTextLearnableEmbeddings)
+
+
+def test_two_text_towers_may_have_an_adapter_each(clip, texts, tmp_path):
+    def pair():
+        return torch.nn.ModuleDict({"left": copy.deepcopy(clip.text_model), "right": copy.deepcopy(clip.text_model)})
+
+    def config(side):
+        return CLIPPromptTuningConfig(target_modules=[f"{side}.embeddings"], tokenizer_name_or_path=TINY_CLIP)
+
+    model = get_peft_model(pair(), config("left"), adapter_name="of_left")
+    model.add_adapter("of_right", config("right"))
+    layers = [layer_of(model.base_model.model[side]) for side in ("left", "right")]
+    assert [list(layer.learnable_embeddings) for layer in layers] == [["of_left"], ["of_right"]]
+    torch.nn.init.normal_(layers[1].learnable_embeddings["of_right"])
+    model.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(pair(), tmp_path / "of_left", adapter_name="of_left")
+    loaded.load_adapter(tmp_path / "of_right", adapter_name="of_right")
+    loaded.set_adapter("of_right")
+    right, untouched = loaded.base_model.model["right"], loaded.base_model.model["left"]
+    model.set_adapter("of_right")
+    expected = model.base_model.model["right"](**texts).pooler_output
+    assert torch.equal(right(**texts).pooler_output, expected)
+    assert torch.equal(untouched(**texts).pooler_output, clip.text_model(**texts).pooler_output)
 
 
 def test_the_loss_of_clip_itself_can_be_trained(clip, texts, pixel_values):
