@@ -8,6 +8,7 @@ from .auto import AutoPeftModelForPromptClassification
 from .class_prompts import build_class_prompts, check_label_names, pad_template
 from .classifier import CLIPForPromptClassification
 from .peft_model import PeftModelForPromptClassification
+from .prompt_ensemble import description_ensemble, load_templates, template_ensemble
 from .registration import register
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
 
@@ -25,5 +26,8 @@ __all__ = [
     "PeftModelForPromptClassification",
     "build_class_prompts",
     "check_label_names",
+    "description_ensemble",
+    "load_templates",
     "pad_template",
+    "template_ensemble",
 ]

@@ -20,9 +20,7 @@ from .class_prompts import (
     check_class_names,
     check_template,
 )
-
-
-IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss(ignore_index)
+from .problem_type import check_labels, classification_loss
 
 
 class CLIPForPromptClassification(CLIPModel):
@@ -59,6 +57,7 @@ class CLIPForPromptClassification(CLIPModel):
         self.tokenizer = None
         self._prompts: ClassPrompts | None = None
         self._prompts_key: tuple | None = None
+        self._fixed_class_embeds: torch.Tensor | None = None
 
     @classmethod
     def from_pretrained(
@@ -189,6 +188,7 @@ class CLIPForPromptClassification(CLIPModel):
         class_names = check_class_names(class_names)
         layout = self.prompt_layout
         self._build_prompts(class_names, layout)
+        self._fixed_class_embeds = None
         self.config.class_names = class_names
         if layout is not None:
             layout.class_names = class_names
@@ -205,8 +205,33 @@ class CLIPForPromptClassification(CLIPModel):
         if layout.class_names is not None:
             self.set_class_names(layout.class_names)
 
+    def set_class_embeds(self, class_embeds: torch.Tensor | None) -> None:
+        """Gives the classes embeddings made elsewhere, such as an ensemble of templates, in place of the prompts.
+
+        They stay as they are until `set_class_names`, are not saved, and are not used while a prompt adapter is
+        active: it brings its own prompts.
+
+        Args:
+            class_embeds: (C, E), normalised or not; `None` goes back to the prompts.
+
+        Raises:
+            ValueError: another shape than that.
+        """
+        if class_embeds is None:
+            self._fixed_class_embeds = None
+            return
+        shape = (len(self.config.class_names or ()), self.text_projection.out_features)
+        if tuple(class_embeds.shape) != shape:
+            raise ValueError(
+                f"class_embeds must be {shape}, one embedding for each of the classifier's classes, got "
+                f"{tuple(class_embeds.shape)}."
+            )
+        self._fixed_class_embeds = normalize(class_embeds.detach()).to(self.device)
+
     def get_class_embeds(self) -> torch.Tensor:
         """(C, E) L2-normalised class embeddings, differentiable with respect to the active adapter."""
+        if self._fixed_class_embeds is not None and self.prompt_layout is None:
+            return self._fixed_class_embeds.to(self.device)
         return encode_class_prompts(self, self._class_prompts())
 
     @can_return_tuple
@@ -225,7 +250,9 @@ class CLIPForPromptClassification(CLIPModel):
         """
         Args:
             pixel_values: (B, 3, H, W), as the processor makes them.
-            labels: (B,) class indices; with them the mean cross entropy is returned as `loss`.
+            labels: (B,) class indices; with them the mean cross entropy is returned as `loss`. With
+                `config.problem_type = "multi_label_classification"` they are (B, C) zeros and ones, and the loss is
+                the binary cross entropy of the logits.
             image_embeds: (B, E) in place of `pixel_values`, projected image features, normalised or not.
             input_ids: if given, this is `CLIPModel.forward` and returns its output.
             attention_mask, position_ids, return_loss: as in `CLIPModel`, only with `input_ids`.
@@ -265,7 +292,7 @@ class CLIPForPromptClassification(CLIPModel):
         with torch.autocast(class_embeds.device.type, enabled=False):  # bfloat16 would round a logit of 30 to 0.1
             similarity = normalize(image_embeds.to(class_embeds.dtype)) @ class_embeds.T  # (B, C)
             logits = self.logit_scale.exp().to(similarity.dtype) * similarity
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
+        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         return ImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -284,14 +311,8 @@ class CLIPForPromptClassification(CLIPModel):
     def _check_labels(self, labels) -> None:
         if labels is None or torch.compiler.is_compiling():
             return
-        num_labels = len(self._class_prompts().texts)
-        bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= num_labels)]
-        if bad.numel():
-            raise ValueError(
-                f"Label {int(bad[0])} is out of range: the model has {num_labels} classes, so labels go from 0 to "
-                f"{num_labels - 1}. Compare the data set's label names with the model's class_names "
-                f"({', '.join(self.class_names[:5])}, ...)."
-            )
+        self._class_prompts()  # complains if there are no class names
+        check_labels(labels, self.class_names, self.config.problem_type)
 
     def _check_width(self, image_embeds) -> None:
         width = self.text_projection.out_features
