@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
-from conftest import EMOJI, ROOT, TINY_CLIP
+from conftest import EMOJI, EXAMPLES, TINY_CLIP
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -21,7 +20,6 @@ from clip_prompt_peft import AutoPeftModelForPromptClassification
 from clip_prompt_peft.data import load_image_dataset, with_pixel_values
 
 
-EXAMPLES = ROOT / "examples"
 OTHER_STYLES = ("noto", "fluent3d")
 
 
@@ -137,24 +135,6 @@ def test_what_is_pushed_names_its_base_model_and_its_own_place(tmp_path):
         load(files["adapter_model.safetensors"]).keys()
         == load_file(tmp_path / "outputs/prompt_tuning/adapter_model.safetensors").keys()
     )
-
-
-@pytest.fixture
-def run_here(monkeypatch, capsys, tmp_path):
-    """Runs a script in this process, which saves the time to import everything, and returns what it printed."""
-
-    def run_script(script, *arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(EXAMPLES)
-        monkeypatch.setattr("sys.argv", [str(EXAMPLES / script), *map(str, arguments)])
-        threads = torch.get_num_threads()
-        try:
-            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
-        finally:
-            torch.set_num_threads(threads)
-        return capsys.readouterr().out
-
-    return run_script
 
 
 def test_predict_prints_the_labels_of_the_model_and_reports_what_it_cannot_read(tuned, run_here, capsys, tmp_path):
