@@ -41,6 +41,7 @@ from clip_prompt_peft.protocols import (
     few_shot_curve,
     few_shot_scores,
     few_shot_table,
+    mean_scores,
     transfer,
     transfer_table,
 )
@@ -99,7 +100,7 @@ def main() -> None:
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
     tables = write_tables(results, curve, base_new, others, args)
     print(f"\n{tables}")
-    draw(results, curve, base_new, args)
+    draw(results, curve, base_new, others, args)
     print(f"Pictures, predictions and {results.path.name} are in {args.output_dir}")
 
 
@@ -156,13 +157,15 @@ Percent {args.metric.replace("_", " ")}{spread}
     return text
 
 
-def draw(results: Results, curve: list[Run], base_new: list[Run], args: BenchmarkArguments) -> None:
+def draw(results: Results, curve: list[Run], base_new: list[Run], others: list[Run], args: BenchmarkArguments) -> None:
     def save(drawn, name: str) -> None:
         plots.save_figure(drawn, os.path.join(args.output_dir, f"{name}.png"))
 
     metric = args.metric.replace("_", " ")
     save(plots.plot_few_shot_curve(few_shot_scores(results, curve, args.metric), metric), "few_shot_curve")
     save(plots.plot_bars(base_new_scores(results, base_new, args.metric), f"{metric}, %"), "base_new")
+    if len(others[0].tests) > 1:
+        save(plots.plot_bars(mean_scores(results, others, args.metric), f"{metric}, %"), "transfer")
     best = [run for run in curve if run.shots in (0, max(args.shots)) and run.seed in (0, args.seeds[0])]
     for run in best:
         predictions = results.predictions(run, run.source)

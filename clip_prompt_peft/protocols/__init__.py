@@ -5,7 +5,7 @@ from .methods import METHODS, Backbone, Method, find_method
 from .results import Predictions, Results
 from .runs import Run, base_to_new, few_shot_curve, merge_runs, transfer
 from .settings import TrainingSettings
-from .tables import base_new_scores, base_new_table, few_shot_scores, few_shot_table, transfer_table
+from .tables import base_new_scores, base_new_table, few_shot_scores, few_shot_table, mean_scores, transfer_table
 
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "few_shot_scores",
     "few_shot_table",
     "find_method",
+    "mean_scores",
     "merge_runs",
     "transfer",
     "transfer_table",

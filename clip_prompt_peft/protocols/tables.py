@@ -41,12 +41,19 @@ def scores_by_test(results: Results, runs: Sequence[Run], metric: str = "accurac
 
 def base_new_scores(results: Results, runs: Sequence[Run], metric: str = "accuracy") -> dict[str, dict[str, float]]:
     """Means over seeds, on base and new classes, and their harmonic mean `"H"`, if the method knows new classes."""
-    means = {}
-    for method, tests in scores_by_test(results, runs, metric).items():
-        means[method] = {test: float(np.mean(values)) for test, values in tests.items() if values}
-        if {BASE, NEW} <= set(means[method]):
-            means[method]["H"] = harmonic_mean(means[method][BASE], means[method][NEW])
+    means = mean_scores(results, runs, metric)
+    for tests in means.values():
+        if {BASE, NEW} <= set(tests):
+            tests["H"] = harmonic_mean(tests[BASE], tests[NEW])
     return means
+
+
+def mean_scores(results: Results, runs: Sequence[Run], metric: str = "accuracy") -> dict[str, dict[str, float]]:
+    """Method to test to the mean over seeds; tests that a method cannot know are left out."""
+    return {
+        method: {test: float(np.mean(values)) for test, values in tests.items() if values}
+        for method, tests in scores_by_test(results, runs, metric).items()
+    }
 
 
 def few_shot_table(results: Results, runs: Sequence[Run], metric: str = "accuracy") -> str:
