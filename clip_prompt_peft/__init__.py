@@ -5,10 +5,14 @@ Importing the package registers the method with peft, so that `get_peft_model`, 
 """
 
 from .auto import AutoPeftModelForPromptClassification
+from .callbacks import GaussianPromptAveraging
 from .class_prompts import build_class_prompts, check_label_names, pad_template
 from .classifier import CLIPForPromptClassification
 from .peft_model import PeftModelForPromptClassification
+from .presets import PRESETS
+from .prograd_trainer import ProGradMixin, ProGradTrainer
 from .prompt_ensemble import description_ensemble, load_templates, template_ensemble
+from .recipes import training_recipe
 from .registration import register
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
 
@@ -23,11 +27,16 @@ __all__ = [
     "CLIPPromptTuningConfig",
     "CLIPPromptTuningModel",
     "CLIPTextLearnableEmbeddings",
+    "GaussianPromptAveraging",
+    "PRESETS",
     "PeftModelForPromptClassification",
+    "ProGradMixin",
+    "ProGradTrainer",
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",
     "load_templates",
     "pad_template",
     "template_ensemble",
+    "training_recipe",
 ]

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from .class_token_position import count_name_tokens, move_class_names
+
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 PLACEHOLDER = "X"  # the word that CoOp writes where a vector will stand
@@ -26,10 +28,25 @@ class PromptLayout(Protocol):
     """
 
     class_names: list[str] | None
+    prompt_template: str
     padded_template: str
     start_idx: int
     num_virtual_tokens: int
     replaced_token_ids: list[int]
+
+    # kind of context
+    class_specific: bool
+    image_conditioned: bool
+    has_row_vectors: bool  # either of the two
+    has_row_positions: bool  # positions differ from class to class
+    class_token_count: str  # "in_prompt" or "alone"
+    num_vectors_before_class: int
+    num_shared_positions: int | None  # from the begin token on, the same for all classes; None if the texts tell
+
+    num_vision_virtual_tokens: int  # above 0, image embeddings are the adapter's and cannot be made in advance
+    regularizer: str | None
+    regularizer_weights: dict[str, float] | None
+    teacher_templates: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -40,11 +57,13 @@ class ClassPrompts:
         texts: one prompt per class.
         input_ids: (C, L), cut after the longest prompt's end token; shorter ones are padded by the tokenizer.
         attention_mask: (C, L), 1 up to the end token.
+        context_positions: (C, n), where the vectors go if that differs from class to class.
     """
 
     texts: list[str]
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor
+    context_positions: torch.LongTensor | None = None
 
 
 def check_template(template: str) -> None:
@@ -199,9 +218,12 @@ def build_class_prompts(
 
     Raises:
         ValueError: bad names or template; a prompt longer than `max_length`, with the class named; a prompt whose
-            tokens at the replaced positions are not those that the adapter replaces.
+            tokens at the replaced positions are not those that the adapter replaces; other classes than those that
+            an adapter has class-specific vectors for.
     """
     class_names = check_class_names(class_names)
+    if layout is not None:
+        _check_class_specific(class_names, layout)
     template = template if layout is None else layout.padded_template
     check_template(template)
     texts = [template.replace(CLASS_SLOT, name) for name in class_names]
@@ -210,7 +232,10 @@ def build_class_prompts(
     _check_lengths(class_names, attention_mask, template, max_length)
     if layout is not None:
         _check_replaced_tokens(class_names, input_ids, layout)
-    return ClassPrompts(texts=texts, input_ids=input_ids, attention_mask=attention_mask)
+    positions = None
+    if layout is not None and layout.has_row_positions:
+        input_ids, positions = _move_class_names(class_names, texts, input_ids, tokenizer, layout)
+    return ClassPrompts(texts, input_ids, attention_mask, positions)
 
 
 def _check_lengths(class_names, attention_mask, template, max_length) -> None:
@@ -236,3 +261,22 @@ def _check_replaced_tokens(class_names, input_ids, layout) -> None:
             "replace. The class name must not merge with the words before it; use the template and the tokenizer "
             "that the adapter was made with."
         )
+
+
+def _check_class_specific(class_names, layout) -> None:
+    if layout.class_specific and layout.class_names is not None and class_names != layout.class_names:
+        raise ValueError(
+            f"The adapter has vectors of their own for each of its {len(layout.class_names)} classes "
+            f"({layout.class_names[:5]}, in this order) and none for others, such as these {len(class_names)} "
+            f"({class_names[:5]}); disable or switch the adapter, or train one with class_specific=False, which "
+            "serves any classes."
+        )
+
+
+def _move_class_names(class_names, texts, input_ids, tokenizer, layout):
+    name_at, first_token = layout.padded_template.index(CLASS_SLOT), layout.start_idx + layout.num_virtual_tokens
+    alone = layout.class_token_count == "alone"
+    num_name_tokens = count_name_tokens(class_names, texts, name_at, first_token, tokenizer, alone)
+    return move_class_names(
+        input_ids, num_name_tokens, layout.start_idx, layout.num_virtual_tokens, layout.num_vectors_before_class
+    )

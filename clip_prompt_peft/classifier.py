@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, CLIPModel
-from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
 from .class_encoder import encode_class_prompts, normalize
@@ -20,7 +18,11 @@ from .class_prompts import (
     check_class_names,
     check_template,
 )
-from .problem_type import check_labels, classification_loss
+from .loss import PromptClassifierOutput, active_regularizers, check_training, compute_loss
+from .losses import Prediction, Regularizer
+from .problem_type import check_labels
+from .share_modules import share_modules
+from .teacher import ZeroShotTeacher
 
 
 class CLIPForPromptClassification(CLIPModel):
@@ -43,6 +45,10 @@ class CLIPForPromptClassification(CLIPModel):
     ... )
     >>> logits = model(pixel_values=pixel_values).logits  # (B, 2)
     ```
+
+    **Attributes**:
+        - **regularizers** (`dict[str, Regularizer]`): loss terms of your own by name, added in training beside that of
+          the active adapter.
     """
 
     main_input_name = "pixel_values"
@@ -58,6 +64,8 @@ class CLIPForPromptClassification(CLIPModel):
         self._prompts: ClassPrompts | None = None
         self._prompts_key: tuple | None = None
         self._fixed_class_embeds: torch.Tensor | None = None
+        self.regularizers: dict[str, Regularizer] = {}
+        self.teacher = ZeroShotTeacher()
 
     @classmethod
     def from_pretrained(
@@ -115,7 +123,7 @@ class CLIPForPromptClassification(CLIPModel):
         if not isinstance(clip, CLIPModel):
             hint = "; of a PeftModel pass get_base_model()" if hasattr(clip, "get_base_model") else ""
             raise TypeError(f"from_clip takes a CLIPModel, got a {type(clip).__name__}{hint}.")
-        model = _rehouse(clip, cls)
+        model = share_modules(clip, cls)
         model._set_up(class_names, prompt_template, tokenizer)
         return model
 
@@ -130,7 +138,7 @@ class CLIPForPromptClassification(CLIPModel):
                 f"The adapters {sorted(self.peft_config)} are still in the model; call merge_and_unload() or unload() "
                 "on the PeftModel first and to_clip() on what it returns."
             )
-        return _rehouse(self, CLIPModel)
+        return share_modules(self, CLIPModel)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As `CLIPModel.save_pretrained`; the tokenizer is saved too, since the class prompts need it.
@@ -178,6 +186,11 @@ class CLIPForPromptClassification(CLIPModel):
     def prompt_template(self) -> str:
         """The template of the zero-shot prompts. An active prompt adapter brings its own."""
         return self.config.prompt_template
+
+    @property
+    def active_regularizers(self) -> dict[str, Regularizer]:
+        """The loss terms in effect, by name: your own (`regularizers`) and that of the active prompt adapter."""
+        return active_regularizers(self)
 
     def set_class_names(self, class_names: Sequence[str]) -> None:
         """Exchanges the classes, those of the active prompt adapter included.
@@ -228,11 +241,26 @@ class CLIPForPromptClassification(CLIPModel):
             )
         self._fixed_class_embeds = normalize(class_embeds.detach()).to(self.device)
 
-    def get_class_embeds(self) -> torch.Tensor:
-        """(C, E) L2-normalised class embeddings, differentiable with respect to the active adapter."""
-        if self._fixed_class_embeds is not None and self.prompt_layout is None:
+    def get_class_embeds(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """L2-normalised class embeddings, differentiable with respect to the active adapter.
+
+        Args:
+            image_embeds: (B, E), needed if the active adapter is conditioned on the image; otherwise not used.
+
+        Returns:
+            (C, E), or (B, C, E) if they depend on the image.
+        """
+        layout = self.prompt_layout
+        if layout is None and self._fixed_class_embeds is not None:
             return self._fixed_class_embeds.to(self.device)
-        return encode_class_prompts(self, self._class_prompts())
+        if layout is None or not layout.image_conditioned:
+            return encode_class_prompts(self, self._class_prompts())
+        if image_embeds is None:
+            raise ValueError(
+                "The active adapter makes its class embeddings for each image; pass image_embeds, (B, "
+                f"{self.text_projection.out_features})."
+            )
+        return encode_class_prompts(self, self._class_prompts(), normalize(image_embeds))
 
     @can_return_tuple
     def forward(
@@ -245,25 +273,27 @@ class CLIPForPromptClassification(CLIPModel):
         position_ids: torch.LongTensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
+        return_loss_terms: bool = False,
         **kwargs,
-    ) -> ImageClassifierOutput:
+    ) -> PromptClassifierOutput:
         """
         Args:
             pixel_values: (B, 3, H, W), as the processor makes them.
-            labels: (B,) class indices; with them the mean cross entropy is returned as `loss`. With
-                `config.problem_type = "multi_label_classification"` they are (B, C) zeros and ones, and the loss is
-                the binary cross entropy of the logits.
+            labels: (B,) class indices; with them the mean cross entropy is returned as `loss`, in training plus the
+                active regularizers. With `config.problem_type = "multi_label_classification"` they are (B, C) zeros
+                and ones, and it is the binary cross entropy of the logits.
             image_embeds: (B, E) in place of `pixel_values`, projected image features, normalised or not.
             input_ids: if given, this is `CLIPModel.forward` and returns its output.
             attention_mask, position_ids, return_loss: as in `CLIPModel`, only with `input_ids`.
             interpolate_pos_encoding: as in `CLIPModel`.
+            return_loss_terms: return cross entropy and regularizers one by one, too.
 
         Returns:
-            `ImageClassifierOutput` with `logits` (B, C) = `exp(logit_scale) * image_embeds @ class_embeds.T`.
+            `PromptClassifierOutput` with `logits` (B, C) = `exp(logit_scale) * image_embeds @ class_embeds.T`.
 
         Raises:
             ValueError: both or neither of `pixel_values` and `image_embeds`; labels outside of 0 ... C - 1; no class
-                names.
+                names; in training, a regularizer without labels, or vision prompts with `image_embeds`.
         """
         if input_ids is not None:
             return self._forward_as_clip(
@@ -283,21 +313,22 @@ class CLIPForPromptClassification(CLIPModel):
                 + ("not both." if pixel_values is not None else "got neither (nor input_ids, as CLIPModel takes).")
             )
         self._check_labels(labels)
+        if self.training:
+            check_training(self, labels, image_embeds, return_loss_terms)
+        image_inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
         vision = None
         if image_embeds is None:
-            vision = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+            vision = self.get_image_features(**image_inputs, **kwargs)
             image_embeds = vision.pooler_output  # (B, E)
         self._check_width(image_embeds)
-        class_embeds = self.get_class_embeds()  # (C, E)
-        with torch.autocast(class_embeds.device.type, enabled=False):  # bfloat16 would round a logit of 30 to 0.1
-            similarity = normalize(image_embeds.to(class_embeds.dtype)) @ class_embeds.T  # (B, C)
-            logits = self.logit_scale.exp().to(similarity.dtype) * similarity
-        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
-        return ImageClassifierOutput(
+        prediction = Prediction.of(image_embeds, self.get_class_embeds(image_embeds), self.logit_scale)
+        loss, loss_terms = (None, None) if labels is None else compute_loss(self, prediction, labels, image_inputs)
+        return PromptClassifierOutput(
             loss=loss,
-            logits=logits,
+            logits=prediction.logits,
             hidden_states=getattr(vision, "hidden_states", None),
             attentions=getattr(vision, "attentions", None),
+            loss_terms=loss_terms if return_loss_terms else None,
         )
 
     def _forward_as_clip(self, labels, image_embeds, **kwargs):
@@ -353,17 +384,5 @@ class CLIPForPromptClassification(CLIPModel):
 def _layout_key(layout: PromptLayout | None) -> tuple | None:
     if layout is None:
         return None
-    return layout.padded_template, layout.start_idx, tuple(layout.replaced_token_ids)
-
-
-def _rehouse(source: CLIPModel, target_class: type[CLIPModel]) -> CLIPModel:
-    """A model of `target_class` that holds the very modules of `source`."""
-    with torch.device("meta"):  # these weights are thrown away at once
-        model = target_class(copy.copy(source.config))
-    for name, module in source.named_children():
-        setattr(model, name, module)
-    model.logit_scale = source.logit_scale
-    for name in ("peft_config", "_hf_peft_config_loaded"):  # an adapter comes along with the modules
-        if hasattr(source, name):
-            setattr(model, name, getattr(source, name))
-    return model.train(source.training)
+    position = (layout.start_idx, layout.num_vectors_before_class, str(layout.class_token_count))
+    return layout.padded_template, *position, tuple(layout.replaced_token_ids)

@@ -6,14 +6,18 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 from embedded_data import STYLES, TINY_CLIP
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import CLIPModel, HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from clip_prompt_peft import PRESETS, CLIPPromptTuningConfig, training_recipe
 from clip_prompt_peft.model_card import is_hub_id
+from clip_prompt_peft.recipes import Recipe
 
 
 logger = logging.getLogger(__name__)
@@ -123,18 +127,43 @@ class DataTrainingArguments:
 class PromptArguments:
     """What to learn."""
 
+    method: Literal[tuple(sorted(PRESETS))] | None = field(
+        default=None,
+        metadata={
+            "help": "A published method: its prompts, and its training (optimizer, learning rate, epochs, batch size, "
+            "schedule), except for what is given here otherwise. By default vectors in place of the words in front of "
+            "{}, trained with AdamW."
+        },
+    )
     prompt_template: str = field(
         default="a photo of a {}.", metadata={"help": "The prompt to start from; {} is where the class name goes."}
     )
     num_virtual_tokens: int | None = field(
         default=None, metadata={"help": "Number of learned vectors; by default one for each word in front of {}."}
     )
-    prompt_tuning_init: Literal["TEXT", "RANDOM", "SAMPLE_VOCAB"] = field(
-        default="TEXT", metadata={"help": "Start from the words of the template, or from random vectors."}
+    prompt_tuning_init: Literal["TEXT", "RANDOM", "SAMPLE_VOCAB"] | None = field(
+        default=None,
+        metadata={"help": "Start from the words of the template, or from random vectors; by default TEXT."},
     )
     prompt_tuning_init_text: str | None = field(
         default=None, metadata={"help": "Other words to start from, as many tokens as there are vectors."}
     )
+
+    def config(self, model: CLIPModel) -> CLIPPromptTuningConfig:
+        """The configuration for `model`. Raises `ValueError` if it contradicts itself."""
+        fields = {name: value for name, value in vars(self).items() if value is not None and name != "method"}
+        if self.method is None:
+            return CLIPPromptTuningConfig(**fields)
+        return CLIPPromptTuningConfig.from_preset(self.method, model=model, **fields)
+
+    def recipe(self, model, training_args: TrainingArguments, num_examples: int, shots: int) -> Recipe:
+        """How `model` is trained: as the authors of the method do, but as the user says where they say something."""
+        if self.method is None:
+            return Recipe({}, (None, None))
+        heeded = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_grad_norm")
+        given = {name: getattr(training_args, name) for name in heeded if given_by_user(name)}
+        same = {name: getattr(training_args, name) for name in ("use_cpu", "gradient_accumulation_steps")}
+        return training_recipe(self.method, model, num_examples, shots or 16, **same, **given)
 
 
 @dataclass
@@ -189,6 +218,13 @@ def _fill_in_defaults(model_args: ModelArguments, data_args: DataTrainingArgumen
         data_args.num_seeds = 3 if embedded else 1
     if data_args.when_fewer is None:
         data_args.when_fewer = "all" if embedded else "error"
+
+
+def given_by_user(name: str) -> bool:
+    """Whether an argument stands on the command line, or in the file that is named there."""
+    if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
+        return name in yaml.safe_load(Path(sys.argv[1]).read_text())  # json is yaml, too
+    return any(argument.partition("=")[0] == f"--{name}" for argument in sys.argv[1:])
 
 
 def plan_runs(model_args, data_args, training_args) -> list[TrainingArguments]:

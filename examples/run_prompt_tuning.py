@@ -9,6 +9,7 @@ that of the zero-shot model. With data of your own:
     python run_prompt_tuning.py --dataset_name user/pets --model_name_or_path openai/clip-vit-base-patch16 \
         --shots 16 --push_to_hub
     accelerate launch run_prompt_tuning.py --dataset_name user/pets --augment --dataloader_num_workers 4
+    python run_prompt_tuning.py --method maple
     python run_prompt_tuning.py settings.yaml
 """
 
@@ -31,7 +32,7 @@ from peft import get_peft_model
 from tables import Results, results_table
 from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_seed
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import CLIPForPromptClassification
 from clip_prompt_peft.auto import WEIGHTS_NAME
 from clip_prompt_peft.data import (
     class_names_of,
@@ -43,6 +44,7 @@ from clip_prompt_peft.data import (
     with_pixel_values,
 )
 from clip_prompt_peft.metrics import compute_metrics
+from clip_prompt_peft.recipes import Recipe
 
 
 def main() -> None:
@@ -50,11 +52,11 @@ def main() -> None:
         model_args, data_args, prompt_args, training_args = parse_arguments()
         set_up_logging(training_args)
         runs = plan_runs(model_args, data_args, training_args)
-        config = CLIPPromptTuningConfig(**vars(prompt_args))
         with training_args.main_process_first(desc="loading the data"):
             splits, test_sets = load_data(data_args, model_args, training_args)
         draw(splits, data_args, training_args)
         model, image_processor = load_model(model_args, prompt_args, class_names_of(splits["train"]))
+        config = prompt_args.config(model)
         model = get_peft_model(model, config).unload()  # complains of a prompt that does not fit
         if training_args.push_to_hub and training_args.process_index == 0:
             create_repository(training_args)
@@ -63,6 +65,8 @@ def main() -> None:
 
     def embed(dataset: Dataset, name: str) -> Dataset:
         batch_size = training_args.per_device_eval_batch_size
+        if config.num_vision_virtual_tokens:  # what an image becomes is learned, too
+            return with_pixel_values(dataset, image_processor)
         return compute_image_embeds(dataset, model, image_processor, batch_size, f"Embedding images ({name})")
 
     if training_args.process_index == 0:
@@ -81,7 +85,10 @@ def main() -> None:
             train_set = embed(train_set, "train")
         if validation_set is not None:
             validation_set = embed(validation_set, "validation")
-        trainer = tune(model, config, run_args, train_set, validation_set, image_processor)
+        set_seed(run_args.seed)
+        model = get_peft_model(model, config)
+        recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots)
+        trainer = tune(model, recipe, run_args, train_set, validation_set, image_processor)
         tuned.append(evaluate(trainer.model, test_sets, run_args))
         if not zero_shot:
             # Not before the training: a model that has been evaluated is not wrapped for several processes any more
@@ -183,15 +190,16 @@ def create_repository(training_args: TrainingArguments) -> None:
     create_repo(name, token=training_args.hub_token, private=training_args.hub_private_repo, exist_ok=True)
 
 
-def tune(model, config, run_args, train_set, validation_set, image_processor) -> Trainer:
-    set_seed(run_args.seed)
-    trainer = Trainer(
-        model=get_peft_model(model, config),
-        args=run_args,
+def tune(model, recipe: Recipe, run_args, train_set, validation_set, image_processor) -> Trainer:
+    trainer = recipe.trainer_class(
+        model=model,
+        args=replace(run_args, **recipe.arguments),
         train_dataset=train_set,
         eval_dataset=validation_set,
         compute_metrics=compute_metrics,
         processing_class=image_processor,
+        optimizers=recipe.optimizers,
+        callbacks=recipe.callbacks,
     )
     trainer.train(resume_from_checkpoint=find_checkpoint(run_args))
     return trainer

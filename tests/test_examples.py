@@ -293,3 +293,28 @@ def test_pushing_on_a_base_model_that_nobody_can_find_is_warned_of(run_here, cap
     with pytest.raises(SystemExit):  # the mistake keeps it from reaching for the Hub
         run_here("run_prompt_tuning.py", "--push_to_hub", "--num_seeds", 1, "--num_virtual_tokens", 90)
     assert "--hub_base_model_id ORGANISATION/NAME" in caplog.text
+
+
+def test_a_published_method_is_trained_as_its_authors_do(tmp_path):
+    arguments = ["--method", "maple", "--num_train_epochs", 2, "--num_seeds", 1]
+    code, printed, errors = run("run_prompt_tuning.py", *arguments, "--save_strategy", "epoch", folder=tmp_path)
+    assert code == 0, printed + errors
+    outputs = tmp_path / "outputs/prompt_tuning"
+    config = json.loads((outputs / "adapter_config.json").read_text())
+    assert config["vision_prompts_from_text"] and config["text_prompt_depth"] == 3  # all layers of the tiny CLIP
+    (checkpoint,) = outputs.glob("checkpoint-*")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert state["train_batch_size"] == 4 and max(rates) == 0.0035  # MaPLe's
+    assert state["num_train_epochs"] == 2  # the user's
+    assert re.search(r"fluenthc +22.5 ", printed)
+
+
+def test_methods_are_compared_in_one_table(tmp_path):
+    arguments = ["--method", "kgcoop", "--num_train_epochs", 1, "--num_seeds", 2]
+    code, printed, errors = run("compare_methods.py", *arguments, folder=tmp_path)
+    assert code == 0, printed + errors
+    header, _, zero_shot, kgcoop = printed.strip().splitlines()
+    assert header.startswith("| method | fluenthc, accuracy | fluenthc, class mean | noto, fluent3d, class mean |")
+    assert zero_shot.startswith("| zero-shot | 22.5 | 23.4 |")
+    assert re.match(r"\| kgcoop \| \d+\.\d ± \d+\.\d \| .* \| 512 \| 2\.2 KB \| \d", kgcoop)

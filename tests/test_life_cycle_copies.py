@@ -141,6 +141,7 @@ def test_a_pickled_model_comes_back(case, is_merged):
         assert torch.equal(layer_of(again).position_embedding.weight, layer_of(model).position_embedding.weight)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6 cannot trace the context manager of peft's forward")
 def test_a_compiled_model_is_one_graph_and_follows_the_active_adapter(case):
     torch._dynamo.reset()
     model = case.tuned(num_virtual_tokens=2)

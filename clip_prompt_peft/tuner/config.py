@@ -6,8 +6,11 @@ import enum
 from dataclasses import dataclass, field
 
 from peft import PeftConfig, PromptTuningInit
+from torch import nn
 
-from ..class_prompts import check_class_names, check_template
+from ..presets import preset_settings
+from .checks import as_member, check_config, check_resolved
+from .towers import num_tower_layers
 
 
 class CLIPPromptPeftType(str, enum.Enum):
@@ -25,19 +28,36 @@ class CLIPPromptTaskType(str, enum.Enum):
     PROMPT_CLASSIFICATION = "PROMPT_CLASSIFICATION"
 
 
+class ClassTokenPosition(str, enum.Enum):
+    """Where the class name stands among the vectors."""
+
+    END = "end"
+    MIDDLE = "middle"
+    FRONT = "front"
+
+
+class ClassTokenCount(str, enum.Enum):
+    """How the tokens of a class name are counted."""
+
+    IN_PROMPT = "in_prompt"
+    ALONE = "alone"
+
+
 @dataclass
 class CLIPPromptTuningConfig(PeftConfig):
     """
-    Configuration of [`CLIPPromptTuningModel`]: learnable vectors in place of token embeddings of a frozen CLIP.
+    Configuration of [`CLIPPromptTuningModel`]: learnable vectors in place of token embeddings of a frozen CLIP, and
+    where asked for, in front of its deeper layers and behind the patches of the image.
 
     The vectors stand at positions `start_idx ... start_idx + num_virtual_tokens - 1` of every text; position
-    embeddings, and all other tokens, stay as they are.
+    embeddings, and all other tokens, stay as they are. The published methods are settings of the fields below: see
+    [`~CLIPPromptTuningConfig.from_preset`].
 
     Args:
         num_virtual_tokens (`int`, *optional*):
             Number of learnable vectors n. By default as many as the init text has tokens, which are all the words of
             the template in front of the class name. Fewer replace the first words only; more make room with
-            placeholder words ("X X a photo of a {}."), see [`pad_template`].
+            placeholder words ("X X a photo of a {}."), see [`pad_template`]. 0 is for vision prompts alone.
         prompt_tuning_init (`PromptTuningInit` or `str`, defaults to `"TEXT"`):
             `TEXT` starts from the embeddings of `prompt_tuning_init_text`, or, without one, of the very words that are
             replaced, so that the untrained adapter *is* the zero-shot model. `RANDOM` draws from normal(0, 0.02) as
@@ -54,8 +74,36 @@ class CLIPPromptTuningConfig(PeftConfig):
             First replaced position; 0 is the begin token.
         class_names (`list[str]`, *optional*):
             Filled in from the classifier, so that the adapter alone makes a classifier.
+        class_specific (`bool`, defaults to `False`):
+            Vectors of their own for every class, (C, n, D), tied to these `class_names` (CoOp's CSC).
+        class_token_position (`"end"`, `"middle"` or `"front"`, defaults to `"end"`):
+            Where the class name stands: behind all vectors, behind the first n // 2, or before all (CoOp).
+        class_token_count (`"in_prompt"` or `"alone"`, defaults to `"in_prompt"`):
+            With `"middle"` and `"front"`, which tokens are the class name: those that it has inside its prompt, or as
+            many as it has on its own. They differ where the name merges with what follows ("C++." ends in one token
+            "+."): `"alone"` then leaves the last token of the name behind the vectors, as CoOp's code does.
+        text_prompt_depth (`int`, *optional*, defaults to 1):
+            Number of layers with text prompts: 1 is the input only; with more, the states at the vectors' positions
+            are replaced by fresh vectors before each further layer. `None` means every layer.
+        num_vision_virtual_tokens (`int`, defaults to 0):
+            Number of vectors appended behind the patches of the image.
+        vision_prompt_depth (`int`, *optional*, defaults to 1):
+            As `text_prompt_depth`, for the image tower (VPT shallow and deep).
+        vision_prompts_from_text (`bool`, defaults to `False`):
+            Vision prompts are linear maps of the text prompts, one map for each depth (MaPLe).
+        image_conditioned (`bool`, defaults to `False`):
+            A small network shifts the vectors by what it sees in the image embedding (CoCoOp).
+        regularizer (`str`, *optional*):
+            A loss term beside the cross entropy: `"kgcoop"`, `"prograd"` (needs [`ProGradTrainer`]) or `"promptsrc"`;
+            see [`losses`].
+        regularizer_weights (`dict[str, float]`, *optional*):
+            Its weights; those that are left out are the paper's.
+        teacher_templates (`list[str]`, *optional*):
+            Templates of the zero-shot class embeddings that it compares with. By default the regularizer's own, or
+            `prompt_template`.
         target_modules (`list[str]` or `str`, *optional*):
-            Names or regex of the text embedding modules. By default every CLIP text embedding of the model.
+            Names or regex of the embedding modules. By default every one of the model. Deep prompts go to the towers
+            whose embeddings are chosen.
         exclude_modules (`list[str]` or `str`, *optional*):
             Names or regex of modules to leave out.
         modules_to_save (`list[str]`, *optional*):
@@ -92,8 +140,41 @@ class CLIPPromptTuningConfig(PeftConfig):
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Class names, filled in from the classifier."}
     )
+    class_specific: bool = field(default=False, metadata={"help": "Vectors of their own for every class."})
+    class_token_position: ClassTokenPosition | str = field(
+        default=ClassTokenPosition.END, metadata={"help": "Where the class name stands: end, middle or front."}
+    )
+    class_token_count: ClassTokenCount | str = field(
+        default=ClassTokenCount.IN_PROMPT,
+        metadata={"help": "Tokens of a class name: as it stands in its prompt (in_prompt), or alone as CoOp counts."},
+    )
+    text_prompt_depth: int | None = field(
+        default=1, metadata={"help": "Number of text layers with prompts; 1 is the input only, None every layer."}
+    )
+    num_vision_virtual_tokens: int = field(
+        default=0, metadata={"help": "Number of vectors appended behind the patches of the image."}
+    )
+    vision_prompt_depth: int | None = field(
+        default=1, metadata={"help": "Number of image layers with prompts; 1 is the input only, None every layer."}
+    )
+    vision_prompts_from_text: bool = field(
+        default=False, metadata={"help": "Make the vision prompts linear maps of the text prompts."}
+    )
+    image_conditioned: bool = field(
+        default=False, metadata={"help": "Shift the text vectors by what a small network sees in the image embedding."}
+    )
+    regularizer: str | None = field(
+        default=None, metadata={"help": "Loss term beside the cross entropy: kgcoop, prograd or promptsrc."}
+    )
+    regularizer_weights: dict[str, float] | None = field(
+        default=None, metadata={"help": "Weights of the regularizer; those left out are the paper's."}
+    )
+    teacher_templates: list[str] | None = field(
+        default=None,
+        metadata={"help": "Templates of the zero-shot class embeddings that the regularizer compares with."},
+    )
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Text embedding modules to wrap; by default every one of the model."}
+        default=None, metadata={"help": "Embedding modules to wrap; by default every one of the model."}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     modules_to_save: list[str] | None = field(
@@ -113,17 +194,87 @@ class CLIPPromptTuningConfig(PeftConfig):
         # peft knows no task type of others, so it checks without ours.
         self.task_type, task_type = None, self.task_type
         super().__post_init__()
-        self.task_type = _as_member(CLIPPromptTaskType, task_type or "PROMPT_CLASSIFICATION", "task_type")
+        self.task_type = as_member(CLIPPromptTaskType, task_type or "PROMPT_CLASSIFICATION", "task_type")
         self.peft_type = CLIPPromptPeftType.CLIP_PROMPT_TUNING
-        self.prompt_tuning_init = _as_member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
-        self._check_numbers()
-        self._check_texts()
+        self.prompt_tuning_init = as_member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
+        self.class_token_position = as_member(ClassTokenPosition, self.class_token_position, "class_token_position")
+        self.class_token_count = as_member(ClassTokenCount, self.class_token_count, "class_token_count")
+        check_config(self)
         # Ids that came through the constructor came from a file: they are final, no tokenizer is asked again, and
         # weights are expected to follow.
         self._loaded = self.replaced_token_ids is not None
         self._filled_in: dict[str, object] = {}
         if self._loaded:
-            self._check_resolved()
+            check_resolved(self)
+
+    @classmethod
+    def from_preset(cls, name: str, model: nn.Module | None = None, **overrides) -> CLIPPromptTuningConfig:
+        """The settings of a published method.
+
+        Args:
+            name: one of `clip_prompt_peft.presets.PRESETS`.
+            model: a CLIP. The papers' depths are for towers of 12 layers; where this one has fewer than a method asks
+                for, its prompts go to all of them. Without a model such a depth is refused at injection.
+            overrides: fields to set otherwise.
+
+        Raises:
+            ValueError: unknown name, or fields that do not go together.
+
+        Example:
+
+        ```py
+        >>> config = CLIPPromptTuningConfig.from_preset("maple", class_names=["cat", "dog"])
+        ```
+        """
+        num_layers = () if model is None else (num_tower_layers(model, "text"), num_tower_layers(model, "vision"))
+        return cls(**{**preset_settings(name, *num_layers), **overrides})
+
+    @property
+    def has_row_vectors(self) -> bool:
+        """Whether the vectors differ from class to class or from image to image."""
+        return self.class_specific or self.image_conditioned
+
+    @property
+    def has_row_positions(self) -> bool:
+        """Whether the positions of the vectors differ from class to class."""
+        return self.class_token_position is not ClassTokenPosition.END
+
+    @property
+    def has_shared_prefix(self) -> bool:
+        """Whether begin token and vectors are the same, at the same positions, in the texts of all classes.
+
+        An image-conditioned adapter has such a prefix for each image.
+        """
+        return not self.class_specific and not self.has_row_positions
+
+    @property
+    def num_vectors_before_class(self) -> int:
+        """How many of the vectors stand before the class name."""
+        n = self.num_virtual_tokens
+        return {"end": n, "middle": n // 2, "front": 0}[self.class_token_position.value]
+
+    @property
+    def num_shared_positions(self) -> int | None:
+        """How many positions from the begin token on can be the same in the texts of all classes; `None` if the texts
+        alone decide that."""
+        if self.has_shared_prefix:
+            return None
+        return self.start_idx + (0 if self.class_specific else self.num_vectors_before_class)
+
+    @property
+    def merge_obstacle(self) -> str | None:
+        """Why the adapter cannot be folded into the base model; `None` if it can."""
+        if self.num_vision_virtual_tokens:
+            return "it has vision prompts"
+        if self.text_prompt_depth != 1:
+            return "it has prompts in front of deeper layers"
+        if self.image_conditioned:
+            return "its vectors depend on the image"
+        if self.class_specific:
+            return "its vectors differ from class to class"
+        if self.has_row_positions:
+            return "its vectors stand at other positions in every class's text"
+        return None
 
     def forget_filled_in(self) -> None:
         """Takes back what an injection filled in: it belongs to that model, and this one may go into another."""
@@ -131,51 +282,3 @@ class CLIPPromptTuningConfig(PeftConfig):
             if getattr(self, name) == value:  # otherwise the user has set it since
                 setattr(self, name, None)
         self._filled_in = {}
-
-    def _check_numbers(self):
-        if self.num_virtual_tokens is not None and not _is_int_from(1, self.num_virtual_tokens):
-            raise ValueError(f"num_virtual_tokens must be a positive integer, got {self.num_virtual_tokens!r}.")
-        if not _is_int_from(1, self.start_idx):
-            raise ValueError(
-                f"start_idx must be an integer of at least 1 (position 0 is the begin token), got {self.start_idx!r}."
-            )
-
-    def _check_texts(self):
-        if self.prompt_template is not None:
-            check_template(self.prompt_template)
-        if self.class_names is not None:
-            self.class_names = check_class_names(self.class_names)
-        if self.prompt_tuning_init_text is None:
-            return
-        if self.prompt_tuning_init is not PromptTuningInit.TEXT:
-            raise ValueError(
-                f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} is only used with "
-                f"prompt_tuning_init='TEXT', got {self.prompt_tuning_init.value!r}."
-            )
-        if not isinstance(self.prompt_tuning_init_text, str) or not self.prompt_tuning_init_text.strip():
-            raise ValueError(f"prompt_tuning_init_text must hold words, got {self.prompt_tuning_init_text!r}.")
-
-    def _check_resolved(self):
-        ids = self.replaced_token_ids
-        if (
-            not isinstance(ids, list)
-            or not all(_is_int_from(0, i) for i in ids)
-            or len(ids) != self.num_virtual_tokens
-        ):
-            raise ValueError(
-                f"replaced_token_ids must be {self.num_virtual_tokens} token ids, one for each virtual token, got "
-                f"{ids!r}; the adapter's configuration is damaged."
-            )
-        check_template(self.padded_template)
-
-
-def _is_int_from(least: int, value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _as_member(enum_class, value, field_name: str):
-    try:
-        return enum_class(value)
-    except ValueError:
-        allowed = ", ".join(repr(member.value) for member in enum_class)
-        raise ValueError(f"{field_name} must be one of {allowed}, got {value!r}.") from None

@@ -3,58 +3,69 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from peft import PromptTuningInit
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..class_prompts import PromptLayout
 from .config import CLIPPromptTuningConfig
+from .meta_net import build_meta_net, run_meta_net
+from .prompt_layer import CLIPPromptLayer, random_vectors, trainable_dtype
 
 
-RANDOM_STD = 0.02  # CoOp, trainers/coop.py
+@dataclass(frozen=True)
+class Rows:
+    """What differs between the texts of one call.
 
-
-def is_clip_text_embeddings(module: nn.Module) -> bool:
-    """Whether `module` looks like CLIP's text embeddings: one token table plus one position table.
-
-    Told by structure, since the path and the class differ between transformers versions and members of the family.
+    Attributes:
+        vectors: (R, n, D), one set for each of the R texts; `None` for the adapter's own.
+        positions: (R, n), where the vectors go; `None` for `start_idx ... start_idx + n - 1`.
     """
-    return isinstance(module, CLIPTextLearnableEmbeddings) or all(
-        isinstance(getattr(module, name, None), nn.Embedding) for name in ("token_embedding", "position_embedding")
-    )
+
+    vectors: torch.Tensor | None = None
+    positions: torch.LongTensor | None = None
 
 
-class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
+class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
     """
     Wraps `CLIPTextEmbeddings`: token embeddings at `start_idx ... start_idx + n - 1` become learnable vectors.
 
     Position embeddings are added by the wrapped module, unchanged. The wrapped tables are neither copied nor trained.
     Several adapters may be held; those that are active at the same time must replace different positions.
 
+    Where vectors or positions differ between texts (`class_specific`, `image_conditioned`, `class_token_position`),
+    the layer cannot know which text it sees: whoever encodes the texts hands that in with [`rows`].
+
     Args:
         base_layer: the text embeddings to wrap.
         adapter_name: name of the first adapter.
         config: its configuration, resolved (`replaced_token_ids` filled in).
+        image_width: width E of the image embeddings, for `image_conditioned`.
 
     **Attributes**:
-        - **learnable_embeddings** (`nn.ParameterDict`): (n, D) for each adapter.
+        - **learnable_embeddings** (`nn.ParameterDict`): (n, D), or (C, n, D) if class-specific, for each adapter.
+        - **learnable_meta_in**, **learnable_meta_out** (`nn.ModuleDict`): the two linear maps from an image embedding
+          to a shift of the vectors. Apart, since peft and transformers look for adapters right above the weights.
     """
 
-    adapter_layer_names = ("learnable_embeddings",)
-    other_param_names = ("prompt_configs", "_placeholders")
+    adapter_layer_names = ("learnable_embeddings", "learnable_meta_in", "learnable_meta_out")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: CLIPPromptTuningConfig) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: CLIPPromptTuningConfig,
+        image_width: int | None = None,
+    ) -> None:
+        super().__init__(base_layer, adapter_name)
         self.learnable_embeddings = nn.ParameterDict({})
-        self.prompt_configs: dict[str, CLIPPromptTuningConfig] = {}
-        self._placeholders: dict[str, nn.Parameter] = {}  # of adapters whose weights have not been loaded yet
-        self.merged_adapters = []
+        self.learnable_meta_in, self.learnable_meta_out = nn.ModuleDict({}), nn.ModuleDict({})
+        self._rows: Rows | None = None
         self._unmerged_rows: list[tuple[int, torch.Tensor]] = []  # (first position, rows) in the order of merging
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, image_width)
 
     # The wrapped module's own parts stay reachable (and replaceable) where transformers looks for them.
     @property
@@ -86,6 +97,7 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
         if not names:
             return None
         layouts = [self.prompt_configs[name] for name in names]
+        self._check_together(names)
         if len({layout.padded_template for layout in layouts}) > 1:
             raise ValueError(
                 f"The active adapters {names} have different templates "
@@ -93,56 +105,70 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
             )
         return layouts[0]
 
-    def _active_here(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.learnable_embeddings]
-
-    def update_layer(self, adapter_name: str, config: CLIPPromptTuningConfig) -> None:
+    def update_layer(self, adapter_name: str, config: CLIPPromptTuningConfig, image_width: int | None = None) -> None:
         """Adds an adapter, or starts one of that name anew."""
-        self.prompt_configs[adapter_name] = config
-        self.learnable_embeddings[adapter_name] = nn.Parameter(self._initial_values(config))
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self._placeholders.pop(adapter_name, None)
-        if config._loaded:
-            self._placeholders[adapter_name] = self.learnable_embeddings[adapter_name]
-
-    def _vectors(self, name: str) -> nn.Parameter:
-        """(n, D). Raises `ValueError` if they were to be loaded and were not: transformers' `load_adapter` only warns
-        when a file lacks them."""
-        vectors = self.learnable_embeddings[name]
-        if self._placeholders.get(name) is vectors:
-            raise ValueError(
-                f"The configuration of adapter {name!r} belongs to saved weights, but none were loaded: the file is "
-                "damaged, belongs to another model, or has the text tower at another path (then "
-                "PeftModel.from_pretrained finds it). To start a new adapter, make a CLIPPromptTuningConfig without "
-                "replaced_token_ids."
-            )
-        return vectors
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for name in list(self._placeholders):
-            if f"{prefix}learnable_embeddings.{name}" in state_dict:
-                del self._placeholders[name]
+        with self._starting(adapter_name, config):
+            if config.num_virtual_tokens:
+                self.learnable_embeddings[adapter_name] = nn.Parameter(self._initial_values(config))
+            if config.image_conditioned:
+                first, second = build_meta_net(image_width, self.weight, draw=not config._loaded)
+                self.learnable_meta_in[adapter_name], self.learnable_meta_out[adapter_name] = first, second
 
     @torch.no_grad()
     def _initial_values(self, config: CLIPPromptTuningConfig) -> torch.Tensor:
-        """(n, D), in float32 at least: half precision is too coarse for the steps of an optimizer."""
+        """(n, D) or (C, n, D), in float32 at least: half precision is too coarse for the steps of an optimizer."""
         table = self.token_embedding.weight  # (V, D)
-        dtype = torch.promote_types(table.dtype, torch.float32)
-        shape = (config.num_virtual_tokens, table.shape[1])
-        if config._loaded:  # values are about to come: draw nothing from the random number generator
-            return table[torch.tensor(config.replaced_token_ids, device=table.device)].to(dtype)
-        if config.prompt_tuning_init is PromptTuningInit.RANDOM:
-            return torch.empty(shape, dtype=dtype, device=table.device).normal_(std=RANDOM_STD)
+        classes = (len(config.class_names),) if config.class_specific else ()
+        shape = (*classes, config.num_virtual_tokens)
+        if config.prompt_tuning_init is PromptTuningInit.RANDOM or config._loaded:
+            return random_vectors((*shape, table.shape[1]), table, draw=not config._loaded)
         if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
-            ids = torch.randint(table.shape[0], shape[:1], device=table.device)
+            ids = torch.randint(table.shape[0], shape, device=table.device)
         else:
-            ids = torch.tensor(config.init_token_ids, device=table.device)
-        return table[ids].to(dtype)
+            ids = torch.tensor(config.init_token_ids, device=table.device).expand(shape)
+        return table[ids].to(trainable_dtype(table))
 
-    def _get_base_layer_device_and_dtype(self, base_layer):
-        # Without a dtype peft moves the vectors to the device and leaves them in float32.
-        return self.weight.device, None
+    def vectors(self, adapter_name: str, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """The vectors of an adapter, differentiable.
+
+        Args:
+            adapter_name: one that has text vectors.
+            image_embeds: (B, E), L2-normalised. With them, and for an adapter that is conditioned on the image, the
+                vectors are those of each image.
+
+        Returns:
+            (n, D); (C, n, D) if class-specific; (B, n, D) with `image_embeds`.
+        """
+        self._check_weights(adapter_name)
+        vectors = self.learnable_embeddings[adapter_name]
+        if image_embeds is None or adapter_name not in self.learnable_meta_in:
+            return vectors
+        meta_net = self.learnable_meta_in[adapter_name], self.learnable_meta_out[adapter_name]
+        shift = run_meta_net(*meta_net, image_embeds)  # (B, D)
+        return vectors + shift[:, None]  # (B, n, D)
+
+    def row_vectors(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor | None:
+        """What the adapter in effect puts into each class's, or each image's, texts; `None` if it is the same in all.
+
+        Args:
+            image_embeds: (B, E), L2-normalised.
+
+        Returns:
+            (C, n, D) if class-specific, (B, n, D) if conditioned on the image.
+        """
+        layout = self.prompt_layout
+        if layout is None or not layout.has_row_vectors:
+            return None
+        return self.vectors(self._active_here()[0], image_embeds)
+
+    @contextmanager
+    def rows(self, vectors: torch.Tensor | None = None, positions: torch.LongTensor | None = None):
+        """Within it, the R texts of a call get their own vectors (R, n, D), at their own positions (R, n)."""
+        previous, self._rows = self._rows, Rows(vectors, positions)
+        try:
+            yield
+        finally:
+            self._rows = previous
 
     def forward(
         self,
@@ -160,15 +186,15 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
             (B, L, D) token plus position embeddings.
 
         Raises:
-            ValueError: if the texts end before, or with, the replaced positions, or the positions of two active
-                adapters overlap.
+            ValueError: if the texts end before, or with, the replaced positions; if the positions of two active
+                adapters overlap; if vectors or positions depend on the text and were not handed in.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = self._active_here()
+        adapters = [name for name in self._active_here() if self.prompt_configs[name].num_virtual_tokens]
         if self.disable_adapters or self.merged or not adapters:
             return self.base_layer(input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds)
-        self._check_overlap(adapters)
+        self._check_together(self._active_here())
         if inputs_embeds is None:
             inputs_embeds = self.token_embedding(input_ids)  # (B, L, D)
         for name in adapters:
@@ -176,7 +202,9 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
         return self.base_layer(position_ids=position_ids, inputs_embeds=inputs_embeds)
 
     def _replace(self, inputs_embeds: torch.Tensor, name: str) -> torch.Tensor:
-        vectors = self._vectors(name)  # (n, D)
+        self._check_rows(name)
+        rows = self._rows or Rows()
+        vectors = self.vectors(name) if rows.vectors is None else rows.vectors  # (n, D) or (B, n, D)
         start, end = self._span(name)
         if inputs_embeds.shape[1] <= end:
             raise ValueError(
@@ -185,6 +213,9 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
                 f"{self.prompt_configs[name].padded_template!r}."
             )
         vectors = vectors.to(inputs_embeds.dtype).expand(inputs_embeds.shape[0], -1, -1)  # (B, n, D)
+        if rows.positions is not None:
+            positions = rows.positions[:, :, None].expand_as(vectors)  # (B, n, D)
+            return inputs_embeds.scatter(1, positions, vectors)
         return torch.cat([inputs_embeds[:, :start], vectors, inputs_embeds[:, end:]], dim=1)
 
     def _span(self, name: str) -> tuple[int, int]:
@@ -200,6 +231,25 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
                     "give them separate positions by start_idx and num_virtual_tokens."
                 )
 
+    def _check_together(self, names: list[str]) -> None:
+        for name in names if len(names) > 1 else ():
+            obstacle = self.prompt_configs[name].merge_obstacle
+            if obstacle is not None:
+                raise ValueError(
+                    f"Adapter {name!r} works on its own only, because {obstacle}, but {names} are active; activate "
+                    "one of them."
+                )
+        self._check_overlap(names)
+
+    def _check_rows(self, name: str) -> None:
+        config, rows = self.prompt_configs[name], self._rows or Rows()
+        if (config.has_row_vectors and rows.vectors is None) or (config.has_row_positions and rows.positions is None):
+            raise ValueError(
+                f"A text alone does not tell adapter {name!r} what to put in where, because {config.merge_obstacle}. "
+                "Classify with CLIPForPromptClassification, or hand in vectors and positions of each text: "
+                "with model.text_model.embeddings.rows(vectors, positions): ..."
+            )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Folds the vectors into the position table: `pos[start + i] += v[i] - token_table[replaced_token_ids[i]]`.
 
@@ -211,10 +261,10 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
             adapter_names: adapters to merge; by default the active ones.
 
         Raises:
-            ValueError: if two adapters replace the same position, or `safe_merge` finds something.
+            ValueError: if an adapter is of a kind that cannot be folded in, two adapters replace the same position, or
+                `safe_merge` finds something.
         """
-        adapter_names = check_adapters_to_merge(self, adapter_names)
-        adapter_names = [name for name in adapter_names if name in self.learnable_embeddings]
+        adapter_names = self._adapters_to_merge(adapter_names)
         self._check_overlap(self.merged_adapters + adapter_names)
         table = self.position_embedding.weight.data  # (positions, D)
         folded = {name: self._folded_rows(name, table[slice(*self._span(name))]) for name in adapter_names}
@@ -228,7 +278,7 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def _folded_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        vectors = self._vectors(name).data  # (n, D)
+        vectors = self.vectors(name).data  # (n, D)
         ids = torch.tensor(self.prompt_configs[name].replaced_token_ids, device=rows.device)
         # in the vectors' precision, so that a half-precision table is rounded once
         return (rows.to(vectors) + vectors - self.weight.data[ids].to(vectors)).to(rows.dtype)
@@ -243,6 +293,3 @@ class CLIPTextLearnableEmbeddings(nn.Module, BaseTunerLayer):
             start, rows = self._unmerged_rows.pop()
             table = self.position_embedding.weight.data
             table[start : start + len(rows)] = rows.to(table)
-
-    def __repr__(self) -> str:
-        return "clip_prompt_tuning." + super().__repr__()

@@ -1,18 +1,21 @@
-"""Puts learnable text embeddings into any model that has a CLIP text tower."""
+"""Puts learnable prompts into any model that has a CLIP text tower, and into its image tower where asked for."""
 
 from __future__ import annotations
 
 import copy
 
-import torch
-from peft import PromptTuningInit
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
-from transformers import AutoTokenizer
 
-from ..class_prompts import DEFAULT_TEMPLATE, check_class_names, context_text, encode_words, pad_template
 from .config import CLIPPromptTuningConfig
-from .layer import CLIPTextLearnableEmbeddings, is_clip_text_embeddings
+from .coupling import CLIPVectorsLayer
+from .deep_prompts import CLIPDeepPrompts
+from .layer import CLIPTextLearnableEmbeddings
+from .prompt_layer import CLIPPromptLayer
+from .resolve import adopt_class_names, check_fits, check_towers, chosen_towers, config_value, resolve
+from .saved_weights import PREFIX, check_tensors, expected_tensors, rename_to_expected
+from .towers import Tower
+from .vision_prompts import CLIPVisionLearnableEmbeddings
 
 
 class CLIPPromptTuningModel(BaseTuner):
@@ -39,23 +42,31 @@ class CLIPPromptTuningModel(BaseTuner):
     ```
     """
 
-    prefix: str = "learnable_"
-    tuner_layer_cls = CLIPTextLearnableEmbeddings
+    prefix: str = PREFIX
+    tuner_layer_cls = CLIPPromptLayer
     target_module_mapping = {}  # targets are found by structure
 
     def _prepare_adapter_config(self, peft_config: CLIPPromptTuningConfig, model_config: dict):
-        if not any(is_clip_text_embeddings(module) for module in self.model.modules()):
-            raise ValueError(
-                f"{type(self.model).__name__} has no CLIP text embeddings (a module with a token_embedding and a "
-                "position_embedding table), so there is nothing to tune. Models that have them: CLIPModel, "
-                "CLIPTextModel, CLIPTextModelWithProjection, CLIPForPromptClassification."
-            )
-        if not peft_config._loaded:
-            _resolve(peft_config, self.model)
-        elif peft_config.class_names is None:
-            peft_config.class_names = _class_names_of(self.model)
-        _check_fits(peft_config, self.model)
+        check_towers(peft_config, self.model)
+        if peft_config._loaded:
+            adopt_class_names(peft_config, self.model)
+        else:
+            resolve(peft_config, self.model)
+        check_fits(peft_config, self.model)
+        vision_depth = peft_config.vision_prompt_depth if peft_config.num_vision_virtual_tokens else 0
+        self._text_targets = _targets(chosen_towers(peft_config, self.model, "text"), peft_config.text_prompt_depth)
+        self._vision_targets = _targets(chosen_towers(peft_config, self.model, "vision"), vision_depth)
+        self._check_coupled_layers(peft_config)
         return self._keep_copy(peft_config)
+
+    def _check_coupled_layers(self, peft_config) -> None:
+        keys = (*self._text_targets, *self._vision_targets) if peft_config.vision_prompts_from_text else ()
+        excluded = [key for key in keys if not self._check_target_module_exists(peft_config, key)]
+        if excluded:
+            raise ValueError(
+                f"exclude_modules leaves out {excluded[0]!r}, but with vision_prompts_from_text each text layer and "
+                "the image layer that maps it belong together; exclude none of them."
+            )
 
     def _keep_copy(self, peft_config):
         # The user may go on to use the same object for another model; class names are changed in ours.
@@ -66,30 +77,62 @@ class CLIPPromptTuningModel(BaseTuner):
         return own
 
     def _check_target_module_exists(self, peft_config, key):
-        """By name where `target_modules` says so, otherwise by structure. The config keeps its `None`, so that one
-        adapter file fits models that hold the embeddings at different paths."""
-        if peft_config.target_modules is None:
-            if not is_clip_text_embeddings(self.model.get_submodule(key)):
-                return False
-            peft_config = copy.copy(peft_config)
-            peft_config.target_modules = [key]  # exclude_modules has still to be heeded
-        return check_target_module_exists(peft_config, key)
+        """By structure, and by `target_modules` and `exclude_modules`. The config keeps its `target_modules`, so that
+        one adapter file fits models that hold the embeddings at different paths."""
+        by_name = copy.copy(peft_config)
+        by_name.target_modules = [key] if key in self._text_targets or key in self._vision_targets else []
+        return check_target_module_exists(by_name, key)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
-        if isinstance(target, CLIPTextLearnableEmbeddings):
-            target.update_layer(adapter_name, peft_config)
-            return
-        if not is_clip_text_embeddings(target):
-            raise ValueError(
-                f"Target module {current_key!r} is a {type(target).__name__} and holds no CLIP text embeddings; leave "
-                "target_modules out to find them."
+        in_text = current_key in self._text_targets
+        depth, tower = (self._text_targets if in_text else self._vision_targets)[current_key]
+        if in_text and depth == 0:
+            new_module = self._add_text_embeddings(target, adapter_name, peft_config)
+        elif in_text:
+            new_module = _wrapped(target, CLIPDeepPrompts, adapter_name, at_end=False)
+            new_module.update_layer(adapter_name, peft_config, peft_config.num_virtual_tokens, tower.like)
+        else:
+            layer_class, options = (
+                (CLIPDeepPrompts, {"at_end": True}) if depth else (CLIPVisionLearnableEmbeddings, {})
             )
-        new_module = CLIPTextLearnableEmbeddings(target, adapter_name, peft_config)
-        self._replace_module(parent, target_name, new_module, target)
+            new_module = _wrapped(target, layer_class, adapter_name, **options)
+            if peft_config.vision_prompts_from_text:
+                new_module.couple(adapter_name, peft_config, self._text_width(), tower.like)
+            else:
+                n = peft_config.num_vision_virtual_tokens
+                new_module.update_layer(adapter_name, peft_config, n, tower.like)
+        if new_module is not target:
+            self._replace_module(parent, target_name, new_module, target)
+
+    def _add_text_embeddings(self, target, adapter_name, peft_config) -> CLIPTextLearnableEmbeddings:
+        image_width = config_value(self.model, "projection_dim")
+        if isinstance(target, CLIPTextLearnableEmbeddings):
+            target.update_layer(adapter_name, peft_config, image_width)
+            return target
+        return CLIPTextLearnableEmbeddings(target, adapter_name, peft_config, image_width)
+
+    def _text_width(self) -> int:
+        return next(tower.like.shape[-1] for _, tower in self._text_targets.values())
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self.peft_config[adapter_name].vision_prompts_from_text:
+            self._connect_towers(adapter_name)
+
+    def _connect_towers(self, adapter_name: str) -> None:
+        """Tells each coupled vision layer which text layer it maps."""
+        text_layers = {depth: self.model.get_submodule(key) for key, (depth, _) in self._text_targets.items()}
+        vision_layers = {depth: self.model.get_submodule(key) for key, (depth, _) in self._vision_targets.items()}
+        for depth, layer in vision_layers.items():
+            layer.text_sources[adapter_name] = text_layers[depth]
+            if depth > 1 and not self.peft_config[adapter_name]._loaded:
+                # MaPLe starts the maps of all deeper layers from one
+                first = vision_layers[1].learnable_projections[adapter_name]
+                layer.learnable_projections[adapter_name].load_state_dict(first.state_dict())
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        # peft's own would copy `weight` and `bias` over when it unloads; both modules here hold tables of their own,
-        # and a new layer is made on the device of the module that it wraps.
+        # peft's own would copy `weight` and `bias` over when it unloads; all modules here hold tensors of their own,
+        # and a new layer is made on the device of the tower that it belongs to.
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -97,10 +140,9 @@ class CLIPPromptTuningModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
-        for module in self.model.modules():
-            if isinstance(module, CLIPTextLearnableEmbeddings) and adapter_name in module.learnable_embeddings:
-                parameter = module.learnable_embeddings[adapter_name]
-                parameter.data = parameter.data.to(module.weight.dtype)
+        dtype = next(tower.like.dtype for _, tower in self._text_targets.values())
+        for parameter in expected_tensors(self.model, adapter_name).values():
+            parameter.data = parameter.data.to(dtype)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         layout = None
@@ -124,126 +166,28 @@ class CLIPPromptTuningModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """As in peft, and for a text tower that sits at another path than where the adapter was trained
-        (`embeddings` of a bare `CLIPTextModel`, `text_model.embeddings` elsewhere)."""
-        expected = {
-            f"{name}.learnable_embeddings.{adapter_name}": module.learnable_embeddings[adapter_name]
-            for name, module in model.named_modules()
-            if isinstance(module, CLIPTextLearnableEmbeddings) and adapter_name in module.learnable_embeddings
-        }
+        """As in peft, and for a tower that sits at another path than where the adapter was trained."""
+        expected = expected_tensors(model, adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        state_dict = {_key_at_other_path(key, adapter_name, expected): value for key, value in state_dict.items()}
-        _check_tensors(state_dict, expected, config)
+        state_dict = rename_to_expected(state_dict, expected)
+        check_tensors(state_dict, expected, config)
         return state_dict
 
 
-def _resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
-    """Fills in what depends on the model: template, number of vectors, token ids, class names."""
-    config.forget_filled_in()
-    given = config.to_dict()
-    if config.prompt_template is None:
-        config.prompt_template = _config_value(model, "prompt_template") or DEFAULT_TEMPLATE
-    if config.class_names is None:
-        config.class_names = _class_names_of(model)
-    tokenizer = _tokenizer_for(config, model)
-    init_ids = encode_words(config.prompt_tuning_init_text or "", tokenizer)
-    if config.num_virtual_tokens is None:
-        config.num_virtual_tokens = len(init_ids) or _room_in_template(config, tokenizer)
-    elif init_ids and len(init_ids) != config.num_virtual_tokens:
-        raise ValueError(
-            f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has {len(init_ids)} tokens, but "
-            f"num_virtual_tokens={config.num_virtual_tokens}; they must be equal. Leave num_virtual_tokens out to "
-            "take as many as the text has."
-        )
-    n, start = config.num_virtual_tokens, config.start_idx
-    config.padded_template = pad_template(config.prompt_template, n, tokenizer, start)
-    context_ids = encode_words(context_text(config.padded_template), tokenizer)
-    config.replaced_token_ids = context_ids[start - 1 : start - 1 + n]
-    is_text = config.prompt_tuning_init is PromptTuningInit.TEXT
-    config.init_token_ids = (init_ids or config.replaced_token_ids) if is_text else None
-    config._filled_in = {name: getattr(config, name) for name, value in given.items() if value is None}
+def _targets(towers: list[Tower], depth: int) -> dict[str, tuple[int, Tower]]:
+    """Where prompts go: by module path, the depth (0 the embeddings, i > 0 encoder layer i) and the tower."""
+    return {
+        path: (i, tower)
+        for tower in towers
+        for i, path in enumerate([tower.embeddings_key, *tower.layer_keys[1:]][:depth])
+    }
+
+
+def _wrapped(target: nn.Module, layer_class: type[CLIPVectorsLayer], adapter_name: str, **options) -> CLIPVectorsLayer:
+    return target if isinstance(target, layer_class) else layer_class(target, adapter_name, **options)
 
 
 def _check_known(adapter_names: list[str], peft_config: dict) -> None:
     unknown = [name for name in adapter_names if name not in peft_config]
     if unknown:
         raise ValueError(f"There is no adapter {unknown[0]!r} to merge; the model has {sorted(peft_config)}.")
-
-
-def _room_in_template(config: CLIPPromptTuningConfig, tokenizer) -> int:
-    room = len(encode_words(context_text(config.prompt_template), tokenizer)) - (config.start_idx - 1)
-    if room < 1:
-        raise ValueError(
-            f"The template {config.prompt_template!r} has no words from position {config.start_idx} up to the class "
-            "name, so the number of vectors does not follow from it; give num_virtual_tokens."
-        )
-    return room
-
-
-def _tokenizer_for(config: CLIPPromptTuningConfig, model: nn.Module):
-    if config.tokenizer_name_or_path is None and getattr(model, "tokenizer", None) is not None:
-        return model.tokenizer
-    name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
-    if not name:
-        raise ValueError(
-            f"The tokenizer is needed to find the template's tokens, but this {type(model).__name__} has no "
-            "name_or_path to load it from; set tokenizer_name_or_path in CLIPPromptTuningConfig."
-        )
-    return AutoTokenizer.from_pretrained(name)
-
-
-def _class_names_of(model: nn.Module) -> list[str] | None:
-    names = _config_value(model, "class_names")
-    return None if names is None else check_class_names(names)
-
-
-def _config_value(model: nn.Module, name: str):
-    return getattr(getattr(model, "config", None), name, None)  # not every module around a CLIP has a config
-
-
-def _check_fits(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
-    end = config.start_idx + config.num_virtual_tokens
-    for module in filter(is_clip_text_embeddings, model.modules()):
-        num_positions, vocab_size = module.position_embedding.num_embeddings, module.token_embedding.num_embeddings
-        if end + 1 >= num_positions:  # a class token and the end token must follow
-            raise ValueError(
-                f"start_idx={config.start_idx} and num_virtual_tokens={config.num_virtual_tokens} reach position "
-                f"{end - 1}, but the text tower has {num_positions} positions and needs at least two after the "
-                "vectors, for the class name and the end token; take fewer vectors."
-            )
-        if max(config.replaced_token_ids + (config.init_token_ids or [])) >= vocab_size:
-            raise ValueError(
-                f"The adapter names token {max(config.replaced_token_ids + (config.init_token_ids or []))}, but the "
-                f"model's vocabulary has {vocab_size} tokens: the adapter belongs to another base model, or the "
-                "tokenizer is not this model's."
-            )
-
-
-def _key_at_other_path(key: str, adapter_name: str, expected: dict) -> str:
-    if key in expected:
-        return key
-    path, _, name = key.rpartition(".")  # keys of a file do not hold the adapter's name
-    if name != "learnable_embeddings":
-        return key
-    path = path.removeprefix("base_model.model.")
-    for candidate in expected:
-        module_path = candidate.removesuffix(f".learnable_embeddings.{adapter_name}").removeprefix("base_model.model.")
-        if f".{path}".endswith(f".{module_path}") or f".{module_path}".endswith(f".{path}"):
-            return candidate
-    return key
-
-
-def _check_tensors(state_dict: dict, expected: dict[str, torch.Tensor], config: CLIPPromptTuningConfig) -> None:
-    for key, parameter in expected.items():
-        if key not in state_dict:
-            raise ValueError(
-                f"The adapter's weights hold no {key!r}, only {sorted(state_dict)}; the file is damaged or belongs to "
-                "another method."
-            )
-        shape, wanted = tuple(state_dict[key].shape), tuple(parameter.shape)
-        if shape != wanted:
-            raise ValueError(
-                f"The adapter's vectors have shape {shape}, but this model and the adapter's configuration ask for "
-                f"{wanted} (num_virtual_tokens, text hidden size). The adapter was trained on "
-                f"{config.base_model_name_or_path!r}; load that base model."
-            )

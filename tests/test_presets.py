@@ -1,0 +1,163 @@
+"""The papers' settings: what each preset trains, and how."""
+
+import math
+
+import pytest
+import torch
+from conftest import TINY_CLIP
+from peft import get_peft_model
+from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments
+
+from clip_prompt_peft import (
+    PRESETS,
+    CLIPPromptTuningConfig,
+    GaussianPromptAveraging,
+    ProGradTrainer,
+    training_recipe,
+)
+from clip_prompt_peft.recipes import SETTINGS, epoch_learning_rate, sgd_with_epoch_cosine
+
+
+# ViT-B/16, computed from the authors' code; with 100 classes for those that have vectors of their own.
+TRAINED_PARAMETERS = {
+    "coop": 8_192,
+    "coop-csc": 8_192 * 100,
+    "cocoop": 35_360,
+    "vpt-shallow": 8 * 768,
+    "vpt-deep": 73_728,
+    "ivlp": 46_080,
+    "maple": 3_555_072,
+    "kgcoop": 2_048,
+    "prograd": 8_192,
+    "promptsrc": 46_080,
+}
+
+
+def vit_b_16():
+    """Without memory for its weights."""
+    text = {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 12, "intermediate_size": 2048}
+    vision = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "patch_size": 16}
+    config = CLIPConfig(text_config=text, vision_config={**vision, "image_size": 224}, projection_dim=512)
+    with torch.device("meta"):
+        return CLIPModel(config)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_trains_as_many_parameters_of_vit_b_16_as_the_authors_code(name):
+    class_names = [f"class {i}" for i in range(100)]
+    config = CLIPPromptTuningConfig.from_preset(
+        name, class_names=class_names, tokenizer_name_or_path=TINY_CLIP, inference_mode=False
+    )
+    model = get_peft_model(vit_b_16(), config)
+    assert model.get_nb_trainable_parameters()[0] == TRAINED_PARAMETERS[name]
+
+
+def test_every_preset_has_a_recipe():
+    assert SETTINGS.keys() == PRESETS.keys() == TRAINED_PARAMETERS.keys()
+
+
+def test_an_unknown_preset_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match=r"no preset 'coop-op'; there are \['cocoop', 'coop', "):
+        CLIPPromptTuningConfig.from_preset("coop-op")
+    with pytest.raises(ValueError, match=r"no recipe 'coop-op'; there are \['cocoop', 'coop', "):
+        training_recipe("coop-op", torch.nn.Linear(1, 1), num_examples=1)
+
+
+def test_fields_of_a_preset_can_be_set_otherwise():
+    config = CLIPPromptTuningConfig.from_preset("coop", num_virtual_tokens=4, class_token_position="front")
+    assert (config.num_virtual_tokens, config.class_token_position.value) == (4, "front")
+    assert config.prompt_tuning_init.value == "RANDOM"
+
+
+def test_depths_of_a_preset_end_with_the_layers_of_the_model(clip):
+    config = CLIPPromptTuningConfig.from_preset("maple", model=clip)
+    assert (config.text_prompt_depth, config.vision_prompt_depth) == (3, 3)  # not 4: each is a map of a text prompt
+    config = CLIPPromptTuningConfig.from_preset("ivlp", model=clip)
+    assert (config.text_prompt_depth, config.vision_prompt_depth) == (3, 4)
+    assert CLIPPromptTuningConfig.from_preset("ivlp").vision_prompt_depth == 9
+    with pytest.raises(ValueError, match="text_prompt_depth=9 is more than the 3 layers beside 'text_model.embedd"):
+        get_peft_model(clip, CLIPPromptTuningConfig.from_preset("ivlp"))
+
+
+def test_no_depth_means_every_layer(clip):
+    model = get_peft_model(clip, CLIPPromptTuningConfig.from_preset("vpt-deep"))
+    assert model.active_peft_config.vision_prompt_depth == 4
+
+
+def test_the_learning_rate_is_that_of_the_authors_log():
+    # 50 epochs at 0.002; the last two epochs as logged in CoOp's issue 26
+    assert epoch_learning_rate(49, 0.002, 50) == pytest.approx(7.885299e-06, rel=1e-6)
+    assert epoch_learning_rate(48, 0.002, 50) == pytest.approx(1.771275e-05, rel=1e-6)
+    assert epoch_learning_rate(0, 0.002, 50) == 1e-5
+    assert epoch_learning_rate(1, 0.002, 50) == 0.002
+
+
+def test_the_schedule_moves_once_an_epoch_and_starts_with_the_warm_up():
+    optimizer, scheduler = sgd_with_epoch_cosine(torch.nn.Linear(2, 2), 0.002, num_epochs=3, steps_per_epoch=2)
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    second, third = 0.002, 0.001 * (1 + math.cos(math.pi / 3))
+    assert rates == pytest.approx([1e-5, 1e-5, second, second, third, third])
+    assert optimizer.defaults["momentum"] == 0.9 and optimizer.defaults["weight_decay"] == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "shots", "epochs", "batch_size", "learning_rate"),
+    [
+        ("coop", 16, 200, 32, 0.002),
+        ("coop", 8, 200, 32, 0.002),
+        ("coop", 4, 100, 32, 0.002),
+        ("coop", 2, 100, 32, 0.002),
+        ("coop", 1, 50, 32, 0.002),
+        ("cocoop", 16, 10, 1, 0.002),
+        ("maple", 16, 5, 4, 0.0035),
+        ("kgcoop", 16, 100, 128, 0.002),
+        ("promptsrc", 16, 20, 4, 0.0025),
+    ],
+)
+def test_a_recipe_has_the_papers_numbers(clip, name, shots, epochs, batch_size, learning_rate):
+    model = get_peft_model(clip, CLIPPromptTuningConfig())
+    recipe = training_recipe(name, model, num_examples=640, shots=shots, use_cpu=True)
+    assert recipe.arguments["num_train_epochs"] == epochs
+    assert recipe.arguments["per_device_train_batch_size"] == batch_size
+    assert recipe.arguments["learning_rate"] == learning_rate
+    assert recipe.arguments["max_grad_norm"] == 0.0
+
+
+def test_recipes_bring_the_parts_of_the_trainer_that_their_methods_need(clip):
+    model = get_peft_model(clip, CLIPPromptTuningConfig())
+    recipes = {name: training_recipe(name, model, num_examples=64, use_cpu=True) for name in PRESETS}
+    assert {name for name in PRESETS if recipes[name].trainer_class is not Trainer} == {"prograd"}
+    assert recipes["prograd"].trainer_class is ProGradTrainer
+    (averaging,) = recipes["promptsrc"].callbacks
+    assert isinstance(averaging, GaussianPromptAveraging) and (averaging.mean, averaging.std) == (15, 1)
+    assert all(not recipes[name].callbacks for name in PRESETS if name != "promptsrc")
+
+
+def test_batches_are_shared_out_among_processes(clip, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    model = get_peft_model(clip, CLIPPromptTuningConfig())
+    recipe = training_recipe("coop", model, num_examples=64)
+    assert recipe.arguments["per_device_train_batch_size"] == 8
+
+
+@pytest.mark.parametrize(("num_examples", "steps"), [(10, 2), (3, 1)])
+def test_the_trainer_makes_as_many_steps_as_the_schedule_counts(classifier, tmp_path, num_examples, steps):
+    """An incomplete batch is dropped, unless it is the only one; so the second epoch starts with the full rate."""
+    model = get_peft_model(classifier, CLIPPromptTuningConfig())
+    recipe = training_recipe("maple", model, num_examples, num_train_epochs=2, use_cpu=True, report_to="none")
+    examples = [{"image_embeds": torch.randn(128), "labels": i % 4} for i in range(num_examples)]
+    args = TrainingArguments(tmp_path, logging_steps=1, save_strategy="no", disable_tqdm=True, **recipe.arguments)
+    trainer = recipe.trainer_class(model, args, train_dataset=examples, optimizers=recipe.optimizers)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([1e-5] * steps + [0.0035] * steps)
+
+
+def test_a_model_without_anything_to_train_is_refused(clip):
+    clip.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train; put an adapter into it first"):
+        training_recipe("coop", clip, num_examples=8, use_cpu=True)
