@@ -5,37 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
+from functools import partial
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import set_seed
 
-from ..classifier import CLIPForPromptClassification
+from ..presets import PRESETS
 from ..prompt_ensemble import load_templates, template_ensemble
 from ..tuner import CLIPPromptTuningConfig
 from .image_set import ImageSet
-from .settings import TrainingSettings
+from .training import Backbone, train_adapter
 
 
 Score = Callable[[ImageSet], "np.ndarray | None"]  # (N, C) logits; None if the method cannot know the classes
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """
-    The CLIP that all methods start from.
-
-    Attributes:
-        model: without adapters. A method may put one in, and takes it out again.
-        image_processor: of the model.
-        settings: of training.
-    """
-
-    model: CLIPForPromptClassification
-    image_processor: object
-    settings: TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -52,23 +36,16 @@ class Method:
 
 
 def find_method(name: str) -> Method:
-    """By its name: one of `METHODS`, or a preset of [`CLIPPromptTuningConfig`].
+    """By its name: one of `METHODS`, or one of the published methods of [`~clip_prompt_peft.PRESETS`].
 
     Raises:
         ValueError: unknown name.
     """
     if name in METHODS:
         return METHODS[name]
-    from_preset = getattr(CLIPPromptTuningConfig, "from_preset", None)
-    if from_preset is None:
-        raise ValueError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
-    try:
-        from_preset(name)
-    except ValueError as error:
-        raise ValueError(
-            f"There is no method {name!r}; there are {', '.join(METHODS)}, and presets: {error}"
-        ) from error
-    return Method(lambda backbone, train, seed: _tuned(backbone, train, seed, from_preset(name, model=backbone.model)))
+    if name in PRESETS:
+        return Method(partial(_preset, name))
+    raise ValueError(f"There is no method {name!r}; there are {', '.join([*METHODS, *PRESETS])}.")
 
 
 @contextmanager
@@ -124,6 +101,11 @@ def _prompt_tuning(backbone: Backbone, train: ImageSet, seed: int):
     return _tuned(backbone, train, seed, CLIPPromptTuningConfig())
 
 
+def _preset(name: str, backbone: Backbone, train: ImageSet, seed: int):
+    config = CLIPPromptTuningConfig.from_preset(name, model=backbone.model)
+    return _tuned(backbone, train, seed, config, bool(config.num_vision_virtual_tokens), name)
+
+
 METHODS: dict[str, Method] = {
     "zero-shot": Method(_zero_shot, is_trained=False),
     "ensemble": Method(_ensemble, is_trained=False),
@@ -135,15 +117,19 @@ METHODS: dict[str, Method] = {
 
 @contextmanager
 def _tuned(
-    backbone: Backbone, train: ImageSet, seed: int, config: PeftConfig, trains_image_tower: bool = False
+    backbone: Backbone,
+    train: ImageSet,
+    seed: int,
+    config: PeftConfig,
+    trains_image_tower: bool = False,
+    preset: str | None = None,
 ) -> Iterator[Score]:
-    """Any adapter of peft, trained by the stock Trainer."""
-    trains_image_tower = trains_image_tower or bool(getattr(config, "num_vision_virtual_tokens", 0))
+    """Any adapter of peft, trained by the Trainer."""
     backbone.model.set_class_names(train.class_names)
     set_seed(seed)
     model = get_peft_model(backbone.model, config)
     try:
-        _train(model, backbone, train, seed, trains_image_tower)
+        train_adapter(model, backbone, train, seed, trains_image_tower, preset)
 
         def score(images: ImageSet) -> np.ndarray | None:
             if getattr(config, "class_specific", False) and images.class_names != train.class_names:
@@ -156,31 +142,6 @@ def _tuned(
         yield score
     finally:
         model.unload()
-
-
-def _train(model, backbone: Backbone, train: ImageSet, seed: int, trains_image_tower: bool) -> None:
-    settings, image_processor = backbone.settings, backbone.image_processor
-    is_lora = isinstance(model.active_peft_config, LoraConfig)
-    dataset = train.pixels(image_processor) if trains_image_tower else train.embedded(backbone.model, image_processor)
-    with TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder,
-            num_train_epochs=settings.num_train_epochs,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.lora_learning_rate if is_lora else settings.learning_rate,
-            lr_scheduler_type="cosine",
-            seed=seed,
-            use_cpu=backbone.model.device.type == "cpu",
-            dataloader_pin_memory=backbone.model.device.type != "cpu",
-            remove_unused_columns=False,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = Trainer(model, args, train_dataset=dataset)
-        trainer.remove_callback(PrinterCallback)  # there is a progress bar of all runs already
-        trainer.train()
 
 
 @torch.no_grad()

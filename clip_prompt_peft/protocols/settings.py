@@ -12,13 +12,14 @@ class TrainingSettings:
     """
     How all adapters are trained, so that they can be compared: AdamW with a cosine schedule, and no augmentation.
 
-    The linear probe is fitted by scikit-learn instead.
+    The linear probe is fitted by scikit-learn instead, and presets can be trained as their papers do.
 
     Attributes:
         num_train_epochs: rounds over the drawn images.
         batch_size: images in a step.
         learning_rate: of prompts.
         lora_learning_rate: of LoRA.
+        paper_recipes: train presets with the optimizer, the epochs and so on of [`training_recipe`].
         lora_rank: of LoRA in the query, key and value of both towers.
         linear_probe_c: scikit-learn's inverse strength of the linear probe's penalty; 0.316 is CLIP's
             (https://arxiv.org/abs/2103.00020, A.3).
@@ -31,6 +32,7 @@ class TrainingSettings:
     batch_size: int = 32
     learning_rate: float = 2e-3
     lora_learning_rate: float = 1e-3
+    paper_recipes: bool = False
     lora_rank: int = 2
     linear_probe_c: float = 0.316
     prompt_template: str = "a photo of a {}."

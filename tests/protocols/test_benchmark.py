@@ -196,3 +196,27 @@ def test_embeddings_are_those_of_the_images_whatever_was_asked_for_before(styles
     embedded = images.embedded(backbone.model, backbone.image_processor)[:]
     torch.testing.assert_close(embedded["image_embeds"], expected, rtol=1e-4, atol=1e-4)
     assert embedded["labels"].tolist() == pixels["labels"] == images.labels
+
+
+def test_published_methods_are_run_by_name_with_what_they_need(open_benchmark, backbone):
+    before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    benchmark = open_benchmark()
+    names = ["coop-csc", "vpt-shallow", "prograd", "cocoop"]  # per class, in images, own Trainer, for each image
+    runs = base_to_new("noto", names, (1,), (1,))
+    benchmark.run(runs)
+    assert {run.method for run in runs if benchmark.results.metrics(run, "new") is None} == {"coop-csc"}
+    assert all(benchmark.results.metrics(run, "base")["accuracy"] > 0 for run in runs)
+    torch.testing.assert_close(dict(backbone.model.state_dict()), before)
+
+
+def test_published_methods_can_be_trained_as_their_papers_do(styles, backbone, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("clip_prompt_peft.recipes.Trainer.train", lambda self: seen.append(self))
+    settings = TrainingSettings(num_train_epochs=7, when_fewer="all", paper_recipes=True)
+    paper = Backbone(backbone.model, backbone.image_processor, settings)
+    benchmark = Benchmark(lambda: paper, styles, Results(tmp_path, settings.fingerprint("tiny")))
+    benchmark.run(few_shot_curve("noto", ["kgcoop", "prompt-tuning"], (1,), (1,)))
+    kgcoop, own = seen
+    assert (kgcoop.args.num_train_epochs, kgcoop.args.max_grad_norm) == (100, 0)
+    assert isinstance(kgcoop.optimizer, torch.optim.SGD)
+    assert (own.args.num_train_epochs, own.optimizer) == (7, None)
