@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 
@@ -16,8 +17,9 @@ import clip_prompt_peft  # noqa: E402, F401  (registers the method with peft)
 
 
 ROOT = Path(__file__).parent.parent
-TINY_CLIP = str(ROOT / "examples" / "assets" / "tiny_clip")
-EMOJI = ROOT / "examples" / "assets" / "emoji"
+EXAMPLES = ROOT / "examples"
+TINY_CLIP = str(EXAMPLES / "assets" / "tiny_clip")
+EMOJI = EXAMPLES / "assets" / "emoji"
 GOLDEN = ROOT / "tests" / "golden"
 CLASS_NAMES = ["animal", "plant", "food", "vehicle"]
 
@@ -95,3 +97,21 @@ def golden_base_folder(kind, tmp_path):
 def golden_base(request, tmp_path):
     """The base model of the golden numbers, with either kind of end token configuration."""
     return golden_base_folder(request.param, tmp_path)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys, tmp_path):
+    """Runs a script in this process, which saves the time to import everything, and returns what it printed."""
+
+    def run_script(script, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.setattr("sys.argv", [str(EXAMPLES / script), *map(str, arguments)])
+        threads = torch.get_num_threads()
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return run_script
