@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: models this small only lose by more threads
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
