@@ -361,6 +361,14 @@ class TestChunks:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             embeds.sum().backward()
 
+    def test_the_backward_pass_can_be_made_again(self):
+        model = prompt_tuned(load(TINY_CLIP))
+        model.get_base_model().class_encoder.batch_size = 3
+        loss = model.get_base_model().get_class_embeds().square().sum(dim=0).max()
+        vectors = next(p for p in model.parameters() if p.requires_grad)
+        gradients = [torch.autograd.grad(loss, vectors, retain_graph=True)[0] for _ in range(2)]
+        torch.testing.assert_close(*gradients)
+
     def test_gradients_of_several_backward_passes_add_up(self, pixel_values, labels):
         model = prompt_tuned(load(TINY_CLIP))
         vectors = next(p for p in model.parameters() if p.requires_grad)

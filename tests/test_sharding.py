@@ -78,5 +78,5 @@ def test_by_default_many_classes_are_shared_in_training_only(results):
         "few, training": len(sharding_worker.NAMES),
         "few, evaluation": len(sharding_worker.NAMES),
         "many, training": 300 // num_processes,
-        "many, evaluation": 128,  # in chunks
+        "many, evaluation": 100,  # in chunks
     }

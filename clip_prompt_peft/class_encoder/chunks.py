@@ -20,8 +20,8 @@ def encode_in_chunks(
 ) -> torch.Tensor:
     """The results of `encode` for all chunks, one below the other, differentiable with respect to `parameters`.
 
-    With more than one chunk, nothing of the computation is kept: each chunk is computed again when its gradient is
-    wanted, in the same autocast and random state. Values and gradients are those of a single pass.
+    With more than one chunk, only the last one's computation is kept: each other is computed again when its gradient
+    is wanted, in the same autocast and random state. Values and gradients are those of a single pass.
 
     Args:
         encode: gives (K, E) for a chunk.
@@ -66,8 +66,13 @@ class _Recomputed(torch.autograd.Function):
         ctx.surroundings, outputs = [], []
         for chunk in chunks:
             ctx.surroundings.append(Surroundings(parameters[0]))
-            with ctx.surroundings[-1].autocast(cache_enabled=False):  # casts made here would lack a gradient
-                outputs.append(encode(chunk))
+            if chunk is chunks[-1]:
+                with torch.enable_grad():
+                    ctx.last = encode(chunk)
+                outputs.append(ctx.last.detach())
+            else:
+                with ctx.surroundings[-1].autocast(cache_enabled=False):  # casts made here would lack a gradient
+                    outputs.append(encode(chunk))
         ctx.sizes = [len(output) for output in outputs]
         return torch.cat(outputs)  # (C, E)
 
@@ -76,13 +81,24 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx, gradient):
         parameters = ctx.saved_tensors
         totals = [None] * len(parameters)
-        for chunk, surroundings, part in zip(ctx.chunks, ctx.surroundings, gradient.split(ctx.sizes)):
-            with torch.enable_grad(), surroundings.random_state(), surroundings.autocast():
-                output = ctx.encode(chunk)
+        # from the last on, so that what is kept of it is gone before another one is computed
+        for index, part in reversed(list(enumerate(gradient.split(ctx.sizes)))):
+            output = _Recomputed.with_graph(ctx, index)
             if output.requires_grad:
                 gradients = torch.autograd.grad(output, parameters, part, allow_unused=True)
                 totals = [_sum(total, new) for total, new in zip(totals, gradients)]
+            del output
         return None, None, *totals
+
+    @staticmethod
+    def with_graph(ctx, index: int) -> torch.Tensor:
+        """(K, E) of a chunk, to be differentiated."""
+        if index == len(ctx.chunks) - 1 and ctx.last is not None:
+            last, ctx.last = ctx.last, None  # a second backward pass computes it again
+            return last
+        surroundings = ctx.surroundings[index]
+        with torch.enable_grad(), surroundings.random_state(), surroundings.autocast():
+            return ctx.encode(ctx.chunks[index])
 
 
 def _sum(total: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:

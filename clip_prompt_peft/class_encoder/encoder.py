@@ -29,9 +29,9 @@ class ClassEncoder:
             `"packed"` computes what the prompts have in common once. `"auto"` takes the fastest that is exact for the
             model; `"plain"` turns all cleverness off, for debugging.
         batch_size (`int`, *optional*, defaults to `"auto"`):
-            Classes at a time. While training, chunks are computed a second time for their gradient, so that memory
-            does not grow with the number of classes. `None` takes all at once; `"auto"` does so up to 256 classes, and
-            takes 128 at a time beyond.
+            Classes at a time. While training, all chunks but one are computed a second time for their gradient, so
+            that memory does not grow with the number of classes. `None` takes all at once; `"auto"` does so up to 256
+            classes, and takes 128 at a time beyond.
         across_processes (`bool`, defaults to `"auto"`):
             Whether each process of a distributed training encodes its share of the classes only. `True` does so in
             every call, evaluation included, so all processes must make the same calls; `"auto"` only while training
@@ -148,7 +148,8 @@ class ClassEncoder:
     def _build_chunks(self, model, prompts, layout, classes: range) -> list[PlainRows | PackedRows]:
         path = self._resolved_path(model, prompts)
         num_shared = num_shared_positions(prompts, layout)
-        parts = torch.tensor(classes).split(self._chunk_size(len(classes)))
+        num_chunks = -(-len(classes) // self._chunk_size(len(classes)))
+        parts = torch.tensor(classes).tensor_split(num_chunks)
         return [build_rows(path, part, prompts, num_shared, model.text_model) for part in parts]
 
     def _chunk_size(self, num_classes: int) -> int:
