@@ -19,6 +19,7 @@ from ..classifier import CLIPForPromptClassification
 INPUT, OUTPUTS = "pixel_values", ["logits", "image_embeds"]
 NEEDED_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MAX_BYTES_IN_ONE_FILE = 1.9e9  # an ONNX file is a protocol buffer, which ends at 2 GiB
+MAX_BATCH = 2**20  # without a bound, old versions of torch.export find the size not free
 NUM_TRACED = 2  # a batch of 1 would be taken for a constant
 
 
@@ -58,9 +59,10 @@ def write_onnx(module: BakedClassifier, image_size: int, num_channels: int, file
         file,
         input_names=[INPUT],
         output_names=OUTPUTS,
-        dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+        dynamic_shapes={INPUT: {0: torch.export.Dim("batch", max=MAX_BATCH)}},
         external_data=size > MAX_BYTES_IN_ONE_FILE,
         dynamo=True,
+        optimize=True,
         verbose=False,
     )
 
