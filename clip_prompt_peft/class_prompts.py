@@ -57,12 +57,14 @@ class ClassPrompts:
         texts: one prompt per class.
         input_ids: (C, L), cut after the longest prompt's end token; shorter ones are padded by the tokenizer.
         attention_mask: (C, L), 1 up to the end token.
+        pad_token_id: what shorter prompts are padded with.
         context_positions: (C, n), where the vectors go if that differs from class to class.
     """
 
     texts: list[str]
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor
+    pad_token_id: int
     context_positions: torch.LongTensor | None = None
 
 
@@ -235,7 +237,7 @@ def build_class_prompts(
     positions = None
     if layout is not None and layout.has_row_positions:
         input_ids, positions = _move_class_names(class_names, texts, input_ids, tokenizer, layout)
-    return ClassPrompts(texts, input_ids, attention_mask, positions)
+    return ClassPrompts(texts, input_ids, attention_mask, tokenizer.pad_token_id, positions)
 
 
 def _check_lengths(class_names, attention_mask, template, max_length) -> None:

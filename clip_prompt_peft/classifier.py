@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPModel
 from transformers.utils import can_return_tuple
 
-from .class_encoder import encode_class_prompts, normalize
+from .class_encoder import ClassEncoder, normalize
 from .class_prompts import (
     DEFAULT_TEMPLATE,
     ClassPrompts,
@@ -61,6 +61,7 @@ class CLIPForPromptClassification(CLIPModel):
         # The Trainer takes every output that is not named here for predictions.
         self.config.keys_to_ignore_at_inference = ["hidden_states", "attentions"]
         self.tokenizer = None
+        self.class_encoder = ClassEncoder()
         self._prompts: ClassPrompts | None = None
         self._prompts_key: tuple | None = None
         self._fixed_class_embeds: torch.Tensor | None = None
@@ -250,17 +251,21 @@ class CLIPForPromptClassification(CLIPModel):
         Returns:
             (C, E), or (B, C, E) if they depend on the image.
         """
+        embeds = self._class_embeds(image_embeds)
+        return embeds if embeds.requires_grad else embeds.clone()  # the encoder may keep its own for the next call
+
+    def _class_embeds(self, image_embeds: torch.Tensor | None) -> torch.Tensor:
         layout = self.prompt_layout
         if layout is None and self._fixed_class_embeds is not None:
             return self._fixed_class_embeds.to(self.device)
         if layout is None or not layout.image_conditioned:
-            return encode_class_prompts(self, self._class_prompts())
+            return self.class_encoder(self, self._class_prompts(), layout)
         if image_embeds is None:
             raise ValueError(
                 "The active adapter makes its class embeddings for each image; pass image_embeds, (B, "
                 f"{self.text_projection.out_features})."
             )
-        return encode_class_prompts(self, self._class_prompts(), normalize(image_embeds))
+        return self.class_encoder(self, self._class_prompts(), layout, normalize(image_embeds))
 
     @can_return_tuple
     def forward(
@@ -321,7 +326,7 @@ class CLIPForPromptClassification(CLIPModel):
             vision = self.get_image_features(**image_inputs, **kwargs)
             image_embeds = vision.pooler_output  # (B, E)
         self._check_width(image_embeds)
-        prediction = Prediction.of(image_embeds, self.get_class_embeds(image_embeds), self.logit_scale)
+        prediction = Prediction.of(image_embeds, self._class_embeds(image_embeds), self.logit_scale)
         loss, loss_terms = (None, None) if labels is None else compute_loss(self, prediction, labels, image_inputs)
         return PromptClassifierOutput(
             loss=loss,

@@ -78,7 +78,8 @@ def _section(config, metrics, repo_id, details) -> str:
         "## Learned prompts for CLIP",
         "",
         f"- Base model: {_base_model(config.base_model_name_or_path)}{_revision(config)}",
-        f"- Vectors: {config.num_virtual_tokens}, in place of the tokens from position {config.start_idx} on",
+        f"- Vectors: {_text_vectors(config)}",
+        *_other_prompts(config),
         f"- Template: {inline_code(config.padded_template or config.prompt_template)}",
         f"- Initialised from: {config.prompt_tuning_init.value}",
         f"- Classes ({len(names)}): {shown or 'none saved'}",
@@ -89,6 +90,32 @@ def _section(config, metrics, repo_id, details) -> str:
     if details is not None:
         lines += details_section(details)
     return "\n".join([*lines, "", *_snippet(repo_id)])
+
+
+def _text_vectors(config) -> str:
+    if not config.num_virtual_tokens:
+        return "none in the text"
+    parts = [f"{config.num_virtual_tokens}, in place of the tokens from position {config.start_idx} on"]
+    if config.class_specific:
+        parts.append("different ones for each class")
+    if config.image_conditioned:
+        parts.append("shifted by what a small network sees in the image embedding")
+    if config.has_row_positions:
+        parts.append(f"class name: {config.class_token_position.value}")
+    if config.text_prompt_depth != 1:
+        parts.append(f"fresh ones before each of the first {config.text_prompt_depth} layers")
+    return "; ".join(parts)
+
+
+def _other_prompts(config) -> list[str]:
+    lines = []
+    if config.num_vision_virtual_tokens:
+        origin = ", linear maps of the text vectors" if config.vision_prompts_from_text else ""
+        depth = f", in {config.vision_prompt_depth} layers" if config.vision_prompt_depth != 1 else ""
+        lines.append(f"- Vision prompts: {config.num_vision_virtual_tokens} behind the patches{depth}{origin}")
+    if config.regularizer:
+        lines.append(f"- Trained with the regularizer: {config.regularizer}")
+    return lines
 
 
 def _base_model(base: str | None) -> str:

@@ -37,8 +37,8 @@ from clip_prompt_peft.auto import WEIGHTS_NAME
 from clip_prompt_peft.card_details import CardDetails, TrainingData
 from clip_prompt_peft.comparison import Answers, Comparison
 from clip_prompt_peft.data import (
+    cache_image_embeds,
     class_names_of,
-    compute_image_embeds,
     content_hash,
     hold_out,
     load_image_dataset,
@@ -75,7 +75,9 @@ def main() -> None:
         batch_size = training_args.per_device_eval_batch_size
         if config.num_vision_virtual_tokens:  # what an image becomes is learned, too
             return with_pixel_values(dataset, image_processor)
-        return compute_image_embeds(dataset, model, image_processor, batch_size, f"Embedding images ({name})")
+        return cache_image_embeds(
+            dataset, model, image_processor, batch_size, description=f"Embedding images ({name})"
+        )
 
     if training_args.process_index == 0:
         announce(model_args, data_args, runs, model.class_names, test_sets)

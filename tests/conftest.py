@@ -82,16 +82,21 @@ def golden():
     return GoldenCase
 
 
-@pytest.fixture(params=["legacy_eos", "fixed_eos"])
-def golden_base(request, tmp_path):
-    """Folder of the small random CLIP of the golden numbers, with either kind of end token config."""
+def golden_base_folder(kind, tmp_path):
+    """Folder of the small random CLIP of the golden numbers, with a "legacy_eos" or "fixed_eos" configuration."""
     base = GOLDEN / "base"
-    if request.param == "legacy_eos":
+    if kind == "legacy_eos":
         return str(base)
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).symlink_to(base / name)
     (tmp_path / "config.json").write_text((base / "config_eos_fixed.json").read_text())
     return str(tmp_path)
+
+
+@pytest.fixture(params=["legacy_eos", "fixed_eos"])
+def golden_base(request, tmp_path):
+    """The base model of the golden numbers, with either kind of end token configuration."""
+    return golden_base_folder(request.param, tmp_path)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from datasets import ClassLabel, Dataset
 
-from ..data import class_names_of, compute_image_embeds, keep_classes, sample_few_shot, with_pixel_values
+from ..data import cache_image_embeds, class_names_of, keep_classes, sample_few_shot, with_pixel_values
 from ..data.standardize import LABEL
 
 
@@ -36,7 +36,7 @@ class ImagePool:
         rows = torch.as_tensor(rows)
         missing = rows[~self._is_known[rows]].unique()
         if len(missing):
-            embedded = compute_image_embeds(self.dataset.select(missing.tolist()), model, image_processor)
+            embedded = cache_image_embeds(self.dataset.select(missing.tolist()), model, image_processor)
             self._embeds[missing] = embedded["image_embeds"][:]
             self._is_known[missing] = True
         return self._embeds[rows]
