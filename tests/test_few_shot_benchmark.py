@@ -9,18 +9,18 @@ from datasets import load_dataset
 
 
 SHORT = ["--shots", 1, 2, "--seeds", 1, 2, "--num_train_epochs", 1]
-SHORT += ["--methods", "zero-shot", "linear-probe", "prompt-tuning", "--ensemble", "imagenet_simple"]
+SHORT += ["--methods", "linear-probe", "prompt-tuning", "--ensemble", "imagenet_simple"]
 
 
 def test_prints_and_draws_and_a_second_time_only_draws_again(run_here, tmp_path):
     printed = run_here("few_shot_benchmark.py", *SHORT)
     folder = tmp_path / "outputs/few_shot_benchmark"
-    assert re.search(r"\| method +\| no training +\| 1 shot +\| 2 shots +\|", printed)
+    assert re.search(r"\| method +\| 1 shot +\| 2 shots +\|", printed)
     assert re.search(r"\| linear-probe +\| [\d.]+ ± [\d.]+ +\| – +\| – +\|", printed)
     assert re.search(r"\| prompt-tuning +(\| [\d.]+ ± [\d.]+ +){4}\|", printed)  # source, two domains and their mean
     assert (folder / "tables.md").read_text() in printed
     pictures = sorted(path.name for path in folder.glob("*.png"))
-    assert {"few_shot_curve.png", "base_new.png", "confusion_zero-shot.png", "reliability_prompt-tuning.png"} <= {
+    assert {"few_shot_curve.png", "base_new.png", "confusion_linear-probe.png", "reliability_prompt-tuning.png"} <= {
         *pictures
     }
     lines = (folder / "results.jsonl").read_text()

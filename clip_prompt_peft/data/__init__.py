@@ -2,6 +2,7 @@
 
 from .class_names import class_names_of, clean_class_name
 from .clip_benchmark import load_clip_benchmark, read_clip_benchmark_templates
+from .content_hash import content_hash
 from .few_shot import sample_few_shot, sample_few_shot_splits
 from .image_embeds import cache_image_embeds
 from .known_datasets import KnownDataset, known_datasets, load_known_dataset
@@ -19,6 +20,7 @@ __all__ = [
     "cache_image_embeds",
     "class_names_of",
     "clean_class_name",
+    "content_hash",
     "hold_out",
     "keep_classes",
     "known_datasets",
