@@ -37,13 +37,17 @@ def write_int8(
     float_file: Path, file: Path, batches: list[torch.Tensor], labels: np.ndarray, float_logits: np.ndarray
 ) -> Int8Report:
     """Quantises the weights dynamically, compares, and removes the file again if accuracy was lost."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    graph = onnx.load(float_file)
+    del graph.graph.value_info[:]  # shapes in between, which older versions of the tool do not bring up to date
     quantize_dynamic(
-        float_file,
+        graph,
         file,
         weight_type=QuantType.QInt8,
         per_channel=True,
+        op_types_to_quantize=["MatMul"],  # not every runtime has convolutions of signed bytes
         use_external_data_format=Path(f"{float_file}.data").exists(),
     )
     predictions = run_onnx(file, batches).argmax(axis=1)
