@@ -457,5 +457,5 @@ class NeverStale(RuleBasedStateMachine):
 
 TestNeverStale = NeverStale.TestCase
 TestNeverStale.settings = settings(
-    max_examples=15, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=12, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )

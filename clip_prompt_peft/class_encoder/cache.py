@@ -56,6 +56,11 @@ def text_side(model: CLIPModel) -> tuple[nn.Module, ...]:
     return model.text_model, model.text_projection
 
 
+def trained_parameters(model: CLIPModel) -> list[nn.Parameter]:
+    """The parameters on the text side that require gradients."""
+    return [parameter for part in text_side(model) for parameter in part.parameters() if parameter.requires_grad]
+
+
 class _State:
     """Everything that class embeddings depend on; equal to another if both give the same embeddings.
 

@@ -20,17 +20,15 @@ def encode_in_chunks(
 ) -> torch.Tensor:
     """The results of `encode` for all chunks, one below the other, differentiable with respect to `parameters`.
 
-    With more than one chunk, only the last one's computation is kept: each other is computed again when its gradient
-    is wanted, in the same autocast and random state. Values and gradients are those of a single pass.
+    Only the last chunk's computation is kept: each other is computed again when its gradient is wanted, in the same
+    autocast and random state. Values and gradients are those of a single pass.
 
     Args:
         encode: gives (K, E) for a chunk.
         chunks: at least one.
-        parameters: the tensors to differentiate by, all of which require gradients; with several chunks, everything
-            else that `encode` uses is taken as constant.
+        parameters: the tensors to differentiate by, all of which require gradients; everything else that `encode` uses
+            is taken as constant.
     """
-    if len(chunks) == 1:
-        return encode(chunks[0])
     if not parameters or not torch.is_grad_enabled():
         return torch.cat([encode(chunk) for chunk in chunks])
     return _Recomputed.apply(encode, chunks, *parameters)

@@ -7,7 +7,7 @@ from transformers import CLIPModel
 
 from ..class_prompts import ClassPrompts, PromptLayout
 from . import sharding
-from .cache import ClassEmbedsCache, text_side
+from .cache import ClassEmbedsCache, trained_parameters
 from .chunks import encode_by_images, encode_in_chunks
 from .paths import PATHS, PLAIN, attention_of, build_rows, fastest_exact_path, num_shared_positions
 from .rows import PackedRows, PlainRows
@@ -83,21 +83,12 @@ class ClassEncoder:
         self._check_settings()
         if image_embeds is not None:
             return self._encode_for_images(model, prompts, layout, image_embeds)
-        parameters = []
-        if torch.is_grad_enabled():
-            parameters = [p for part in text_side(model) for p in part.parameters() if p.requires_grad]
-        wants_gradient = bool(parameters)
-        is_sharded = self._is_sharded(len(prompts.texts), model.training and wants_gradient)
-
-        def encode() -> torch.Tensor:
-            return self._encode(model, prompts, layout, parameters, is_sharded)
-
         if torch.compiler.is_compiling():  # one graph, which cannot look at the state of the model
-            return encode()
-        if model.training or wants_gradient:
+            return self._encode(model, prompts, layout)
+        if model.training or (torch.is_grad_enabled() and trained_parameters(model)):
             self._cache.clear()
-            return encode()
-        return self._cache.get(model, prompts, encode)
+            return self._encode(model, prompts, layout)
+        return self._cache.get(model, prompts, lambda: self._encode(model, prompts, layout))
 
     def clear(self) -> None:
         """Drops the embeddings that are kept. Only needed after writing to a frozen weight through its `.data`."""
@@ -112,18 +103,15 @@ class ClassEncoder:
         if self.across_processes not in (AUTO, True, False):
             raise ValueError(f"across_processes must be True, False or {AUTO!r}, got {self.across_processes!r}.")
 
-    def _is_sharded(self, num_classes: int, is_training: bool) -> bool:
-        if sharding.num_processes() == 1 or num_classes < sharding.num_processes():
-            return False
-        if self.across_processes == AUTO:
-            return is_training and num_classes > MANY_CLASSES
-        return self.across_processes
-
-    def _encode(self, model, prompts, layout, parameters, is_sharded) -> torch.Tensor:
+    def _encode(self, model, prompts, layout) -> torch.Tensor:
         num_classes = len(prompts.texts)
+        is_sharded = self._is_sharded(model, num_classes)
         classes = sharding.share_of_classes(num_classes) if is_sharded else range(num_classes)
         chunks = self._chunks_of(model, prompts, layout, classes)
-        embeds = encode_in_chunks(lambda chunk: chunk.encode(model)[0], chunks, parameters)
+        if len(chunks) == 1:
+            embeds = chunks[0].encode(model)[0]
+        else:
+            embeds = encode_in_chunks(lambda chunk: chunk.encode(model)[0], chunks, trained_parameters(model))
         return sharding.gather_shares(embeds, num_classes) if is_sharded else embeds
 
     def _encode_for_images(self, model, prompts, layout, image_embeds) -> torch.Tensor:
@@ -134,6 +122,14 @@ class ClassEncoder:
 
         vectors = model.text_model.embeddings.row_vectors(image_embeds)  # (B, n, D)
         return encode_by_images(encode, vectors, max(1, PROMPTS_AT_ONCE // len(prompts.texts)))
+
+    def _is_sharded(self, model, num_classes: int) -> bool:
+        if sharding.num_processes() == 1 or num_classes < sharding.num_processes():
+            return False
+        if self.across_processes != AUTO:
+            return self.across_processes
+        is_trained = model.training and torch.is_grad_enabled() and bool(trained_parameters(model))
+        return is_trained and num_classes > MANY_CLASSES
 
     def _chunks_of(self, model, prompts, layout, classes: range) -> list[PlainRows | PackedRows]:
         """The rows for the text tower, kept from call to call: they change with prompts and settings only."""
