@@ -20,18 +20,38 @@ from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "assets" / "tiny_clip"
-# The architecture of openai/clip-vit-base-patch32.
-VIT_B_32 = {
-    "text_config": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8},
-    "vision_config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 32,
+SIZES = {
+    # the architecture of openai/clip-vit-base-patch32
+    "vit-b-32": {
+        "text_config": {
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+        },
+        "vision_config": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 32,
+        },
+        "projection_dim": 512,
     },
-    "projection_dim": 512,
+    # only to see that a benchmark runs
+    "tiny": {
+        "text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 16,
+        },
+        "projection_dim": 16,
+    },
 }
 # How many tokens each of the 1,000 ImageNet names (first lemma of each synset, in order) has in CLIP's tokenizer.
 TOKENS_OF_IMAGENET_NAMES = (
@@ -48,10 +68,12 @@ TOKENS_OF_IMAGENET_NAMES = (
 )
 
 
-def build_classifier(num_classes: int, device: str = "cpu", dtype: str = "float32") -> CLIPForPromptClassification:
-    """A ViT-B/32-size classifier with random weights."""
+def build_classifier(
+    num_classes: int, size: str = "vit-b-32", device: str = "cpu", dtype: str = "float32"
+) -> CLIPForPromptClassification:
+    """A classifier with random weights."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    config = CLIPConfig(**VIT_B_32)
+    config = CLIPConfig(**SIZES[size])
     config.text_config.eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(0)
     clip = CLIPModel(config).to(device, getattr(torch, dtype)).requires_grad_(False)

@@ -4,7 +4,7 @@
     python benchmarks/memory.py --classes 1000 --context 4 --device cuda
 
 Each row of the table is a process of its own; the memory is the highest that it ever held, less what it held before
-the first step (model, prompts, image embeddings). Models have the size of ViT-B/32 and random weights.
+the first step (model, prompts, image embeddings). Models have random weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 
 import torch
-from common import add_prompts, build_classifier, print_table, time_once
+from common import SIZES, add_prompts, build_classifier, print_table, time_once
 
 
 MIB = 2**20
@@ -32,9 +32,9 @@ WAYS = {
 MOST_AT_ONCE = 1000
 
 
-def measure(num_classes: int, num_vectors: int, way: str, repeats: int, device: str) -> dict[str, float]:
+def measure(way: str, num_classes: int, num_vectors: int, repeats: int, size: str, device: str) -> dict[str, float]:
     """Median seconds of a step, and MiB above what was there before."""
-    model = add_prompts(build_classifier(num_classes, device), num_vectors)
+    model = add_prompts(build_classifier(num_classes, size, device), num_vectors)
     encoder = model.get_base_model().class_encoder
     encoder.path, encoder.batch_size = WAYS[way]
     image_embeds = torch.randn(32, model.config.projection_dim, device=device)
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--context", type=int, default=16, help="number of vectors")
     parser.add_argument("--repeats", type=int, default=1, help="steps after the first, which is not counted")
+    parser.add_argument("--size", default="vit-b-32", choices=list(SIZES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -99,10 +100,10 @@ def main() -> None:
             if batch_size is None and num_classes > MOST_AT_ONCE:
                 rows[-1].append("-")
                 continue
-            result = measure_in_process(num_classes, args.context, way, args.repeats, args.device)
+            result = measure_in_process(way, num_classes, args.context, args.repeats, args.size, args.device)
             rows[-1].append(f"{result['seconds']:.2f} s, {result['mib']:,.0f} MiB")
     header = [f"n={args.context}", *(f"C={num_classes:,}" for num_classes in args.classes)]
-    print_table(f"float32, {args.device}, {torch.get_num_threads()} thread(s)", header, rows)
+    print_table(f"{args.size}, float32, {args.device}, {torch.get_num_threads()} thread(s)", header, rows)
 
 
 if __name__ == "__main__":

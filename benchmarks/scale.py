@@ -4,7 +4,7 @@
     python benchmarks/scale.py --classes 10000 --processes 1 2 4 8 --device cuda
 
 Every process has a batch of 32 image embeddings and a DistributedDataParallel model; one thread each on a CPU (gloo),
-one device each otherwise. Models have the size of ViT-B/32 and random weights.
+one device each otherwise. Models have random weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from common import add_prompts, build_classifier, print_table, synchronize, time_once
+from common import SIZES, add_prompts, build_classifier, print_table, synchronize, time_once
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -29,7 +29,7 @@ WAYS = {"every process encodes all classes": False, "every process encodes its s
 def measure(rank: int, args) -> dict[str, float]:
     """Median seconds of a step in each way, as the slowest process sees it."""
     device = "cpu" if args.device == "cpu" else f"{args.device}:{rank}"
-    model = add_prompts(build_classifier(args.classes, device), args.context)
+    model = add_prompts(build_classifier(args.classes, args.size, device), args.context)
     wrapped = DistributedDataParallel(model)
     image_embeds = torch.randn(32, model.config.projection_dim, device=device)
     labels = torch.arange(32, device=device) % args.classes
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=16, help="number of vectors")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--size", default="vit-b-32", choices=list(SIZES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -95,7 +96,7 @@ def main() -> None:
     results = {number: launch(number) for number in args.processes}
     rows = [[way, *(f"{seconds[way]:.2f} s" for seconds in results.values())] for way in WAYS]
     header = ["a step", *(f"{number} process{'es' if number > 1 else ''}" for number in results)]
-    print_table(f"C={args.classes:,} n={args.context}, batch 32 each, {args.device}", header, rows)
+    print_table(f"{args.size}, C={args.classes:,} n={args.context}, batch 32 each, {args.device}", header, rows)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --classes 1000 --context 16 --repeats 1
     python benchmarks/step_time.py --device cuda --dtype bfloat16
 
-All in one process, in turn; medians. Models have the size of ViT-B/32 and random weights. For figures of one core:
+All in one process, in turn; medians. Models have random weights. For figures of one core:
 `OMP_NUM_THREADS=1 taskset -c 0 python ...`.
 """
 
@@ -14,6 +14,7 @@ import argparse
 
 import torch
 from common import (
+    SIZES,
     add_prompts,
     build_classifier,
     describe_prompts,
@@ -37,9 +38,10 @@ WAYS = {
 
 def build_steps(num_classes: int, num_vectors: int, args) -> tuple[dict, object]:
     """One function for each way, and the classifier that the library's own step uses."""
-    pixels = torch.randn(args.batch_size, 3, 224, 224, device=args.device, dtype=getattr(torch, args.dtype))
     labels = torch.arange(args.batch_size, device=args.device) % num_classes
-    prompted = add_prompts(build_classifier(num_classes, args.device, args.dtype), num_vectors)
+    prompted = add_prompts(build_classifier(num_classes, args.size, args.device, args.dtype), num_vectors)
+    side = prompted.config.vision_config.image_size
+    pixels = torch.randn(args.batch_size, 3, side, side, device=args.device, dtype=getattr(torch, args.dtype))
     with torch.no_grad():
         embeds = prompted.get_image_features(pixel_values=pixels).pooler_output
     steps = {
@@ -56,7 +58,7 @@ def build_steps(num_classes: int, num_vectors: int, args) -> tuple[dict, object]
 
 def with_trainable_tokens(num_classes: int, num_vectors: int, args):
     """The nearest that peft alone offers: n words whose rows of the token table are trained."""
-    classifier = build_classifier(num_classes, args.device, args.dtype)
+    classifier = build_classifier(num_classes, args.size, args.device, args.dtype)
     words = one_token_words(classifier.tokenizer)[:num_vectors]
     ids = classifier.tokenizer(words, add_special_tokens=False)["input_ids"]
     classifier.set_prompt_template(" ".join(words) + " {}.")
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--size", default="vit-b-32", choices=list(SIZES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
@@ -108,7 +111,7 @@ def main() -> None:
                 f"longest prompt {longest}; ours runs the needed matrix products at {share:.0%} of the GEMM peak "
                 f"({peak / 1e9:.0f} GFLOP/s)"
             )
-    title = f"batch {args.batch_size}, {args.dtype}, {args.device}, {torch.get_num_threads()} thread(s)"
+    title = f"{args.size}, batch {args.batch_size}, {args.dtype}, {args.device}, {torch.get_num_threads()} thread(s)"
     print_table(title, header, list(rows.values()))
     print("\n" + "\n".join(notes))
 
