@@ -11,6 +11,7 @@ from .classifier import CLIPForPromptClassification
 from .peft_model import PeftModelForPromptClassification
 from .presets import PRESETS
 from .prograd_trainer import ProGradMixin, ProGradTrainer
+from .prompt_ensemble import description_ensemble, load_templates, template_ensemble
 from .recipes import training_recipe
 from .registration import register
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
@@ -33,6 +34,9 @@ __all__ = [
     "ProGradTrainer",
     "build_class_prompts",
     "check_label_names",
+    "description_ensemble",
+    "load_templates",
     "pad_template",
+    "template_ensemble",
     "training_recipe",
 ]

@@ -57,12 +57,14 @@ class ClassPrompts:
         texts: one prompt per class.
         input_ids: (C, L), cut after the longest prompt's end token; shorter ones are padded by the tokenizer.
         attention_mask: (C, L), 1 up to the end token.
+        pad_token_id: what shorter prompts are padded with.
         context_positions: (C, n), where the vectors go if that differs from class to class.
     """
 
     texts: list[str]
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor
+    pad_token_id: int
     context_positions: torch.LongTensor | None = None
 
 
@@ -217,9 +219,9 @@ def build_class_prompts(
         layout: of the active prompt adapter, if there is one.
 
     Raises:
-        ValueError: bad names or template; a prompt longer than `max_length`, with the class named; a prompt whose
-            tokens at the replaced positions are not those that the adapter replaces; other classes than those that
-            an adapter has class-specific vectors for.
+        ValueError: bad names or template; a prompt longer than `max_length`, with the class named; one that spells out
+            a special token; one whose tokens at the replaced positions are not those that the adapter replaces; other
+            classes than those that an adapter has class-specific vectors for.
     """
     class_names = check_class_names(class_names)
     if layout is not None:
@@ -230,12 +232,13 @@ def build_class_prompts(
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
     input_ids, attention_mask = encoded["input_ids"], encoded["attention_mask"]  # both (C, L)
     _check_lengths(class_names, attention_mask, template, max_length)
+    _check_special_tokens(texts, input_ids, attention_mask, tokenizer)
     if layout is not None:
         _check_replaced_tokens(class_names, input_ids, layout)
     positions = None
     if layout is not None and layout.has_row_positions:
         input_ids, positions = _move_class_names(class_names, texts, input_ids, tokenizer, layout)
-    return ClassPrompts(texts, input_ids, attention_mask, positions)
+    return ClassPrompts(texts, input_ids, attention_mask, tokenizer.pad_token_id, positions)
 
 
 def _check_lengths(class_names, attention_mask, template, max_length) -> None:
@@ -245,6 +248,18 @@ def _check_lengths(class_names, attention_mask, template, max_length) -> None:
         raise ValueError(
             f"The class name {class_names[longest]!r} in the template {template!r} makes {int(lengths[longest])} "
             f"tokens, but the text tower has {max_length} positions; shorten the name or the template."
+        )
+
+
+def _check_special_tokens(texts, input_ids, attention_mask, tokenizer) -> None:
+    # a second end token would be taken for the end of the text, and pooled
+    special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids)) & attention_mask.bool()  # (C, L)
+    counts = special.sum(dim=1)
+    if (counts != 2).any():
+        bad = int((counts != 2).nonzero()[0])
+        raise ValueError(
+            f"The prompt {texts[bad]!r} has {int(counts[bad])} special tokens, but CLIP reads texts with a begin and "
+            f"an end token only; leave {', '.join(map(repr, tokenizer.all_special_tokens))} out of names."
         )
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, CLIPModel
-from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .class_encoder import encode_class_prompts, normalize
+from .class_encoder import ClassEncoder, normalize
 from .class_prompts import (
     DEFAULT_TEMPLATE,
     ClassPrompts,
@@ -21,22 +18,11 @@ from .class_prompts import (
     check_class_names,
     check_template,
 )
-from .loss import IGNORED_LABEL, active_regularizers, check_training, compute_loss
+from .loss import PromptClassifierOutput, active_regularizers, check_training, compute_loss
 from .losses import Prediction, Regularizer
+from .problem_type import check_labels
+from .share_modules import share_modules
 from .teacher import ZeroShotTeacher
-
-
-@dataclass
-class PromptClassifierOutput(ImageClassifierOutput):
-    """
-    `ImageClassifierOutput` and, where asked for, what the loss is made of.
-
-    Args:
-        loss_terms (`dict[str, torch.Tensor]`, *optional*):
-            `"cross_entropy"` and each regularizer by name; returned with `return_loss_terms`.
-    """
-
-    loss_terms: dict[str, torch.Tensor] | None = None
 
 
 class CLIPForPromptClassification(CLIPModel):
@@ -75,8 +61,10 @@ class CLIPForPromptClassification(CLIPModel):
         # The Trainer takes every output that is not named here for predictions.
         self.config.keys_to_ignore_at_inference = ["hidden_states", "attentions"]
         self.tokenizer = None
+        self.class_encoder = ClassEncoder()
         self._prompts: ClassPrompts | None = None
         self._prompts_key: tuple | None = None
+        self._fixed_class_embeds: torch.Tensor | None = None
         self.regularizers: dict[str, Regularizer] = {}
         self.teacher = ZeroShotTeacher()
 
@@ -136,7 +124,7 @@ class CLIPForPromptClassification(CLIPModel):
         if not isinstance(clip, CLIPModel):
             hint = "; of a PeftModel pass get_base_model()" if hasattr(clip, "get_base_model") else ""
             raise TypeError(f"from_clip takes a CLIPModel, got a {type(clip).__name__}{hint}.")
-        model = _rehouse(clip, cls)
+        model = share_modules(clip, cls)
         model._set_up(class_names, prompt_template, tokenizer)
         return model
 
@@ -151,7 +139,7 @@ class CLIPForPromptClassification(CLIPModel):
                 f"The adapters {sorted(self.peft_config)} are still in the model; call merge_and_unload() or unload() "
                 "on the PeftModel first and to_clip() on what it returns."
             )
-        return _rehouse(self, CLIPModel)
+        return share_modules(self, CLIPModel)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As `CLIPModel.save_pretrained`; the tokenizer is saved too, since the class prompts need it.
@@ -214,6 +202,7 @@ class CLIPForPromptClassification(CLIPModel):
         class_names = check_class_names(class_names)
         layout = self.prompt_layout
         self._build_prompts(class_names, layout)
+        self._fixed_class_embeds = None
         self.config.class_names = class_names
         if layout is not None:
             layout.class_names = class_names
@@ -230,6 +219,29 @@ class CLIPForPromptClassification(CLIPModel):
         if layout.class_names is not None:
             self.set_class_names(layout.class_names)
 
+    def set_class_embeds(self, class_embeds: torch.Tensor | None) -> None:
+        """Gives the classes embeddings made elsewhere, such as an ensemble of templates, in place of the prompts.
+
+        They stay as they are until `set_class_names`, are not saved, and are not used while a prompt adapter is
+        active: it brings its own prompts.
+
+        Args:
+            class_embeds: (C, E), normalised or not; `None` goes back to the prompts.
+
+        Raises:
+            ValueError: another shape than that.
+        """
+        if class_embeds is None:
+            self._fixed_class_embeds = None
+            return
+        shape = (len(self.config.class_names or ()), self.text_projection.out_features)
+        if tuple(class_embeds.shape) != shape:
+            raise ValueError(
+                f"class_embeds must be {shape}, one embedding for each of the classifier's classes, got "
+                f"{tuple(class_embeds.shape)}."
+            )
+        self._fixed_class_embeds = normalize(class_embeds.detach()).to(self.device)
+
     def get_class_embeds(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """L2-normalised class embeddings, differentiable with respect to the active adapter.
 
@@ -239,15 +251,21 @@ class CLIPForPromptClassification(CLIPModel):
         Returns:
             (C, E), or (B, C, E) if they depend on the image.
         """
+        embeds = self._class_embeds(image_embeds)
+        return embeds if embeds.requires_grad else embeds.clone()  # the encoder may keep its own for the next call
+
+    def _class_embeds(self, image_embeds: torch.Tensor | None) -> torch.Tensor:
         layout = self.prompt_layout
+        if layout is None and self._fixed_class_embeds is not None:
+            return self._fixed_class_embeds.to(self.device)
         if layout is None or not layout.image_conditioned:
-            return encode_class_prompts(self, self._class_prompts())
+            return self.class_encoder(self, self._class_prompts(), layout)
         if image_embeds is None:
             raise ValueError(
                 "The active adapter makes its class embeddings for each image; pass image_embeds, (B, "
                 f"{self.text_projection.out_features})."
             )
-        return encode_class_prompts(self, self._class_prompts(), normalize(image_embeds))
+        return self.class_encoder(self, self._class_prompts(), layout, normalize(image_embeds))
 
     @can_return_tuple
     def forward(
@@ -267,7 +285,8 @@ class CLIPForPromptClassification(CLIPModel):
         Args:
             pixel_values: (B, 3, H, W), as the processor makes them.
             labels: (B,) class indices; with them the mean cross entropy is returned as `loss`, in training plus the
-                active regularizers.
+                active regularizers. With `config.problem_type = "multi_label_classification"` they are (B, C) zeros
+                and ones, and it is the binary cross entropy of the logits.
             image_embeds: (B, E) in place of `pixel_values`, projected image features, normalised or not.
             input_ids: if given, this is `CLIPModel.forward` and returns its output.
             attention_mask, position_ids, return_loss: as in `CLIPModel`, only with `input_ids`.
@@ -307,7 +326,7 @@ class CLIPForPromptClassification(CLIPModel):
             vision = self.get_image_features(**image_inputs, **kwargs)
             image_embeds = vision.pooler_output  # (B, E)
         self._check_width(image_embeds)
-        prediction = Prediction.of(image_embeds, self.get_class_embeds(image_embeds), self.logit_scale)
+        prediction = Prediction.of(image_embeds, self._class_embeds(image_embeds), self.logit_scale)
         loss, loss_terms = (None, None) if labels is None else compute_loss(self, prediction, labels, image_inputs)
         return PromptClassifierOutput(
             loss=loss,
@@ -328,14 +347,8 @@ class CLIPForPromptClassification(CLIPModel):
     def _check_labels(self, labels) -> None:
         if labels is None or torch.compiler.is_compiling():
             return
-        num_labels = len(self._class_prompts().texts)
-        bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= num_labels)]
-        if bad.numel():
-            raise ValueError(
-                f"Label {int(bad[0])} is out of range: the model has {num_labels} classes, so labels go from 0 to "
-                f"{num_labels - 1}. Compare the data set's label names with the model's class_names "
-                f"({', '.join(self.class_names[:5])}, ...)."
-            )
+        self._class_prompts()  # complains if there are no class names
+        check_labels(labels, self.class_names, self.config.problem_type)
 
     def _check_width(self, image_embeds) -> None:
         width = self.text_projection.out_features
@@ -378,16 +391,3 @@ def _layout_key(layout: PromptLayout | None) -> tuple | None:
         return None
     position = (layout.start_idx, layout.num_vectors_before_class, str(layout.class_token_count))
     return layout.padded_template, *position, tuple(layout.replaced_token_ids)
-
-
-def _rehouse(source: CLIPModel, target_class: type[CLIPModel]) -> CLIPModel:
-    """A model of `target_class` that holds the very modules of `source`."""
-    with torch.device("meta"):  # these weights are thrown away at once
-        model = target_class(copy.copy(source.config))
-    for name, module in source.named_children():
-        setattr(model, name, module)
-    model.logit_scale = source.logit_scale
-    for name in ("peft_config", "_hf_peft_config_loaded"):  # an adapter comes along with the modules
-        if hasattr(source, name):
-            setattr(model, name, getattr(source, name))
-    return model.train(source.training)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch.nn import functional as F
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from .losses import Prediction, Regularizer, build_regularizer
+from .problem_type import classification_loss
 
 
-IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss(ignore_index)
+@dataclass
+class PromptClassifierOutput(ImageClassifierOutput):
+    """
+    `ImageClassifierOutput` and, where asked for, what the loss is made of.
+
+    Args:
+        loss_terms (`dict[str, torch.Tensor]`, *optional*):
+            `"cross_entropy"` and each regularizer by name; returned with `return_loss_terms`.
+    """
+
+    loss_terms: dict[str, torch.Tensor] | None = None
 
 
 def active_regularizers(model) -> dict[str, Regularizer]:
@@ -51,13 +64,13 @@ def compute_loss(
     Args:
         model: the classifier; its regularizers count in training only.
         prediction: of it.
-        labels: (B,)
+        labels: (B,), or (B, C) if several for each image.
         image_inputs: what the image embeddings were made from.
 
     Returns:
         The loss, and what it is made of by name.
     """
-    loss = F.cross_entropy(prediction.logits, labels, ignore_index=IGNORED_LABEL)
+    loss = classification_loss(prediction.logits, labels, model.config.problem_type)
     terms = {"cross_entropy": loss}
     zero_shot_template = getattr(model.prompt_layout, "prompt_template", None) or model.prompt_template
     for name, regularizer in active_regularizers(model).items() if model.training else ():

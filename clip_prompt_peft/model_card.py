@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from .card_details import CardDetails, add_metadata, details_section
+from .markdown import inline_code, table_cell
+
 
 BEGIN, END = "<!-- clip_prompt_peft: begin -->", "<!-- clip_prompt_peft: end -->"
 BASE_TAG = "base_model:adapter:"  # how peft, and the Hub, tag an adapter with its base model
@@ -32,7 +35,11 @@ def empty_card() -> ModelCard:
 
 
 def add_prompt_section(
-    card: ModelCard, config, metrics: Mapping[str, float] | None = None, repo_id: str | None = None
+    card: ModelCard,
+    config,
+    metrics: Mapping[str, float] | None = None,
+    repo_id: str | None = None,
+    details: CardDetails | None = None,
 ) -> None:
     """Adds, or replaces, what the card says about the prompts: base model, classes, template, how to load it.
 
@@ -41,6 +48,7 @@ def add_prompt_section(
         config: the adapter's [`CLIPPromptTuningConfig`].
         metrics: results by name.
         repo_id: where the adapter is pushed to, if that is known.
+        details: of data, training and results.
     """
     card.data["library_name"] = "peft"
     card.data["pipeline_tag"] = "image-classification"
@@ -51,7 +59,9 @@ def add_prompt_section(
     else:  # peft writes the path of a local folder, which is not a valid model id
         card.data.base_model = None
     card.data["tags"] = sorted({*tags, "clip", "prompt-tuning", "clip_prompt_peft"})
-    section = f"{BEGIN}\n{_section(config, metrics, repo_id)}\n{END}"
+    if details is not None:
+        add_metadata(card, details, model_name=repo_id or "CLIP prompts")
+    section = f"{BEGIN}\n{_section(config, metrics, repo_id, details)}\n{END}"
     if BEGIN in card.text:
         pattern = re.escape(BEGIN) + ".*" + re.escape(END)  # to the last: a class may be named like the marker
         card.text = re.sub(pattern, lambda _: section, card.text, flags=re.DOTALL)
@@ -59,32 +69,65 @@ def add_prompt_section(
         card.text = f"{section}\n\n{card.text.strip()}\n"
 
 
-def _section(config, metrics, repo_id) -> str:
+def _section(config, metrics, repo_id, details) -> str:
     names = config.class_names or []
-    shown = ", ".join(_inline(name) for name in names[:NUM_CLASSES_SHOWN])
+    shown = ", ".join(inline_code(name) for name in names[:NUM_CLASSES_SHOWN])
     if len(names) > NUM_CLASSES_SHOWN:
         shown += f", ... ({len(names) - NUM_CLASSES_SHOWN} more)"
     lines = [
         "## Learned prompts for CLIP",
         "",
-        f"- Base model: {_base_model(config.base_model_name_or_path)}",
-        f"- Vectors: {config.num_virtual_tokens}, in place of the tokens from position {config.start_idx} on",
-        f"- Template: {_inline(config.padded_template or config.prompt_template)}",
+        f"- Base model: {_base_model(config.base_model_name_or_path)}{_revision(config)}",
+        f"- Vectors: {_text_vectors(config)}",
+        *_other_prompts(config),
+        f"- Template: {inline_code(config.padded_template or config.prompt_template)}",
         f"- Initialised from: {config.prompt_tuning_init.value}",
         f"- Classes ({len(names)}): {shown or 'none saved'}",
     ]
     if metrics:
         lines += ["", "| metric | value |", "|---|---|"]
-        lines += [f"| {_table_cell(name)} | {value:.4g} |" for name, value in metrics.items()]
+        lines += [f"| {table_cell(name)} | {value:.4g} |" for name, value in metrics.items()]
+    if details is not None:
+        lines += details_section(details)
     return "\n".join([*lines, "", *_snippet(repo_id)])
+
+
+def _text_vectors(config) -> str:
+    if not config.num_virtual_tokens:
+        return "none in the text"
+    parts = [f"{config.num_virtual_tokens}, in place of the tokens from position {config.start_idx} on"]
+    if config.class_specific:
+        parts.append("different ones for each class")
+    if config.image_conditioned:
+        parts.append("shifted by what a small network sees in the image embedding")
+    if config.has_row_positions:
+        parts.append(f"class name: {config.class_token_position.value}")
+    if config.text_prompt_depth != 1:
+        parts.append(f"fresh ones before each of the first {config.text_prompt_depth} layers")
+    return "; ".join(parts)
+
+
+def _other_prompts(config) -> list[str]:
+    lines = []
+    if config.num_vision_virtual_tokens:
+        origin = ", linear maps of the text vectors" if config.vision_prompts_from_text else ""
+        depth = f", in {config.vision_prompt_depth} layers" if config.vision_prompt_depth != 1 else ""
+        lines.append(f"- Vision prompts: {config.num_vision_virtual_tokens} behind the patches{depth}{origin}")
+    if config.regularizer:
+        lines.append(f"- Trained with the regularizer: {config.regularizer}")
+    return lines
 
 
 def _base_model(base: str | None) -> str:
     if is_hub_id(base):
-        return _inline(base)
+        return inline_code(base)
     # the last part only: where it lies is nobody's business
-    name = _inline(os.path.basename(os.path.normpath(base))) + ", a folder" if base else "unknown"
+    name = inline_code(os.path.basename(os.path.normpath(base))) + ", a folder" if base else "unknown"
     return f"{name} (not on the Hub: pass `base_model_name_or_path` when loading)"
+
+
+def _revision(config) -> str:
+    return f" at revision {inline_code(config.revision)}" if config.revision else ""
 
 
 def _snippet(repo_id) -> list[str]:
@@ -100,19 +143,3 @@ def _snippet(repo_id) -> list[str]:
         "With peft alone, `import clip_prompt_peft` first: that makes the method known to "
         "`PeftModel.from_pretrained(clip, ...)` and `CLIPModel.load_adapter(...)`.",
     ]
-
-
-def _inline(text: str) -> str:
-    """One line of Markdown code that shows `text` as it is: class names come from anywhere.
-
-    Nothing inside a code span is markup, neither Markdown nor HTML, as long as its fence is longer than any run of
-    backticks in it.
-    """
-    text = "".join(char if char.isprintable() else " " for char in text)
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    padding = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{padding}{text}{padding}{fence}"
-
-
-def _table_cell(text: str) -> str:
-    return _inline(text).replace("|", r"\|")  # a cell ends at a bar even inside of code

@@ -11,6 +11,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 
+from .card_details import CardDetails
 from .mixed_batch import mixed_batch_forward
 from .model_card import add_prompt_section, empty_card, is_hub_id
 from .tuner import CLIPPromptTuningConfig
@@ -32,11 +33,13 @@ class PeftModelForPromptClassification(PeftModel):
 
     **Attributes**:
         - **card_metrics** (`dict[str, float]`): results for the model card, to be set by the user.
+        - **card_details** (`CardDetails`): data, training and results for the model card, to be set by the user.
         - **hub_repo_id** (`str`): id of the adapter's repository, for the card's snippet. Set by `push_to_hub`; set it
           yourself before `Trainer.push_to_hub`, which does not tell the model.
     """
 
     card_metrics: Mapping[str, float] | None = None
+    card_details: CardDetails | None = None
     hub_repo_id: str | None = None
     _is_saving = False
 
@@ -87,7 +90,7 @@ class PeftModelForPromptClassification(PeftModel):
         super().create_or_update_model_card(output_dir)
         card = ModelCard.load(path)
         card.data.tags = [*tags, *(card.data.tags or [])]
-        add_prompt_section(card, self.active_peft_config, self.card_metrics, self.hub_repo_id)
+        add_prompt_section(card, self.active_peft_config, self.card_metrics, self.hub_repo_id, self.card_details)
         card.save(path)
 
     def push_to_hub(

@@ -65,6 +65,14 @@ class DataTrainingArguments:
     train_file: str | None = field(default=None, metadata={"help": "Parquet file with training images and labels."})
     validation_file: str | None = field(default=None, metadata={"help": "The same for validation."})
     test_file: str | None = field(default=None, metadata={"help": "The same for the final table."})
+    zhou_split: str | None = field(
+        default=None,
+        metadata={"help": "Published split, split_zhou_NAME.json; --image_dir says where the images are."},
+    )
+    image_dir: str | None = field(default=None, metadata={"help": "Folder that its paths are relative to."})
+    webdataset_dir: str | None = field(
+        default=None, metadata={"help": "Folder of tar files with classnames.txt, in the layout of CLIP_benchmark."}
+    )
     image_column_name: str | None = field(default=None, metadata={"help": "Column of the images; found by default."})
     label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; found by default."})
     train_val_split: float = field(
@@ -103,11 +111,16 @@ class DataTrainingArguments:
     def name(self) -> str:
         """What to call the data that is tuned on."""
         paths = {**self.source("dir"), **self.source("file")}
-        return self.dataset_name or paths.get("train") or self.style
+        return self.dataset_name or paths.get("train") or self.zhou_split or self.webdataset_dir or self.style
 
     @property
     def is_embedded(self) -> bool:
-        return not (self.dataset_name or self.source("dir") or self.source("file"))
+        return not any(self.sources)
+
+    @property
+    def sources(self) -> tuple:
+        """All there can be; one is to be given, or none."""
+        return self.dataset_name, self.source("dir"), self.source("file"), self.zhou_split, self.webdataset_dir
 
 
 @dataclass
@@ -220,8 +233,10 @@ def plan_runs(model_args, data_args, training_args) -> list[TrainingArguments]:
     Raises:
         ValueError: arguments that do not go together, or a folder that holds the checkpoints of an earlier run.
     """
-    if sum(map(bool, (data_args.dataset_name, data_args.source("dir"), data_args.source("file")))) > 1:
-        raise ValueError("Give only one of --dataset_name, --..._dir and --..._file.")
+    if sum(map(bool, data_args.sources)) > 1:
+        raise ValueError(
+            "Give only one of --dataset_name, --train_dir ..., --train_file ..., --zhou_split and --webdataset_dir."
+        )
     name = model_args.model_name_or_path
     if not os.path.isdir(name) and not is_hub_id(name):
         raise ValueError(f"The model {name!r} is neither a folder nor a Hub id.")

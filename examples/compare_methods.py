@@ -24,7 +24,7 @@ from run_prompt_tuning import Results, draw, evaluate, load_data, load_model, se
 from transformers import TrainingArguments, set_seed
 
 from clip_prompt_peft import PRESETS
-from clip_prompt_peft.data import class_names_of, compute_image_embeds, with_pixel_values
+from clip_prompt_peft.data import cache_image_embeds, class_names_of, with_pixel_values
 from clip_prompt_peft.recipes import Recipe
 
 
@@ -69,7 +69,7 @@ def main() -> None:
             if data_args.augment or getattr(config, "num_vision_virtual_tokens", 1):
                 train_set = with_pixel_values(train_images, image_processor, augment=data_args.augment)
             else:  # the image tower stays as it is
-                train_set = compute_image_embeds(train_images, model, image_processor)
+                train_set = cache_image_embeds(train_images, model, image_processor)
             adapted = get_peft_model(model, config)
             outcomes.append(try_out(adapted, prompt_args, run_args, train_set, data_args.shots, test_sets))
             model = adapted.unload()

@@ -34,17 +34,25 @@ from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_see
 
 from clip_prompt_peft import CLIPForPromptClassification
 from clip_prompt_peft.auto import WEIGHTS_NAME
+from clip_prompt_peft.card_details import CardDetails, TrainingData
+from clip_prompt_peft.comparison import Answers, Comparison
 from clip_prompt_peft.data import (
+    cache_image_embeds,
     class_names_of,
-    compute_image_embeds,
+    content_hash,
     hold_out,
     load_image_dataset,
     sample_few_shot,
     sample_few_shot_splits,
     with_pixel_values,
 )
+from clip_prompt_peft.interpret import nearest_words
 from clip_prompt_peft.metrics import compute_metrics
+from clip_prompt_peft.model_card import is_hub_id
 from clip_prompt_peft.recipes import Recipe
+
+
+SHOWN_METRICS = ("accuracy", "mean_class_accuracy")
 
 
 def main() -> None:
@@ -67,7 +75,9 @@ def main() -> None:
         batch_size = training_args.per_device_eval_batch_size
         if config.num_vision_virtual_tokens:  # what an image becomes is learned, too
             return with_pixel_values(dataset, image_processor)
-        return compute_image_embeds(dataset, model, image_processor, batch_size, f"Embedding images ({name})")
+        return cache_image_embeds(
+            dataset, model, image_processor, batch_size, description=f"Embedding images ({name})"
+        )
 
     if training_args.process_index == 0:
         announce(model_args, data_args, runs, model.class_names, test_sets)
@@ -76,25 +86,31 @@ def main() -> None:
     test_sets = {name: embed(dataset, name) for name, dataset in test_sets.items()}
     zero_shot, tuned = {}, []
     for run_args in runs:
-        train_set, validation_set = draw(splits, data_args, run_args)
+        drawn, validation_set = draw(splits, data_args, run_args)
         if run_args.process_index == 0:
-            print(f"Seed {run_args.seed}: {len(train_set)} training images", flush=True)
+            print(f"Seed {run_args.seed}: {len(drawn)} training images", flush=True)
         if data_args.augment:
-            train_set = with_pixel_values(train_set, image_processor, augment=True)
+            train_set = with_pixel_values(drawn, image_processor, augment=True)
         else:
-            train_set = embed(train_set, "train")
+            train_set = embed(drawn, "train")
         if validation_set is not None:
             validation_set = embed(validation_set, "validation")
         set_seed(run_args.seed)
         model = get_peft_model(model, config)
         recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots)
         trainer = tune(model, recipe, run_args, train_set, validation_set, image_processor)
-        tuned.append(evaluate(trainer.model, test_sets, run_args))
+        tuned_answers = ask(trainer.model, test_sets, run_args)
+        tuned.append(shown_metrics(tuned_answers))
         if not zero_shot:
             # Not before the training: a model that has been evaluated is not wrapped for several processes any more
             # (accelerate marks it as prepared), and each would train on its own.
             with trainer.model.disable_adapter():
-                zero_shot = evaluate(trainer.model, test_sets, run_args)
+                answers = ask(trainer.model, test_sets, run_args)
+            zero_shot = shown_metrics(answers)
+        if run_args.process_index == 0:
+            test_name = next(iter(test_sets))
+            comparison = Comparison(trainer.model.class_names, answers[test_name], tuned_answers[test_name])
+            trainer.model.card_details = describe(trainer, data_args, drawn, test_name, comparison)
         save(trainer, model_args.hub_base_model_id, zero_shot, tuned[-1])
         if len(tuned) < len(runs):
             model = trainer.model.unload()
@@ -127,6 +143,9 @@ def load_data(data_args, model_args, training_args) -> tuple[DatasetDict, dict[s
             data_args.dataset_config_name,
             folders=data_args.source("dir"),
             files=data_args.source("file"),
+            zhou_split=data_args.zhou_split,
+            image_dir=data_args.image_dir,
+            webdataset_dir=data_args.webdataset_dir,
             image_column=data_args.image_column_name,
             label_column=data_args.label_column_name,
             cache_dir=model_args.cache_dir,
@@ -202,17 +221,46 @@ def tune(model, recipe: Recipe, run_args, train_set, validation_set, image_proce
     return trainer
 
 
-def evaluate(model, test_sets: dict[str, Dataset], training_args: TrainingArguments) -> Results:
+def ask(model, test_sets: dict[str, Dataset], training_args: TrainingArguments) -> dict[str, Answers]:
+    """What the model answers about the images of every test set."""
     quiet = {"disable_tqdm": True, "push_to_hub": False}
     # these are about the training, but --dataloader_drop_last would leave out test images, too
     not_training = {"dataloader_drop_last": False, "eval_strategy": "no", "load_best_model_at_end": False}
-    args = replace(training_args, **quiet, **not_training)
-    trainer = Trainer(model=model, args=args, compute_metrics=compute_metrics)
-    results = {}
-    for name, dataset in test_sets.items():
-        metrics = trainer.predict(dataset).metrics
-        results[name] = {key: metrics[f"test_{key}"] for key in ("accuracy", "mean_class_accuracy")}
-    return results
+    trainer = Trainer(model=model, args=replace(training_args, **quiet, **not_training))
+    predictions = {name: trainer.predict(dataset) for name, dataset in test_sets.items()}
+    return {name: Answers(prediction.predictions, prediction.label_ids) for name, prediction in predictions.items()}
+
+
+def shown_metrics(answers: dict[str, Answers]) -> Results:
+    return {name: {key: of_set.metrics[key] for key in SHOWN_METRICS} for name, of_set in answers.items()}
+
+
+def evaluate(model, test_sets: dict[str, Dataset], training_args: TrainingArguments) -> Results:
+    return shown_metrics(ask(model, test_sets, training_args))
+
+
+def describe(trainer: Trainer, data_args, drawn: Dataset, test_name: str, comparison: Comparison) -> CardDetails:
+    """What the model card says about this training."""
+    args = trainer.args
+    return CardDetails(
+        data=TrainingData(
+            name=os.path.basename(os.path.normpath(data_args.name)),
+            hub_id=data_args.dataset_name if is_hub_id(data_args.dataset_name) else None,
+            num_images=len(drawn),
+            shots=data_args.shots or None,
+            seed=args.seed,
+            content_hash=content_hash(drawn),
+        ),
+        settings={
+            "Epochs": args.num_train_epochs,
+            "Batch size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "Learning rate": args.learning_rate,
+            "Augmentation": data_args.augment,
+        },
+        test_name=test_name,
+        comparison=comparison,
+        words=nearest_words(trainer.model),
+    )
 
 
 def save(trainer: Trainer, hub_base_model_id: str | None, zero_shot: Results, tuned: Results) -> None:

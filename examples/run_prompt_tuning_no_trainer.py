@@ -30,8 +30,8 @@ from transformers import AutoImageProcessor, EvalPrediction, default_data_collat
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.data import (
+    cache_image_embeds,
     class_names_of,
-    compute_image_embeds,
     hold_out,
     load_image_dataset,
     sample_few_shot,
@@ -87,8 +87,8 @@ def main() -> None:
     if args.augment:
         train_set = with_pixel_values(train_images, image_processor, augment=True)
     else:
-        train_set = compute_image_embeds(train_images, model, image_processor)
-    test_set = compute_image_embeds(test_images, model, image_processor)
+        train_set = cache_image_embeds(train_images, model, image_processor)
+    test_set = cache_image_embeds(test_images, model, image_processor)
 
     set_seed(args.seed)
     model = get_peft_model(model, config)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: models this small only lose by more threads
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -16,8 +18,9 @@ import clip_prompt_peft  # noqa: E402, F401  (registers the method with peft)
 
 
 ROOT = Path(__file__).parent.parent
-TINY_CLIP = str(ROOT / "examples" / "assets" / "tiny_clip")
-EMOJI = ROOT / "examples" / "assets" / "emoji"
+EXAMPLES = ROOT / "examples"
+TINY_CLIP = str(EXAMPLES / "assets" / "tiny_clip")
+EMOJI = EXAMPLES / "assets" / "emoji"
 GOLDEN = ROOT / "tests" / "golden"
 CLASS_NAMES = ["animal", "plant", "food", "vehicle"]
 
@@ -80,13 +83,36 @@ def golden():
     return GoldenCase
 
 
-@pytest.fixture(params=["legacy_eos", "fixed_eos"])
-def golden_base(request, tmp_path):
-    """Folder of the small random CLIP of the golden numbers, with either kind of end token config."""
+def golden_base_folder(kind, tmp_path):
+    """Folder of the small random CLIP of the golden numbers, with a "legacy_eos" or "fixed_eos" configuration."""
     base = GOLDEN / "base"
-    if request.param == "legacy_eos":
+    if kind == "legacy_eos":
         return str(base)
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).symlink_to(base / name)
     (tmp_path / "config.json").write_text((base / "config_eos_fixed.json").read_text())
     return str(tmp_path)
+
+
+@pytest.fixture(params=["legacy_eos", "fixed_eos"])
+def golden_base(request, tmp_path):
+    """The base model of the golden numbers, with either kind of end token configuration."""
+    return golden_base_folder(request.param, tmp_path)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys, tmp_path):
+    """Runs a script in this process, which saves the time to import everything, and returns what it printed."""
+
+    def run_script(script, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.setattr("sys.argv", [str(EXAMPLES / script), *map(str, arguments)])
+        threads = torch.get_num_threads()
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return run_script

@@ -155,3 +155,9 @@ def test_bad_class_names_are_refused_before_a_model_is_loaded():
         CLIPForPromptClassification.from_pretrained("no/such-model", class_names=["a", "a"])
     with pytest.raises(ValueError, match="holds {} 0 times"):
         CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=["a"], prompt_template="a photo")
+
+
+@pytest.mark.parametrize("name", ["cat<|endoftext|>", "<|startoftext|> cat"])
+def test_a_name_that_spells_out_a_special_token_is_refused(tokenizer, name):
+    with pytest.raises(ValueError, match="has 3 special tokens"):
+        build_class_prompts(["dog", name], "a photo of a {}.", tokenizer, max_length=77)

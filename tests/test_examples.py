@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
-from conftest import EMOJI, ROOT, TINY_CLIP
+from conftest import EMOJI, EXAMPLES, TINY_CLIP
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -21,7 +20,6 @@ from clip_prompt_peft import AutoPeftModelForPromptClassification
 from clip_prompt_peft.data import load_image_dataset, with_pixel_values
 
 
-EXAMPLES = ROOT / "examples"
 OTHER_STYLES = ("noto", "fluent3d")
 
 
@@ -139,24 +137,6 @@ def test_what_is_pushed_names_its_base_model_and_its_own_place(tmp_path):
     )
 
 
-@pytest.fixture
-def run_here(monkeypatch, capsys, tmp_path):
-    """Runs a script in this process, which saves the time to import everything, and returns what it printed."""
-
-    def run_script(script, *arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(EXAMPLES)
-        monkeypatch.setattr("sys.argv", [str(EXAMPLES / script), *map(str, arguments)])
-        threads = torch.get_num_threads()
-        try:
-            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
-        finally:
-            torch.set_num_threads(threads)
-        return capsys.readouterr().out
-
-    return run_script
-
-
 def test_predict_prints_the_labels_of_the_model_and_reports_what_it_cannot_read(tuned, run_here, capsys, tmp_path):
     folder, _, _ = tuned
     adapter = folder / "outputs/prompt_tuning/seed1"
@@ -193,6 +173,31 @@ def test_a_folder_of_images_is_enough(run_here, tmp_path):
     assert "12 training images" in printed
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["class_names"] == ["clock emoji", "food emoji", "hand emoji"]
+
+
+def test_a_published_split_trains_by_the_same_command(run_here, tmp_path):
+    write_image_folder(tmp_path / "images", classes=("food", "clock"), num_images=6)
+    files = sorted((tmp_path / "images").glob("*/*.png"))
+    entries = [
+        [str(path.relative_to(tmp_path / "images")), index // 6, path.parent.name] for index, path in enumerate(files)
+    ]
+    (tmp_path / "split_zhou_Mine.json").write_text(json.dumps({"train": entries[::2], "test": entries[1::2]}))
+    source = ["--zhou_split", "split_zhou_Mine.json", "--image_dir", "images", "--model_name_or_path", TINY_CLIP]
+    printed = run_here("run_prompt_tuning.py", *source, "--shots", 2, "--num_train_epochs", 1, "--output_dir", "out")
+    assert "Tested on  test (6 images)" in printed
+    assert "split_zhou_Mine.json: 2 images of each of 2 classes" in printed
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["class_names"] == [
+        "clock emoji",
+        "food emoji",
+    ]
+
+
+def test_a_file_with_odd_column_names_trains_by_the_same_command(run_here, tmp_path):
+    dataset = load_image_dataset(files={"train": str(EMOJI / "noto-test.parquet")})["train"]
+    dataset.rename_columns({"image": "Bild", "label": "was ist es"}).to_parquet(tmp_path / "odd.parquet")
+    source = ["--train_file", "odd.parquet", "--test_file", "odd.parquet", "--model_name_or_path", TINY_CLIP]
+    printed = run_here("run_prompt_tuning.py", *source, "--shots", 1, "--num_train_epochs", 1, "--output_dir", "out")
+    assert "odd.parquet: 1 images of each of 12 classes" in printed
 
 
 def test_an_interrupted_run_continues_to_the_same_vectors(run_here, tmp_path):
@@ -241,6 +246,8 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
         ("run_prompt_tuning.py", ["--train_file", "gone.parquet"], "The file 'gone.parquet' does not exist"),
         ("run_prompt_tuning.py", ["--train_dir", "a", "--train_file", "b"], "Give only one of --dataset_name"),
         ("run_prompt_tuning.py", ["--test_dir", "."], "no images in '.'"),
+        ("run_prompt_tuning.py", ["--zhou_split", "gone.json"], "zhou_split and image_dir go together"),
+        ("run_prompt_tuning.py", ["--webdataset_dir", "."], "no classnames.txt in '.'"),
         ("run_prompt_tuning.py", ["--shots", "20", "--when_fewer", "error"], "animal 16, plant 15.*at most 13"),
         ("run_prompt_tuning.py", ["--shots", "-1"], "--shots"),
         ("run_prompt_tuning.py", ["--num_virtual_tokens", "90"], "has 77 positions"),

@@ -20,6 +20,7 @@ from clip_prompt_peft import (
     ProGradTrainer,
     build_class_prompts,
 )
+from clip_prompt_peft.class_encoder import normalize
 from clip_prompt_peft.losses import PromptSRCRegularizer
 from clip_prompt_peft.losses.promptsrc import mean_distance, mean_divergence
 from clip_prompt_peft.losses.promptsrc_templates import PROMPTSRC_TEMPLATES
@@ -204,6 +205,10 @@ def test_logits_loss_and_every_gradient_are_the_authors(name, golden_base):
     assert_near(outputs.logits, case["logits"], tolerances["logits_atol"])
     assert_near(outputs.loss, case["loss"], tolerances["loss_atol"])
     assert_near(outputs.loss_terms["cross_entropy"], case["ce_loss"], tolerances["loss_atol"])
+    classifier, atol = model.get_base_model(), tolerances["features_atol"]
+    image_embeds = classifier.get_image_features(case.pixel_values).pooler_output
+    assert_near(classifier.get_class_embeds(image_embeds), case["text_features_norm"], atol)
+    assert_near(normalize(image_embeds), case["image_features_norm"], atol)
     assert_gradients(model, case)
     with torch.no_grad():
         assert_near(model.eval()(pixel_values=case.pixel_values).logits, case["logits"], tolerances["logits_atol"])

@@ -1,5 +1,7 @@
 """The model card that is written beside an adapter."""
 
+import re
+
 import pytest
 from conftest import ROOT, TINY_CLIP
 from huggingface_hub import ModelCard
@@ -39,6 +41,29 @@ def test_names_base_model_template_vectors_classes_and_metrics(card_for):
         "| `class_mean` | 1 |\n",
     ):
         assert said in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ("coop-csc", ["Vectors: 16, in place of the tokens from position 1 on; different ones for each class"]),
+        ("cocoop", ["Vectors: 4, .* shifted by what a small network sees in the image embedding"]),
+        ("vpt-deep", ["Vectors: none in the text", "Vision prompts: 8 behind the patches, in 4 layers"]),
+        (
+            "maple",
+            [
+                "Vectors: 2, .* fresh ones before each of the first 3 layers",
+                "Vision prompts: 2 behind the patches, in 3 layers, linear maps of the text vectors",
+            ],
+        ),
+        ("kgcoop", ["Trained with the regularizer: kgcoop"]),
+    ],
+)
+def test_says_what_kind_of_prompts_they_are(classifier, tmp_path, preset, said):
+    get_peft_model(classifier, CLIPPromptTuningConfig.from_preset(preset, model=classifier)).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    for line in said:
+        assert re.search(f"- {line}", text), text
 
 
 def test_snippet_imports_this_package_and_is_python(card_for):

@@ -65,6 +65,12 @@ def test_the_projection_makes_a_difference(whole_batches, tmp_path):
     assert max(differences.values()) > 50 * NEAR["atol"]
 
 
+def test_classes_encoded_in_chunks_have_their_gradients_projected_too(whole_batches, tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_prompt_peft.class_encoder.encoder.ClassEncoder._chunk_size", lambda self, num_classes: 1)
+    regularized_worker.train("prograd", str(tmp_path), batch_size=8, accumulation_steps=1)
+    assert_close(vectors_in(tmp_path), whole_batches("prograd"), **NEAR)
+
+
 def test_without_a_prograd_adapter_it_is_the_stock_trainer(classifier, tmp_path):
     class Record(ProGradTrainer):
         def compute_loss(self, *args, **kwargs):

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import re
+
 from datasets import ClassLabel, Dataset
 
 from ..class_prompts import check_class_names
 
 
-def clean_class_name(name: str) -> str:
+def clean_class_name(name: str, split_camel_case: bool = False) -> str:
     """Writes a label name as words: `_` becomes a space, runs of white space become one. Case is kept.
+
+    Args:
+        name: as the data set has it.
+        split_camel_case: also put a space in front of every capital letter that follows a small one.
 
     Example:
 
     ```py
     >>> clean_class_name("American_bulldog")
     'American bulldog'
+    >>> clean_class_name("ApplyEyeMakeup", split_camel_case=True)
+    'Apply Eye Makeup'
     ```
     """
+    if split_camel_case:
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     return " ".join(name.replace("_", " ").split())
 
 

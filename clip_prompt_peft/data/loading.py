@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from datasets import DatasetDict, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from .clip_benchmark import load_clip_benchmark
 from .standardize import LABEL, standardize
+from .zhou_split import load_zhou_split
 
 
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -21,18 +23,23 @@ def load_image_dataset(
     *,
     folders: Mapping[str, str] | None = None,
     files: Mapping[str, str] | None = None,
+    zhou_split: str | None = None,
+    image_dir: str | None = None,
+    webdataset_dir: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     **load_kwargs,
 ) -> DatasetDict:
     """
-    Reads a data set of the Hub, folders of images, or files of rows.
+    Reads a data set of the Hub, folders of images, files of rows, a published split, or tar files.
 
     Args:
         dataset_name: Hub id, or a folder that `datasets.load_dataset` understands.
         dataset_config_name: its configuration.
         folders: split name to folder, with one sub-folder of images per class: `{"train": "pets/train"}`.
         files: split name to parquet or arrow file.
+        zhou_split, image_dir: a published split and the folder of its images, see [`load_zhou_split`].
+        webdataset_dir: a folder in the layout of CLIP_benchmark, see [`load_clip_benchmark`].
         image_column, label_column: by default found, see [`find_image_column`] and [`find_label_column`].
         load_kwargs: for `datasets.load_dataset` (`revision`, `token`, `cache_dir`, ...).
 
@@ -43,12 +50,18 @@ def load_image_dataset(
         ValueError: none or several sources; a missing or empty folder or file; columns that cannot be found; no
             training split, or labels in another split that it does not have.
     """
-    if sum(bool(source) for source in (dataset_name, folders, files)) != 1:
-        raise ValueError("Give exactly one of dataset_name, folders and files.")
+    if sum(bool(source) for source in (dataset_name, folders, files, zhou_split, webdataset_dir)) != 1:
+        raise ValueError("Give exactly one of dataset_name, folders, files, zhou_split and webdataset_dir.")
+    if bool(zhou_split) != bool(image_dir):
+        raise ValueError("zhou_split and image_dir go together: the paths in the file are relative to the folder.")
     if folders:
         splits = _load_folders(folders, load_kwargs)
     elif files:
         splits = _load_files(files, load_kwargs)
+    elif zhou_split:
+        splits = load_zhou_split(zhou_split, image_dir)
+    elif webdataset_dir:
+        splits = load_clip_benchmark(webdataset_dir, **load_kwargs)
     else:
         splits = load_dataset(dataset_name, dataset_config_name, **load_kwargs)
     return standardize(splits, image_column, label_column)

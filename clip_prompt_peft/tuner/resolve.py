@@ -30,6 +30,7 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     adopt_class_names(config, model)
     _resolve_depths(config, model)
     tokenizer = _tokenizer_for(config, model)
+    _check_begin_token(tokenizer, model)
     init_ids = encode_words(config.prompt_tuning_init_text or "", tokenizer)
     if config.num_virtual_tokens is None:
         config.num_virtual_tokens = len(init_ids) or _room_in_template(config, tokenizer)
@@ -47,6 +48,14 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     is_text = config.prompt_tuning_init is PromptTuningInit.TEXT
     config.init_token_ids = (init_ids or config.replaced_token_ids) if is_text else None
     config._filled_in = {name: getattr(config, name) for name, value in given.items() if value is None}
+
+
+def _check_begin_token(tokenizer, model: nn.Module) -> None:
+    if tokenizer(DEFAULT_TEMPLATE)["input_ids"][0] not in tokenizer.all_special_ids:
+        raise ValueError(
+            f"The tokenizer of this {type(model).__name__} puts no begin token in front of a text, as CLIP's does and "
+            "SigLIP's does not, so the positions of the vectors would be wrong. Prompt tuning works with CLIP models."
+        )
 
 
 def adopt_class_names(config: CLIPPromptTuningConfig, model: nn.Module) -> None:

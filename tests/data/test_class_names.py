@@ -31,3 +31,9 @@ def test_a_column_without_names_is_an_error_that_lists_the_columns():
         class_names_of(numbers)
     with pytest.raises(ValueError, match="'breed' is missing"):
         class_names_of(numbers, "breed")
+
+
+def test_words_written_together_are_taken_apart_if_asked_for():
+    assert clean_class_name("ApplyEyeMakeup", split_camel_case=True) == "Apply Eye Makeup"
+    assert clean_class_name("TV_DVDs", split_camel_case=True) == "TV DVDs"
+    assert clean_class_name("ApplyEyeMakeup") == "ApplyEyeMakeup"

@@ -1,24 +1,164 @@
+"""Image embeddings as a column: those of the images, computed once, and never those of another model."""
+
+import pytest
 import torch
 from conftest import EMOJI, TINY_CLIP
-from transformers import AutoImageProcessor
+from peft import LoraConfig, get_peft_model
+from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
-from clip_prompt_peft.data import compute_image_embeds, load_image_dataset, with_pixel_values
+from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft.data import cache_image_embeds, load_image_dataset, with_pixel_values
 
 
-def test_embeddings_stand_in_for_the_images_one_by_one(classifier):
-    image_processor = AutoImageProcessor.from_pretrained(TINY_CLIP)
-    dataset = load_image_dataset(files={"train": str(EMOJI / "noto-train.parquet")})["train"].select(range(5))
-    embeds = compute_image_embeds(dataset, classifier, image_processor, batch_size=2)
+@pytest.fixture(scope="module")
+def image_processor():
+    return AutoImageProcessor.from_pretrained(TINY_CLIP)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Five pictures, with a cache folder of their own."""
+    files = {"train": str(EMOJI / "noto-train.parquet")}
+    return load_image_dataset(files=files, cache_dir=str(tmp_path))["train"].select(range(5))
+
+
+@pytest.fixture
+def tower_runs(classifier):
+    """The numbers of images that the image tower has run on."""
+    runs = []
+    classifier.vision_model.register_forward_hook(lambda module, args, out: runs.append(len(out.pooler_output)))
+    return runs
+
+
+def test_embeddings_stand_in_for_the_images_one_by_one(classifier, dataset, image_processor):
+    embeds = cache_image_embeds(dataset, classifier, image_processor, batch_size=2)
     pixel_values = torch.stack(with_pixel_values(dataset, image_processor)[:]["pixel_values"])
     with torch.no_grad():
         from_pixels = classifier(pixel_values=pixel_values).logits
         from_embeds = classifier(image_embeds=embeds[:]["image_embeds"]).logits
     torch.testing.assert_close(from_embeds, from_pixels)
     assert embeds[:]["labels"].tolist() == list(dataset["label"])
+    assert embeds.features["labels"].names == dataset.features["label"].names
 
 
-def test_the_model_is_left_in_the_mode_that_it_was_in(classifier):
-    image_processor = AutoImageProcessor.from_pretrained(TINY_CLIP)
-    dataset = load_image_dataset(files={"train": str(EMOJI / "noto-train.parquet")})["train"].select(range(1))
-    compute_image_embeds(dataset, classifier.train(), image_processor)
-    assert classifier.training
+def test_half_precision_takes_half_the_space(classifier, dataset, image_processor):
+    full = cache_image_embeds(dataset, classifier, image_processor)[:]["image_embeds"]
+    half = cache_image_embeds(dataset, classifier, image_processor, dtype="float16")
+    assert half.features["image_embeds"].feature.dtype == "float16"
+    torch.testing.assert_close(half[:]["image_embeds"].float(), full, rtol=1e-3, atol=1e-3)
+
+
+def test_the_trainer_takes_them(classifier, dataset, image_processor, tmp_path):
+    classifier.set_class_names(dataset.features["label"].names)
+    train_set = cache_image_embeds(dataset, classifier, image_processor)
+    args = TrainingArguments(tmp_path, max_steps=2, logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    trainer = Trainer(get_peft_model(classifier, CLIPPromptTuningConfig()), args, train_dataset=train_set)
+    assert trainer.train().global_step == 2
+
+
+class TestSecondRun:
+    def test_does_not_run_the_image_tower(self, classifier, dataset, image_processor, tower_runs):
+        first = cache_image_embeds(dataset, classifier, image_processor)
+        assert sum(tower_runs) == 5
+        again = CLIPForPromptClassification.from_pretrained(TINY_CLIP)  # another object with the same weights
+        again.vision_model.register_forward_hook(lambda module, args, out: tower_runs.append(1))
+        second = cache_image_embeds(dataset, again, image_processor)
+        assert sum(tower_runs) == 5
+        assert torch.equal(second[:]["image_embeds"], first[:]["image_embeds"])
+
+    def test_is_not_confused_with_other_weights(self, classifier, dataset, image_processor, tower_runs):
+        first = cache_image_embeds(dataset, classifier, image_processor)
+        with torch.no_grad():
+            classifier.visual_projection.weight[0, 0] += 1
+        second = cache_image_embeds(dataset, classifier, image_processor)
+        assert sum(tower_runs) == 10
+        assert not torch.equal(second[:]["image_embeds"], first[:]["image_embeds"])
+
+    def test_is_not_confused_with_other_preprocessing(self, classifier, dataset, image_processor, tower_runs):
+        cache_image_embeds(dataset, classifier, image_processor)
+        other = AutoImageProcessor.from_pretrained(TINY_CLIP, image_mean=[0.5, 0.5, 0.5])
+        cache_image_embeds(dataset, classifier, other)
+        assert sum(tower_runs) == 10
+
+    def test_is_not_confused_with_other_images(self, classifier, dataset, image_processor, tower_runs):
+        cache_image_embeds(dataset, classifier, image_processor)
+        cache_image_embeds(dataset.select([1, 0, 2, 3, 4]), classifier, image_processor)
+        assert sum(tower_runs) == 10
+
+    def test_is_not_confused_with_an_adapter_switched_off(self, classifier, dataset, image_processor, tower_runs):
+        lora = LoraConfig(r=2, target_modules=r"vision_model.*q_proj", init_lora_weights=False, inference_mode=True)
+        model = get_peft_model(classifier, lora)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        tuned = cache_image_embeds(dataset, model, image_processor)
+        with model.disable_adapter():
+            plain = cache_image_embeds(dataset, model, image_processor)
+        assert sum(tower_runs) == 10
+        assert not torch.allclose(tuned[:]["image_embeds"], plain[:]["image_embeds"])
+
+    def test_serves_tuning_after_zero_shot(self, classifier, dataset, image_processor, tower_runs):
+        cache_image_embeds(dataset, classifier, image_processor)
+        model = get_peft_model(classifier, CLIPPromptTuningConfig())
+        cache_image_embeds(dataset, model, image_processor)
+        assert sum(tower_runs) == 5
+
+
+class TestViews:
+    def test_each_reading_draws_one_of_the_views(self, classifier, dataset, image_processor, tower_runs):
+        views = cache_image_embeds(dataset, classifier, image_processor, num_views=3)
+        assert sum(tower_runs) == 15
+        rows = [torch.stack(list(views[:]["image_embeds"])) for _ in range(30)]
+        assert rows[0].shape == (5, classifier.config.projection_dim)
+        for image in range(5):
+            assert len({tuple(row[image].tolist()) for row in rows}) == 3
+
+    def test_the_views_do_not_depend_on_the_batch_size(self, classifier, dataset, image_processor):
+        stored = [
+            cache_image_embeds(dataset.select(range(size)), classifier, image_processor, batch_size=size, num_views=2)
+            for size in (2, 3)
+        ]
+        first, second = (torch.tensor(views.with_format(None)[:2]["image_embeds"]) for views in stored)
+        torch.testing.assert_close(first, second)
+
+    def test_another_seed_gives_other_views(self, classifier, dataset, image_processor):
+        first, second = (
+            cache_image_embeds(dataset, classifier, image_processor, num_views=1, seed=seed) for seed in (0, 1)
+        )
+        assert not torch.allclose(first[0]["image_embeds"], second[0]["image_embeds"])
+
+    def test_random_numbers_of_the_training_are_not_used_up(self, classifier, dataset, image_processor):
+        torch.manual_seed(0)
+        cache_image_embeds(dataset, classifier, image_processor, num_views=2)
+        assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(0)))
+
+    def test_the_trainer_takes_them(self, classifier, dataset, image_processor, tmp_path):
+        classifier.set_class_names(dataset.features["label"].names)
+        train_set = cache_image_embeds(dataset, classifier, image_processor, num_views=2)
+        args = TrainingArguments(tmp_path, max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
+        trainer = Trainer(get_peft_model(classifier, CLIPPromptTuningConfig()), args, train_dataset=train_set)
+        assert trainer.train().global_step == 2
+
+
+class TestRefused:
+    def test_an_image_tower_with_trained_lora(self, classifier, dataset, image_processor):
+        model = get_peft_model(classifier, LoraConfig(r=2, target_modules=r"vision_model.*q_proj"))
+        with pytest.raises(ValueError, match="vision_model|encoder.*lora_A"):
+            cache_image_embeds(dataset, model, image_processor)
+
+    def test_a_projection_that_is_trained(self, classifier, dataset, image_processor):
+        classifier.requires_grad_(False)
+        classifier.visual_projection.requires_grad_(True)
+        with pytest.raises(ValueError, match="pixel_values"):
+            cache_image_embeds(dataset, classifier, image_processor)
+
+    @pytest.mark.parametrize("settings", [{"num_views": 0}, {"num_views": "many"}, {"dtype": "int8"}])
+    def test_settings_that_make_no_sense(self, classifier, dataset, image_processor, settings):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            cache_image_embeds(dataset, classifier, image_processor, **settings)
+
+
+def test_every_module_is_left_in_the_mode_that_it_was_in(classifier, dataset, image_processor):
+    classifier.train().vision_model.encoder.eval()
+    before = [module.training for module in classifier.modules()]
+    cache_image_embeds(dataset, classifier, image_processor)
+    assert [module.training for module in classifier.modules()] == before

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from clip_prompt_peft.data import hold_out
+from clip_prompt_peft.data import base_new_names, hold_out, keep_classes, split_base_new
 
 
 @pytest.fixture
@@ -32,3 +32,40 @@ def test_a_share_that_is_none_is_an_error(dataset, fraction):
 def test_classes_too_small_to_be_split_are_an_error_that_says_what_to_do(dataset):
     with pytest.raises(ValueError, match="cannot be held out of every class.*Give images to evaluate on"):
         hold_out(dataset.select([0, 25, 26]), 0.2)
+
+
+def test_the_first_half_of_the_labels_is_base_and_labels_count_from_0():
+    names = ["e", "d", "c", "b", "a"]
+    labels = [4, 0, 3, 1, 2, 4, 0]
+    dataset = Dataset.from_dict({"item": list(range(7)), "kind": labels, "last": list("abcdefg")})
+    dataset = dataset.cast_column("kind", ClassLabel(names=names))
+    base, new = split_base_new(dataset, label_column="kind")
+    assert base.features["kind"].names == ["e", "d", "c"] and new.features["kind"].names == ["b", "a"]
+    assert (base["item"][:], base["kind"][:]) == ([1, 3, 4, 6], [0, 1, 2, 0])
+    assert (new["item"][:], new["kind"][:]) == ([0, 2, 5], [1, 0, 1])
+    assert base.column_names == dataset.column_names
+
+
+def test_classes_are_kept_in_the_order_asked_for():
+    dataset = Dataset.from_dict({"label": [0, 1, 2, 0]}).cast_column("label", ClassLabel(names=["x", "y", "z"]))
+    kept = keep_classes(dataset, ["z", "x"])
+    assert kept["label"][:] == [1, 0, 1]
+    assert kept.features["label"].names == ["z", "x"]
+
+
+def test_halves_of_odd_numbers_of_classes_are_those_of_the_literature():
+    assert [len(half) for half in base_new_names([str(i) for i in range(37)])] == [19, 18]  # Oxford Pets
+    assert base_new_names(["a", "b"]) == (["a"], ["b"])
+
+
+def test_classes_that_cannot_be_told_apart_are_an_error():
+    dataset = Dataset.from_dict({"label": [0, 1]})
+    with pytest.raises(ValueError, match="ClassLabel column"):
+        split_base_new(dataset)
+    with pytest.raises(ValueError, match="'kind' is missing"):
+        keep_classes(dataset, ["a"], label_column="kind")
+    named = dataset.cast_column("label", ClassLabel(names=["a", "b"]))
+    with pytest.raises(ValueError, match=r"no class 'c' \(1 of 2 are missing\).*a, b"):
+        keep_classes(named, ["a", "c"])
+    with pytest.raises(ValueError, match="at least two"):
+        base_new_names(["a"])

@@ -5,7 +5,8 @@ import torch
 from conftest import CLASS_NAMES, TINY_CLIP
 from peft import PeftModel, get_peft_model
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, class_encoder
+from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft.class_encoder import encoder
 
 
 def prompted(base, **fields):
@@ -118,9 +119,9 @@ def image_by_image(classifier, image_embeds):
     return torch.stack(embeds)
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 8, 256])
-def test_all_images_at_once_and_in_chunks_equal_one_image_after_the_other(classifier, monkeypatch, rows_at_once):
-    monkeypatch.setattr(class_encoder, "ROWS_AT_ONCE", rows_at_once)
+@pytest.mark.parametrize("prompts_at_once", [1, 8, 256])
+def test_all_images_at_once_and_in_chunks_equal_one_image_after_the_other(classifier, monkeypatch, prompts_at_once):
+    monkeypatch.setattr(encoder, "PROMPTS_AT_ONCE", prompts_at_once)
     prompted(classifier, image_conditioned=True)
     image_embeds = torch.nn.functional.normalize(torch.randn(5, 128), dim=-1)
     weights = torch.randn(5, 4, 128)
@@ -136,7 +137,7 @@ def test_all_images_at_once_and_in_chunks_equal_one_image_after_the_other(classi
 
 
 def test_memory_of_a_training_step_does_not_grow_with_the_images_of_a_batch(classifier, monkeypatch):
-    monkeypatch.setattr(class_encoder, "ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(encoder, "PROMPTS_AT_ONCE", 8)
     prompted(classifier, image_conditioned=True)
 
     def kept_for_the_backward_pass(num_images):

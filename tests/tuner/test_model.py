@@ -7,6 +7,7 @@ import torch
 from adapters import layer_of, randomize, tuned
 from conftest import TINY_CLIP
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModel
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, CLIPTextLearnableEmbeddings
@@ -144,3 +145,13 @@ def test_an_adapter_of_another_method_is_not_mixed_in(clip):
     model = tuned(clip)
     with pytest.raises(ValueError, match="different peft types"):
         model.add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
+
+
+def test_a_tokenizer_without_a_begin_token_is_refused(clip, tmp_path, tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", plain.eos_token_id)]
+    )
+    clip.tokenizer = plain
+    with pytest.raises(ValueError, match="puts no begin token in front"):
+        get_peft_model(clip, CLIPPromptTuningConfig())

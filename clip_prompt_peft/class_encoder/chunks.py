@@ -1,0 +1,107 @@
+"""Many classes, chunk by chunk, so that memory does not grow with their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from .surroundings import Surroundings
+
+
+Chunk = TypeVar("Chunk")
+
+
+def encode_in_chunks(
+    encode: Callable[[Chunk], torch.Tensor], chunks: Sequence[Chunk], parameters: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The results of `encode` for all chunks, one below the other, differentiable with respect to `parameters`.
+
+    With more than one chunk, only the last one's computation is kept: each other is computed again when its gradient
+    is wanted, in the same autocast and random state. Values and gradients are those of a single pass.
+
+    Args:
+        encode: gives (K, E) for a chunk.
+        chunks: at least one.
+        parameters: the tensors to differentiate by, all of which require gradients; with several chunks, everything
+            else that `encode` uses is taken as constant.
+    """
+    if len(chunks) == 1:
+        return encode(chunks[0])
+    if not parameters or not torch.is_grad_enabled():
+        return torch.cat([encode(chunk) for chunk in chunks])
+    return _Recomputed.apply(encode, chunks, *parameters)
+
+
+def encode_by_images(
+    encode: Callable[[torch.Tensor], torch.Tensor], vectors: torch.Tensor, images_at_once: int
+) -> torch.Tensor:
+    """The results of `encode` for a few images at a time, computed again for the gradient.
+
+    The vectors come out of the images by way of parameters, so that, unlike above, autograd has to find its own way:
+    what is kept are the results, which are wanted anyway.
+
+    Args:
+        encode: gives (B', C, E) for the vectors (B', n, D) of B' images.
+        vectors: (B, n, D).
+        images_at_once: B'.
+    """
+    parts = vectors.split(images_at_once)
+    if len(parts) == 1:
+        return encode(vectors)
+    return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in parts])  # (B, C, E)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Takes the parameters as inputs and returns their gradients, so that autograd delivers them as those of any other
+    operation. A `backward()` inside would go past DistributedDataParallel's reducer."""
+
+    @staticmethod
+    def forward(ctx, encode, chunks, *parameters):
+        ctx.encode, ctx.chunks = encode, chunks
+        ctx.save_for_backward(*parameters)  # complains if one is changed in place before the backward pass
+        ctx.surroundings, outputs = [], []
+        for chunk in chunks:
+            ctx.surroundings.append(Surroundings(parameters[0]))
+            if chunk is chunks[-1]:
+                with torch.enable_grad():
+                    ctx.last = encode(chunk)
+                outputs.append(ctx.last.detach())
+            else:
+                with ctx.surroundings[-1].autocast(cache_enabled=False):  # casts made here would lack a gradient
+                    outputs.append(encode(chunk))
+        ctx.sizes = [len(output) for output in outputs]
+        return torch.cat(outputs)  # (C, E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        parameters = ctx.saved_tensors
+        totals = [None] * len(parameters)
+        # from the last on, so that what is kept of it is gone before another one is computed
+        for index, part in reversed(list(enumerate(gradient.split(ctx.sizes)))):
+            output = _Recomputed.with_graph(ctx, index)
+            if output.requires_grad:
+                gradients = torch.autograd.grad(output, parameters, part, allow_unused=True)
+                totals = [_sum(total, new) for total, new in zip(totals, gradients)]
+            del output
+        return None, None, *totals
+
+    @staticmethod
+    def with_graph(ctx, index: int) -> torch.Tensor:
+        """(K, E) of a chunk, to be differentiated."""
+        if index == len(ctx.chunks) - 1 and ctx.last is not None:
+            last, ctx.last = ctx.last, None  # a second backward pass computes it again
+            return last
+        surroundings = ctx.surroundings[index]
+        with torch.enable_grad(), surroundings.random_state(), surroundings.autocast():
+            return ctx.encode(ctx.chunks[index])
+
+
+def _sum(total: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+    if total is None or new is None:
+        return new if total is None else total
+    return total + new  # not in place: autograd may hand out one tensor as the gradient of several

@@ -1,0 +1,169 @@
+"""What the classifier calls to turn its prompts into class embeddings."""
+
+from __future__ import annotations
+
+import torch
+from transformers import CLIPModel
+
+from ..class_prompts import ClassPrompts, PromptLayout
+from . import sharding
+from .cache import ClassEmbedsCache, text_side
+from .chunks import encode_by_images, encode_in_chunks
+from .paths import PATHS, PLAIN, attention_of, build_rows, fastest_exact_path, num_shared_positions
+from .rows import PackedRows, PlainRows
+
+
+AUTO = "auto"
+MANY_CLASSES = 256  # more than this are encoded in chunks, and shared between processes
+CHUNK = 128
+PROMPTS_AT_ONCE = 256  # where every image has prompts of its own
+
+
+class ClassEncoder:
+    """
+    Encodes all class prompts of a CLIP: exactly, and as cheaply as the model allows.
+
+    Args:
+        path (`str`, defaults to `"auto"`):
+            `"plain"` runs every prompt at full length, as CoOp does; `"cut"` ends the rows after the longest prompt;
+            `"packed"` computes what the prompts have in common once. `"auto"` takes the fastest that is exact for the
+            model; `"plain"` turns all cleverness off, for debugging.
+        batch_size (`int`, *optional*, defaults to `"auto"`):
+            Classes at a time. While training, all chunks but one are computed a second time for their gradient, so
+            that memory does not grow with the number of classes. `None` takes all at once; `"auto"` does so up to 256
+            classes, and takes 128 at a time beyond.
+        across_processes (`bool`, defaults to `"auto"`):
+            Whether each process of a distributed training encodes its share of the classes only. `True` does so in
+            every call, evaluation included, so all processes must make the same calls; `"auto"` only while training
+            more than 256 classes. Gradients must be averaged over the processes, as DistributedDataParallel does.
+
+    While evaluating (in eval mode, and with no gradient wanted), the result is kept until something that it depends on
+    changes.
+    """
+
+    def __init__(self, path: str = AUTO, batch_size: int | str | None = AUTO, across_processes: bool | str = AUTO):
+        self.path = path
+        self.batch_size = batch_size
+        self.across_processes = across_processes
+        self._forget()
+
+    def _forget(self) -> None:
+        self._cache = ClassEmbedsCache()
+        self._chunks: tuple[ClassPrompts, tuple, list] | None = None
+
+    def __getstate__(self) -> dict:
+        # copies, and pickles, start with nothing kept
+        return {"path": self.path, "batch_size": self.batch_size, "across_processes": self.across_processes}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def __call__(
+        self,
+        model: CLIPModel,
+        prompts: ClassPrompts,
+        layout: PromptLayout | None = None,
+        image_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            model: a CLIP with a text tower.
+            prompts: of C classes.
+            layout: of the active prompt adapter, if there is one.
+            image_embeds: (B, E), L2-normalised, for an adapter that is conditioned on the image.
+
+        Returns:
+            (C, E) class embeddings, L2-normalised, in float32 at least; differentiable with respect to everything in
+            the text tower that requires a gradient. Not to be changed in place. (B, C, E) with `image_embeds`; those
+            are neither kept nor shared between processes.
+
+        Raises:
+            ValueError: a setting that does not exist, or that is not exact for this model.
+        """
+        self._check_settings()
+        if image_embeds is not None:
+            return self._encode_for_images(model, prompts, layout, image_embeds)
+        parameters = []
+        if torch.is_grad_enabled():
+            parameters = [p for part in text_side(model) for p in part.parameters() if p.requires_grad]
+        wants_gradient = bool(parameters)
+        is_sharded = self._is_sharded(len(prompts.texts), model.training and wants_gradient)
+
+        def encode() -> torch.Tensor:
+            return self._encode(model, prompts, layout, parameters, is_sharded)
+
+        if torch.compiler.is_compiling():  # one graph, which cannot look at the state of the model
+            return encode()
+        if model.training or wants_gradient:
+            self._cache.clear()
+            return encode()
+        return self._cache.get(model, prompts, encode)
+
+    def clear(self) -> None:
+        """Drops the embeddings that are kept. Only needed after writing to a frozen weight through its `.data`."""
+        self._cache.clear()
+
+    def _check_settings(self) -> None:
+        if self.path not in (AUTO, *PATHS):
+            raise ValueError(f"path must be {AUTO!r} or one of {', '.join(map(repr, PATHS))}, got {self.path!r}.")
+        size = self.batch_size
+        if size not in (AUTO, None) and not (isinstance(size, int) and size >= 1):
+            raise ValueError(f"batch_size must be a positive integer, None or {AUTO!r}, got {size!r}.")
+        if self.across_processes not in (AUTO, True, False):
+            raise ValueError(f"across_processes must be True, False or {AUTO!r}, got {self.across_processes!r}.")
+
+    def _is_sharded(self, num_classes: int, is_training: bool) -> bool:
+        if sharding.num_processes() == 1 or num_classes < sharding.num_processes():
+            return False
+        if self.across_processes == AUTO:
+            return is_training and num_classes > MANY_CLASSES
+        return self.across_processes
+
+    def _encode(self, model, prompts, layout, parameters, is_sharded) -> torch.Tensor:
+        num_classes = len(prompts.texts)
+        classes = sharding.share_of_classes(num_classes) if is_sharded else range(num_classes)
+        chunks = self._chunks_of(model, prompts, layout, classes)
+        embeds = encode_in_chunks(lambda chunk: chunk.encode(model)[0], chunks, parameters)
+        return sharding.gather_shares(embeds, num_classes) if is_sharded else embeds
+
+    def _encode_for_images(self, model, prompts, layout, image_embeds) -> torch.Tensor:
+        chunks = self._chunks_of(model, prompts, layout, range(len(prompts.texts)))
+
+        def encode(image_vectors: torch.Tensor) -> torch.Tensor:
+            return torch.cat([chunk.encode(model, image_vectors) for chunk in chunks], dim=1)  # (B, C, E)
+
+        vectors = model.text_model.embeddings.row_vectors(image_embeds)  # (B, n, D)
+        return encode_by_images(encode, vectors, max(1, PROMPTS_AT_ONCE // len(prompts.texts)))
+
+    def _chunks_of(self, model, prompts, layout, classes: range) -> list[PlainRows | PackedRows]:
+        """The rows for the text tower, kept from call to call: they change with prompts and settings only."""
+        settings = self.path, self.batch_size, getattr(layout, "num_shared_positions", None)
+        key = (classes, settings, model.text_model.device, attention_of(model.text_model))
+        kept = self._chunks  # read once: another thread may exchange it
+        if kept is None or kept[0] is not prompts or kept[1] != key:
+            kept = self._chunks = prompts, key, self._build_chunks(model, prompts, layout, classes)
+        return kept[2]
+
+    @torch.compiler.disable
+    def _build_chunks(self, model, prompts, layout, classes: range) -> list[PlainRows | PackedRows]:
+        path = self._resolved_path(model, prompts)
+        num_shared = num_shared_positions(prompts, layout)
+        num_chunks = -(-len(classes) // self._chunk_size(len(classes)))
+        parts = torch.tensor(classes).tensor_split(num_chunks)
+        return [build_rows(path, part, prompts, num_shared, model.text_model) for part in parts]
+
+    def _chunk_size(self, num_classes: int) -> int:
+        if self.batch_size == AUTO:
+            return CHUNK if num_classes > MANY_CLASSES else num_classes
+        return self.batch_size or num_classes
+
+    def _resolved_path(self, model, prompts) -> str:
+        if self.path == PLAIN:
+            return PLAIN
+        fastest = fastest_exact_path(model, prompts)
+        if self.path != AUTO and PATHS.index(self.path) < PATHS.index(fastest):
+            raise ValueError(
+                f"path={self.path!r} would not give this model's embeddings; the fastest path that does is "
+                f"{fastest!r}. Leave it at {AUTO!r}."
+            )
+        return fastest if self.path == AUTO else self.path

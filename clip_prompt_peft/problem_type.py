@@ -1,0 +1,43 @@
+"""One label per image or several: what labels look like, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+
+IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss(ignore_index)
+MULTI_LABEL = "multi_label_classification"  # as transformers calls it in config.problem_type
+
+
+def check_labels(labels: torch.Tensor, class_names: Sequence[str], problem_type: str | None) -> None:
+    """Raises `ValueError` unless the labels are (B,) indices of classes, or (B, C) zeros and ones if multi-label."""
+    num_classes, shown = len(class_names), ", ".join(class_names[:5])
+    if problem_type == MULTI_LABEL:
+        if labels.ndim != 2 or labels.shape[1] != num_classes:
+            raise ValueError(
+                f"With problem_type={MULTI_LABEL!r} labels are (B, {num_classes}) zeros and ones, one for each class "
+                f"({shown}, ...), got the shape {tuple(labels.shape)}."
+            )
+        return
+    bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= num_classes)]
+    if bad.numel():
+        raise ValueError(
+            f"Label {int(bad[0])} is out of range: the model has {num_classes} classes, so labels go from 0 to "
+            f"{num_classes - 1}. Compare the data set's label names with the model's class_names ({shown}, ...)."
+        )
+
+
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+    """Mean loss over the batch, as transformers' classifiers choose it by `config.problem_type`.
+
+    Args:
+        logits: (B, C)
+        labels: (B,) class indices, or (B, C) zeros and ones if multi-label.
+        problem_type: `"multi_label_classification"` is binary cross entropy of each class; otherwise cross entropy.
+    """
+    if problem_type == MULTI_LABEL:
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)

@@ -1,0 +1,133 @@
+"""Zero-shot class embeddings from many texts per class: an ensemble of templates, or descriptions.
+
+They go into the classifier with `set_class_embeds`:
+
+```py
+>>> model.set_class_embeds(template_ensemble(model, load_templates("imagenet")))
+```
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+
+import torch
+
+from .class_encoder import normalize
+from .class_prompts import CLASS_SLOT, check_template
+from .classifier import CLIPForPromptClassification
+
+
+TEXTS_AT_ONCE = 256
+TEMPLATE_FILES = files(__package__) / "templates"
+
+
+def load_templates(name: str = "imagenet") -> list[str]:
+    """Templates that come with the package: `"imagenet"`, the 80 of CLIP's authors, or the 7 of `"imagenet_simple"`.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    known = sorted(
+        entry.name.removesuffix(".json") for entry in TEMPLATE_FILES.iterdir() if entry.name[-5:] == ".json"
+    )
+    if name not in known:
+        raise ValueError(f"There are no templates {name!r}; there are {', '.join(known)}.")
+    return json.loads((TEMPLATE_FILES / f"{name}.json").read_text())["templates"]
+
+
+def template_ensemble(model: CLIPForPromptClassification, templates: Sequence[str]) -> torch.Tensor:
+    """The class embeddings of several templates, averaged as CLIP does: normalised, averaged, normalised again.
+
+    Args:
+        model: its class names are written into the templates.
+        templates: texts with one `{}` each.
+
+    Returns:
+        (C, E), normalised.
+
+    Raises:
+        ValueError: no template, or one without `{}`; a text that is too long; a prompt adapter is active.
+    """
+    if isinstance(templates, str) or not templates:
+        raise ValueError(f"templates must be a list of texts with one {{}} each, got {templates!r}.")
+    for template in templates:
+        check_template(template)
+    texts = {name: [template.replace(CLASS_SLOT, name) for template in templates] for name in _class_names(model)}
+    return _mean_embeds(model, texts)
+
+
+def description_ensemble(
+    model: CLIPForPromptClassification, descriptions: Mapping[str, Sequence[str]]
+) -> torch.Tensor:
+    """The class embeddings of several texts about each class, averaged as those of templates.
+
+    Args:
+        model: with C class names.
+        descriptions: class name to whole sentences, used as they are.
+
+    Returns:
+        (C, E), normalised.
+
+    Raises:
+        ValueError: a class without descriptions, descriptions of a class that the model does not have; a text that is
+            too long; a prompt adapter is active.
+
+    Example:
+
+    ```py
+    >>> texts = {"owl": ["a photo of an owl, a bird with large eyes."], "cat": ["a cat has whiskers.", "a furry cat."]}
+    >>> model.set_class_embeds(description_ensemble(model, texts))
+    ```
+    """
+    class_names = _class_names(model)
+    missing = [name for name in class_names if not descriptions.get(name)]
+    unknown = [name for name in descriptions if name not in class_names]
+    if missing or unknown:
+        raise ValueError(
+            f"Every class needs descriptions, and no other: {len(missing)} classes have none ({missing[:5]}), "
+            f"{len(unknown)} are no classes of the model ({unknown[:5]})."
+        )
+    texts = {name: descriptions[name] for name in class_names}
+    for name, sentences in texts.items():
+        if isinstance(sentences, str):
+            raise ValueError(f"The descriptions of {name!r} must be a list of texts, got {sentences!r}.")
+    return _mean_embeds(model, texts)
+
+
+def _class_names(model: CLIPForPromptClassification) -> list[str]:
+    if model.prompt_layout is not None:
+        raise ValueError(
+            "A prompt adapter is active, which puts its vectors into every text. An ensemble is of the model without "
+            "it: use it inside `with model.disable_adapter():`."
+        )
+    if model.class_names is None:
+        raise ValueError("The classifier has no class names; call set_class_names([...]) first.")
+    return model.class_names
+
+
+@torch.no_grad()
+def _mean_embeds(model, texts: Mapping[str, Sequence[str]]) -> torch.Tensor:
+    was_training = model.training
+    model.eval()
+    embeds = []
+    for name, sentences in texts.items():
+        parts = [
+            _encode(model, name, sentences[i : i + TEXTS_AT_ONCE]) for i in range(0, len(sentences), TEXTS_AT_ONCE)
+        ]
+        embeds.append(normalize(torch.cat(parts).mean(dim=0)))  # (E,)
+    model.train(was_training)
+    return torch.stack(embeds)  # (C, E)
+
+
+def _encode(model, name: str, sentences: Sequence[str]) -> torch.Tensor:
+    encoded = model.tokenizer(list(sentences), padding=True, return_tensors="pt").to(model.device)
+    longest, max_length = encoded["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+    if longest > max_length:
+        raise ValueError(
+            f"A text about {name!r} has {longest} tokens, but the text tower has {max_length} positions; shorten "
+            f"{max(sentences, key=len)!r}."
+        )
+    return normalize(model.get_text_features(**encoded).pooler_output)  # (texts, E)

@@ -1,0 +1,124 @@
+"""Runs what the protocols ask for and is not there yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+from datasets import DatasetDict
+from transformers import EvalPrediction
+from transformers.utils import logging
+
+from ..data import base_new_names
+from ..data.standardize import LABEL
+from ..metrics import compute_metrics, softmax
+from .image_set import ImagePool, ImageSet
+from .methods import find_method
+from .results import Predictions, Results
+from .runs import ALL, BASE, NEW, Run, merge_runs
+from .training import Backbone
+
+
+TRAIN, TEST = "train", "test"
+
+
+class Benchmark:
+    """
+    Data sets and a CLIP, on which the runs of protocols are done.
+
+    Args:
+        load_backbone: makes the CLIP; called only if there is something to do.
+        datasets: by name, each with the splits `train` and `test` and the columns `image` and `label`.
+        results: where to write, and what is done already.
+
+    Example:
+
+    ```py
+    >>> settings = TrainingSettings()
+    >>> results = Results("outputs/benchmark", settings.fingerprint("tiny_clip"))
+    >>> benchmark = Benchmark(lambda: Backbone(model, image_processor, settings), {"pets": pets}, results)
+    >>> benchmark.run(few_shot_curve("pets", ["zero-shot", "linear-probe", "prompt-tuning"]))
+    ```
+    """
+
+    def __init__(
+        self, load_backbone: Callable[[], Backbone], datasets: Mapping[str, DatasetDict], results: Results
+    ) -> None:
+        self._load_backbone = load_backbone
+        self.results = results
+        self._pools = {
+            (name, split): ImagePool(splits[split])
+            for name, splits in datasets.items()
+            for split in (TRAIN, TEST)
+            if split in splits
+        }
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return self._load_backbone()
+
+    def run(self, runs: Sequence[Run]) -> None:
+        """Does those of the runs that have no results yet.
+
+        Raises:
+            ValueError: a data set that is not there, before any work.
+        """
+        runs = merge_runs(runs)
+        for run in runs:
+            self._check(run)
+        to_do = [run for run in runs if self.results.missing_tests(run)]
+        with logging.tqdm(total=len(runs), initial=len(runs) - len(to_do), desc="Runs") as progress:
+            for run in to_do:
+                progress.set_postfix_str(f"{run.method}, {run.classes} classes, {run.shots} shots, seed {run.seed}")
+                self._do(run)
+                progress.update()
+
+    def test_set(self, run: Run, test: str) -> ImageSet:
+        """The images that a test of the run is about."""
+        if test in (BASE, NEW) and run.classes == BASE:
+            pool = self._pool(run.source, TEST)
+            return pool.classes(_halves(pool)[test])
+        return self._pool(test, TEST).all()
+
+    def _train_set(self, run: Run) -> ImageSet:
+        pool = self._pool(run.source, TRAIN)
+        label_names = None if run.classes == ALL else _halves(pool)[BASE]
+        if not run.shots:
+            return pool.all() if label_names is None else pool.classes(label_names)
+        return pool.few_shot(run.shots, run.seed, self.backbone.settings.when_fewer, label_names)
+
+    def _do(self, run: Run) -> None:
+        start = time.perf_counter()
+        metrics = {}
+        with find_method(run.method).fit(self.backbone, self._train_set(run), run.seed) as score:
+            for test in self.results.missing_tests(run):
+                images = self.test_set(run, test)
+                logits = score(images)  # (N, C)
+                metrics[test] = None if logits is None else self._evaluate(run, test, images, logits)
+        self.results.add(run, metrics, time.perf_counter() - start)
+
+    def _evaluate(self, run: Run, test: str, images: ImageSet, logits: np.ndarray) -> dict[str, float]:
+        labels, probabilities = np.asarray(images.labels), softmax(logits.astype(np.float64))
+        predictions = Predictions(
+            labels, probabilities.argmax(axis=1), probabilities.max(axis=1), list(images.class_names)
+        )
+        self.results.save_predictions(run, test, predictions)
+        return compute_metrics(EvalPrediction(predictions=logits, label_ids=labels))
+
+    def _check(self, run: Run) -> None:
+        self._pool(run.source, TRAIN)
+        for test in run.tests:
+            self._pool(run.source if run.classes == BASE else test, TEST)
+
+    def _pool(self, name: str, split: str) -> ImagePool:
+        if (name, split) not in self._pools:
+            known = ", ".join(f"{name} ({split})" for name, split in self._pools)
+            raise ValueError(f"There is no data set {name!r} with a split {split!r}; there are {known}.")
+        return self._pools[name, split]
+
+
+def _halves(pool: ImagePool) -> dict[str, list[str]]:
+    base, new = base_new_names(pool.dataset.features[LABEL].names)
+    return {BASE: base, NEW: new}

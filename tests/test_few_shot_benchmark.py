@@ -1,0 +1,64 @@
+"""The benchmark as a user runs it."""
+
+import json
+import re
+
+import pytest
+from conftest import EMOJI
+from datasets import load_dataset
+
+
+SHORT = ["--shots", 1, 2, "--seeds", 1, 2, "--num_train_epochs", 1]
+SHORT += ["--methods", "linear-probe", "prompt-tuning", "--ensemble", "imagenet_simple"]
+
+
+def test_prints_and_draws_and_a_second_time_only_draws_again(run_here, tmp_path):
+    printed = run_here("few_shot_benchmark.py", *SHORT)
+    folder = tmp_path / "outputs/few_shot_benchmark"
+    assert re.search(r"\| method +\| 1 shot +\| 2 shots +\|", printed)
+    assert re.search(r"\| linear-probe +\| [\d.]+ ± [\d.]+ +\| – +\| – +\|", printed)
+    assert re.search(r"\| prompt-tuning +(\| [\d.]+ ± [\d.]+ +){4}\|", printed)  # source, two domains and their mean
+    assert (folder / "tables.md").read_text() in printed
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    assert {"few_shot_curve.png", "base_new.png", "confusion_linear-probe.png", "reliability_prompt-tuning.png"} <= {
+        *pictures
+    }
+    lines = (folder / "results.jsonl").read_text()
+    for path in folder.glob("*.png"):
+        path.unlink()
+    assert run_here("few_shot_benchmark.py", *SHORT) == printed
+    assert (folder / "results.jsonl").read_text() == lines
+    assert sorted(path.name for path in folder.glob("*.png")) == pictures
+
+
+def test_takes_data_of_ones_own(run_here, tmp_path):
+    for split in ("train", "test"):
+        dataset = load_dataset("parquet", data_files=str(EMOJI / f"noto-{split}.parquet"), split="train")
+        for index in range(0, len(dataset), 2):
+            kind = dataset.features["label"].int2str(dataset[index]["label"])
+            if kind in ("clock", "food", "hand"):
+                (tmp_path / f"mine/{split}/{kind}").mkdir(parents=True, exist_ok=True)
+                dataset[index]["image"].save(tmp_path / f"mine/{split}/{kind}/{index}.png")
+    short = ["--shots", 2, "--seeds", 1, "--num_train_epochs", 1, "--methods", "linear-probe", "--output_dir", "out"]
+    printed = run_here("few_shot_benchmark.py", "--data", f"mine={tmp_path / 'mine'}", *short)
+    assert "mine, trained on 2 images of each base class" in printed
+    assert "tested elsewhere" not in printed
+    lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert {line["source"] for line in lines} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "magic"], "no method 'magic'"),
+        (["--data", "pets"], "NAME=SOURCE, got 'pets'"),
+        (["--ensemble", "none"], "no templates 'none'"),
+        (["--metric", "speed"], "no metric 'speed'.*accuracy"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_any_work(run_here, tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as exit:
+        run_here("few_shot_benchmark.py", *arguments)
+    assert exit.value.code.startswith("few_shot_benchmark.py: error: ")
+    assert re.search(message, exit.value.code)
+    assert not (tmp_path / "outputs").exists()
