@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPTextModel
 
 from clip_prompt_peft import CLIPPromptTuningConfig
-from clip_prompt_peft.data import class_names_of, compute_image_embeds
+from clip_prompt_peft.data import cache_image_embeds, class_names_of
 
 
 TEMPLATE = "a photo of a X {}."  # X becomes the learned word; what follows is up to the text
@@ -43,7 +43,7 @@ def main() -> None:
     be_quiet()
     use_one_thread_if_tiny(TINY_CLIP)
     torch.manual_seed(0)
-    judge = CLIPModel.from_pretrained(TINY_CLIP).eval()
+    judge = CLIPModel.from_pretrained(TINY_CLIP).eval().requires_grad_(False)
     train, test = embed_pictures(judge, args.concept)
     tokenizer = AutoTokenizer.from_pretrained(TINY_CLIP)
     tokens = tokenizer(TEMPLATE.format(NOUN), return_tensors="pt")
@@ -88,7 +88,7 @@ def embed_pictures(judge: CLIPModel, concept: str) -> list[tuple[torch.Tensor, t
     if concept not in names:
         raise SystemExit(f"textual_inversion.py: error: --concept must be one of {', '.join(names)}")
     image_processor = AutoImageProcessor.from_pretrained(TINY_CLIP)
-    embedded = [compute_image_embeds(pictures[split], judge, image_processor) for split in ("train", "test")]
+    embedded = [cache_image_embeds(pictures[split], judge, image_processor) for split in ("train", "test")]
     return [(normalize(part["image_embeds"][:]), part["labels"][:] == names.index(concept)) for part in embedded]
 
 
@@ -102,7 +102,7 @@ def learn(model: PeftModel, tokens, judge, image_embeds, shows_concept, num_step
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     target = shows_concept / shows_concept.sum()  # (N,) all pictures of the concept, equally
     for step in range(num_steps):
-        logits = judge.logit_scale.exp().detach() * similarities(model, tokens, judge, image_embeds)
+        logits = judge.logit_scale.exp() * similarities(model, tokens, judge, image_embeds)
         loss = cross_entropy(logits[None], target[None])
         optimizer.zero_grad()
         loss.backward()
