@@ -80,7 +80,9 @@ class Encoded:
         self.projection, self.classes = model.get_base_model().text_projection, set()
 
     def __enter__(self):
-        self.hook = self.projection.register_forward_hook(lambda module, args, out: self.classes.add(len(out)))
+        self.hook = self.projection.register_forward_hook(
+            lambda module, args, out: self.classes.add(out[..., 0].numel())
+        )
         return self
 
     def __exit__(self, *error):

@@ -148,7 +148,7 @@ def test_a_fresh_process_loads_it_by_id_in_every_way_with_equal_logits(loader, l
     loaded = load_file(loader / "loaded.safetensors")
     assert set(loaded) == {"auto", "auto_from_push_by_model", "classifier", "peft_model", "load_adapter"}
     for logits in loaded.values():
-        assert_close(logits, logits_pushed, rtol=1e-6, atol=1e-6)
+        assert_close(logits, logits_pushed, rtol=0, atol=1e-5)  # CLIPModel runs each prompt in a row of its own
 
 
 class TestFailingPush:
