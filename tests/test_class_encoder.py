@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from conftest import TINY_CLIP, golden_base_folder
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface, Trainer, TrainingArguments
+from transformers import AttentionInterface, AutoTokenizer, CLIPConfig, CLIPModel, Trainer, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
@@ -24,7 +25,9 @@ TOLERANCE = 1e-5  # of the maximum
 def prompt_tuned(classifier, num_virtual_tokens=4, **kwargs):
     config = CLIPPromptTuningConfig(num_virtual_tokens=num_virtual_tokens, prompt_tuning_init="RANDOM", **kwargs)
     model = get_peft_model(classifier, config)
-    torch.nn.init.normal_(classifier.text_model.embeddings.learnable_embeddings["default"], std=0.1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 
@@ -46,16 +49,32 @@ def position_tuned(classifier):
 
 ADAPTERS = {
     "prompt": prompt_tuned,
-    "long_prompt_behind_a_word": lambda classifier: prompt_tuned(classifier, 16, start_idx=2),
+    "long_prompt_behind_a_word": partial(prompt_tuned, num_virtual_tokens=16, start_idx=2),
+    "vectors_in_front_of_a_deeper_layer": partial(prompt_tuned, text_prompt_depth=2),
+    "vectors_of_each_class": partial(prompt_tuned, class_specific=True),
+    "class_name_in_the_middle": partial(prompt_tuned, class_token_position="middle"),
+    "class_name_in_front_and_vectors_of_each_class": partial(
+        prompt_tuned, class_token_position="front", class_specific=True
+    ),
     "lora": lora_tuned,
     "positions": position_tuned,
 }
 
 
-@pytest.fixture(params=["tiny_clip", "legacy_eos", "fixed_eos"])
+@pytest.fixture(params=["narrow", "legacy_eos", "fixed_eos"])
 def base(request, tmp_path):
-    """Two models that differ in size; of the second, both end token configurations."""
-    return TINY_CLIP if request.param == "tiny_clip" else golden_base_folder(request.param, tmp_path)
+    """Two models that differ in width; of the second, both end token configurations."""
+    return narrow_clip(tmp_path) if request.param == "narrow" else golden_base_folder(request.param, tmp_path)
+
+
+def narrow_clip(folder):
+    """Random weights, half as wide as the models that are there, with the tokenizer of the embedded one."""
+    config = CLIPConfig.from_pretrained(TINY_CLIP)
+    config.text_config.update({"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2})
+    config.vision_config.update({"num_hidden_layers": 1})
+    CLIPModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY_CLIP).save_pretrained(folder)
+    return str(folder)
 
 
 def load(base, class_names=NAMES, **kwargs):
@@ -67,14 +86,14 @@ def plain_tokens(classifier):
     return classifier.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")
 
 
-def embeds_and_gradients(model, **settings):
+def embeds_and_gradients(model, image_embeds=None, **settings):
     """Class embeddings with these settings of the encoder, and the gradients of a fixed loss on them."""
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name, value in {"path": "auto", "batch_size": "auto", **settings}.items():
         setattr(classifier.class_encoder, name, value)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.manual_seed(0)
-    embeds = classifier.get_class_embeds()
+    embeds = classifier.get_class_embeds(image_embeds)
     weights = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad((embeds * weights).sum(), parameters, allow_unused=True)
     return embeds.detach(), gradients
@@ -91,9 +110,7 @@ def assert_same(results, expected, tolerance=TOLERANCE):
 class TestPackedRows:
     @pytest.mark.parametrize("adapter", ADAPTERS)
     @pytest.mark.parametrize(
-        ("attention", "checkpointing"),
-        [("eager", False), ("sdpa", False), ("sdpa", True)],
-        ids=["eager", "sdpa", "sdpa_checkpointing"],
+        ("attention", "checkpointing"), [("eager", False), ("sdpa", True)], ids=["eager", "sdpa_checkpointing"]
     )
     def test_embeddings_and_gradients_are_those_of_plain_rows(self, base, attention, adapter, checkpointing):
         model = ADAPTERS[adapter](load(base, attn_implementation=attention))
@@ -102,6 +119,17 @@ class TestPackedRows:
             model.train().gradient_checkpointing_enable()
         for path in ("packed", "cut"):
             assert_same(embeds_and_gradients(model, path=path), expected)
+
+    @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+    @pytest.mark.parametrize("settings", [{"path": "packed"}, {"path": "packed", "batch_size": 2}, {"path": "cut"}])
+    def test_so_they_are_where_every_image_has_vectors_of_its_own(self, settings, checkpointing):
+        classifier = load(TINY_CLIP)
+        model = prompt_tuned(classifier, image_conditioned=True)
+        image_embeds = torch.nn.functional.normalize(torch.randn(3, classifier.config.projection_dim), dim=-1)
+        expected = embeds_and_gradients(model, image_embeds, path="plain", batch_size=None)
+        if checkpointing:
+            model.train().gradient_checkpointing_enable()
+        assert_same(embeds_and_gradients(model, image_embeds, **settings), expected)
 
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -386,14 +414,13 @@ class TestChunks:
 
 
 class TestCompiled:
-    @pytest.mark.parametrize("batch_size", [None, 3], ids=["at_once", "in_chunks"])
-    def test_a_step_gives_the_loss_and_gradient_of_one_that_is_not(self, pixel_values, labels, batch_size):
+    def test_a_step_in_chunks_gives_the_loss_and_gradient_of_one_that_is_not(self, pixel_values, labels):
         torch._dynamo.reset()
         model = prompt_tuned(load(TINY_CLIP)).train()
         classifier, vectors = model.get_base_model(), next(p for p in model.parameters() if p.requires_grad)
         classifier.text_model.encoder.layers = classifier.text_model.encoder.layers[:1]  # compiling takes its time
         classifier.vision_model.encoder.layers = classifier.vision_model.encoder.layers[:1]
-        classifier.class_encoder.batch_size = batch_size
+        classifier.class_encoder.batch_size = 4
         results = []
         for run in (model, torch.compile(model, backend="aot_eager")):
             vectors.grad = None

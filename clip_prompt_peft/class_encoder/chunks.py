@@ -35,22 +35,28 @@ def encode_in_chunks(
 
 
 def encode_by_images(
-    encode: Callable[[torch.Tensor], torch.Tensor], vectors: torch.Tensor, images_at_once: int
+    encode: Callable[[Chunk, torch.Tensor], torch.Tensor], pairs: Sequence[tuple[Chunk, Sequence[torch.Tensor]]]
 ) -> torch.Tensor:
-    """The results of `encode` for a few images at a time, computed again for the gradient.
+    """The results of `encode` for every chunk with the vectors of a few images at a time, computed again for the
+    gradient if there is more than one to compute.
 
     The vectors come out of the images by way of parameters, so that, unlike above, autograd has to find its own way:
     what is kept are the results, which are wanted anyway.
 
     Args:
-        encode: gives (B', C, E) for the vectors (B', n, D) of B' images.
-        vectors: (B, n, D).
-        images_at_once: B'.
+        encode: gives (B', K, E) for a chunk and the vectors (B', n, D) of B' images.
+        pairs: every chunk, with the vectors of all images in parts.
+
+    Returns:
+        (B, C, E)
     """
-    parts = vectors.split(images_at_once)
-    if len(parts) == 1:
-        return encode(vectors)
-    return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in parts])  # (B, C, E)
+    if len(pairs) == 1 and len(pairs[0][1]) == 1:
+        (chunk, (vectors,)) = pairs[0]
+        return encode(chunk, vectors)
+    of_chunks = [
+        torch.cat([checkpoint(encode, chunk, part, use_reentrant=False) for part in parts]) for chunk, parts in pairs
+    ]
+    return torch.cat(of_chunks, dim=1)
 
 
 class _Recomputed(torch.autograd.Function):

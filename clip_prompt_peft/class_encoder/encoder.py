@@ -115,13 +115,10 @@ class ClassEncoder:
         return sharding.gather_shares(embeds, num_classes) if is_sharded else embeds
 
     def _encode_for_images(self, model, prompts, layout, image_embeds) -> torch.Tensor:
-        chunks = self._chunks_of(model, prompts, layout, range(len(prompts.texts)))
-
-        def encode(image_vectors: torch.Tensor) -> torch.Tensor:
-            return torch.cat([chunk.encode(model, image_vectors) for chunk in chunks], dim=1)  # (B, C, E)
-
         vectors = model.text_model.embeddings.row_vectors(image_embeds)  # (B, n, D)
-        return encode_by_images(encode, vectors, max(1, PROMPTS_AT_ONCE // len(prompts.texts)))
+        chunks = self._chunks_of(model, prompts, layout, range(len(prompts.texts)))
+        pairs = [(chunk, vectors.split(max(1, PROMPTS_AT_ONCE // len(chunk.classes)))) for chunk in chunks]
+        return encode_by_images(lambda chunk, part: chunk.encode(model, part), pairs)  # (B, C, E)
 
     def _is_sharded(self, model, num_classes: int) -> bool:
         if sharding.num_processes() == 1 or num_classes < sharding.num_processes():

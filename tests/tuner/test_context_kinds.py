@@ -156,6 +156,22 @@ def test_memory_of_a_training_step_does_not_grow_with_the_images_of_a_batch(clas
     assert kept_for_the_backward_pass(2) > 0  # one chunk need not be computed twice
 
 
+def test_memory_of_a_training_step_does_not_grow_with_the_classes_either(classifier):
+    prompted(classifier, image_conditioned=True)
+    classifier.set_class_names([f"cat {number}" for number in range(8)])
+    classifier.class_encoder.batch_size = 4
+    kept = 0
+
+    def count(tensor):
+        nonlocal kept
+        kept += tensor.numel() * (tensor.shape[-1] == 512)  # the hidden width of a layer
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        classifier.get_class_embeds(torch.randn(1, 128))
+    assert kept == 0
+
+
 def test_class_embeddings_that_depend_on_the_image_cannot_be_had_without_one(classifier):
     prompted(classifier, image_conditioned=True)
     with pytest.raises(ValueError, match=r"makes its class embeddings for each image; pass image_embeds, \(B, 128\)"):
