@@ -1,0 +1,221 @@
+"""Names of other libraries that their documentation does not promise, and that this package uses nevertheless.
+
+Each row says what stops working when the name goes or changes; the last test finds names that are missing here.
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+
+import pytest
+from conftest import ROOT
+from peft import LoraConfig, get_peft_model
+
+import clip_prompt_peft as package
+
+
+# Documented, if not at the top level: nothing to list.
+PUBLIC = {
+    "peft.utils",
+    "torch.nn",
+    "torch.optim.lr_scheduler",
+    "torch.utils.data",
+    "torch.distributed",
+    "transformers.modeling_outputs",
+}
+
+IMPORTED = {
+    "peft.auto.MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "get_peft_model would give a plain PeftModel: no card",
+    "peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING": "no adapter could be loaded: its peft_type would be unknown",
+    "peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING": "saving and loading would not find the adapter's tensors",
+    "peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING": "no adapter could be injected",
+    "peft.tuners.tuners_utils.BaseTuner": "there would be no tuner",
+    "peft.tuners.tuners_utils.BaseTunerLayer": "layers would not be switched, disabled, merged and unloaded",
+    "peft.tuners.tuners_utils.check_adapters_to_merge": "merging would not skip what is merged already",
+    "peft.tuners.tuners_utils.check_target_module_exists": "target_modules and exclude_modules would not be heeded",
+    "peft.utils.other.AuxiliaryTrainingWrapper": "modules_to_save would be missed by cache, mixed batches and unload",
+    "torch.autograd.function.once_differentiable": "second derivatives through chunks of classes would be wrong",
+    "torch.utils.checkpoint.checkpoint": "chunks of classes for single images would not fit into memory",
+    "torch.utils.checkpoint.get_device_states": "dropout would differ when a chunk of classes is computed again",
+    "torch.utils.checkpoint.set_device_states": "dropout would differ when a chunk of classes is computed again",
+    "transformers.trainer_callback.ExportableState": "averaging over epochs would not survive a resumed training",
+    "transformers.utils.cached_file": "AutoPeftModelForPromptClassification would not find files on the Hub",
+    "transformers.utils.can_return_tuple": "return_dict=False would not give a tuple",
+    "transformers.utils.extract_commit_hash": "config and weights could come from different commits",
+    "transformers.utils.logging": "progress bars of loading could not be kept quiet",
+    "datasets.fingerprint.Hasher": "embeddings would be computed again, or taken from another model's",
+    "datasets.packaged_modules.imagefolder.imagefolder.ImageFolder": "folders of images would not be recognised",
+    "huggingface_hub.utils.HFValidationError": "a path could not be told from a Hub id",
+    "huggingface_hub.utils.validate_repo_id": "a path could not be told from a Hub id",
+    "huggingface_hub.errors.EntryNotFoundError": "a repository without a card could not be pushed to",
+}
+
+# method of a base class: what our override does
+OVERRIDDEN = {
+    "BaseTuner._cast_adapter_dtype": "autocast_adapter_dtype=False would leave the vectors in float32",
+    "BaseTuner._check_target_module_exists": "targets would be looked for by name and not by structure",
+    "BaseTuner._create_and_replace": "no layer would be made",
+    "BaseTuner._prepare_adapter_config": "the configuration would not be resolved",
+    "BaseTuner._remap_adapter_state_dict_for_load": "an adapter of a tower at another path would not be loaded",
+    "BaseTuner._replace_module": "unloading would copy weights over",
+    "BaseTuner._unload_and_optionally_merge": "unload would leave merged rows, and LoRA in deep layers",
+    "Module._load_from_state_dict": "an adapter whose weights were never loaded would be used",
+}
+
+
+def package_trees():
+    for path in sorted((ROOT / "clip_prompt_peft").rglob("*.py")):
+        yield path, ast.parse(path.read_text())
+
+
+def imported_names():
+    libraries = re.compile(r"(peft|torch|transformers|accelerate|datasets|huggingface_hub)\.")
+    return {
+        f"{node.module}.{alias.name}"
+        for _, tree in package_trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and libraries.match(node.module)
+        if node.module not in PUBLIC
+        for alias in node.names
+    }
+
+
+def overridden_names():
+    modules = [
+        importlib.import_module(info.name)
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if not re.search(r"\.(report|export|metrics)(\.|$)", info.name)  # need further packages, inherit nothing
+    ]
+    classes = {c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__}
+    for our_class in classes:
+        for name in filter(re.compile(r"_[a-z]\w*[a-z]$").match, vars(our_class)):
+            base = next((base for base in our_class.__mro__[:0:-1] if name in vars(base)), our_class)
+            ours, theirs = getattr(our_class, name), getattr(base, name)
+            if (
+                not base.__module__.startswith(package.__name__)
+                and inspect.isroutine(ours)
+                and inspect.isroutine(theirs)
+            ):
+                yield f"{base.__name__}.{name}", ours, theirs
+
+
+def foreign_attributes():
+    """Underscore attributes that the package reads and does not define."""
+    read, defined = set(), set()
+    for _, tree in package_trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                defined |= {member.name for member in node.body if isinstance(member, ast.FunctionDef)}
+                defined |= {
+                    name.id
+                    for name in ast.walk(node)
+                    if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+                }
+            elif isinstance(node, ast.Attribute):
+                (read if isinstance(node.ctx, ast.Load) else defined).add(node.attr)
+            elif isinstance(node, ast.keyword) and node.arg:
+                read.add(node.arg)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.add(node.value)
+    return {name for name in read - defined - {"_accuracy"} if re.fullmatch(r"_[a-z]\w*", name)}  # a suffix of columns
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_the_imported_name_is_there(name):
+    module, _, attribute = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute), f"{name} is gone: {IMPORTED[name]}."
+
+
+def test_overridden_methods_are_called_as_they_were():
+    found = set()
+    for name, ours, theirs in overridden_names():
+        found.add(name)
+        required = {p.name for p in inspect.signature(theirs).parameters.values() if p.default is p.empty}
+        takes = inspect.signature(ours).parameters
+        is_compatible = required <= takes.keys() or any(p.kind is p.VAR_POSITIONAL for p in takes.values())
+        assert is_compatible, f"{name} takes other arguments now: {OVERRIDDEN.get(name)}."
+    assert found == OVERRIDDEN.keys(), "a base class has lost a method that is overridden here, or a row is missing"
+
+
+# Attributes, each with what it is needed for
+
+
+def attention_implementation(clip):
+    """`config._attn_implementation`: packed rows would not know whether the attention adds a mask as it is."""
+    assert clip.text_model.config._attn_implementation in ("sdpa", "eager")
+
+
+def tensor_version(clip):
+    """`Tensor._version`: class embeddings would be kept although a frozen weight has been written to."""
+    weight = clip.text_projection.weight.detach()
+    version = weight._version
+    weight.add_(1)
+    assert weight._version > version
+
+
+def tensors_and_children_of_a_module(clip):
+    """`Module._parameters`, `_buffers`, `_modules`: what class embeddings depend on would not be found. They are read
+    in place of `named_parameters()`, which leaves out what is shared and takes a multiple of the time."""
+    assert clip.text_projection._parameters["weight"] is clip.text_projection.weight
+    assert clip.text_model.embeddings._buffers["position_ids"] is clip.text_model.embeddings.position_ids
+    assert clip._modules["text_model"] is clip.text_model
+
+
+def adapter_mark_of_transformers(clip):
+    """`PreTrainedModel._hf_peft_config_loaded`: a classifier with an adapter would save all of its weights."""
+    assert clip._hf_peft_config_loaded is False
+    clip.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    assert clip._hf_peft_config_loaded is True
+
+
+def missing_entries(clip):
+    """`cached_file(..., _raise_exceptions_for_missing_entries=False)`: pickled weights would not be told apart."""
+    from transformers.utils import cached_file
+
+    assert cached_file(ROOT, "no_such_file", _raise_exceptions_for_missing_entries=False) is None
+
+
+def active_adapter_of_a_layer(clip):
+    """`BaseTunerLayer._active_adapter`: a new layer would start without an active adapter."""
+    layer = next(
+        module
+        for module in get_peft_model(clip, LoraConfig(target_modules=["q_proj"])).modules()
+        if hasattr(module, "lora_A")
+    )
+    assert layer._active_adapter == ["default"] == layer.active_adapters
+
+
+def wrapped_names(clip):
+    """`base_layer`, `original_module`: frozen weights under an adapter would be taken for the adapter's."""
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["text_projection"])
+    names = [name for name, _ in get_peft_model(clip, config).named_modules()]
+    assert any(name.endswith("q_proj.base_layer") for name in names)
+    assert any(name.endswith("text_projection.original_module") for name in names)
+
+
+ATTRIBUTES = {
+    "_attn_implementation": attention_implementation,
+    "_version": tensor_version,
+    "_parameters": tensors_and_children_of_a_module,
+    "_buffers": tensors_and_children_of_a_module,
+    "_modules": tensors_and_children_of_a_module,
+    "_hf_peft_config_loaded": adapter_mark_of_transformers,
+    "_raise_exceptions_for_missing_entries": missing_entries,
+}
+
+
+@pytest.mark.parametrize(
+    "check", {*ATTRIBUTES.values(), active_adapter_of_a_layer, wrapped_names}, ids=lambda f: f.__name__
+)
+def test_the_attribute_is_what_it_was(check, clip):
+    try:
+        check(clip)
+    except Exception as error:
+        raise AssertionError(check.__doc__) from error
+
+
+def test_no_other_private_name_is_used():
+    assert imported_names() == IMPORTED.keys()
+    assert foreign_attributes() == ATTRIBUTES.keys()
