@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import CLIPPromptTuningConfig
@@ -16,6 +18,9 @@ from .resolve import adopt_class_names, check_fits, check_towers, chosen_towers,
 from .saved_weights import PREFIX, check_tensors, expected_tensors, rename_to_expected
 from .towers import Tower
 from .vision_prompts import CLIPVisionLearnableEmbeddings
+
+
+ADAPTERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 class CLIPPromptTuningModel(BaseTuner):
@@ -102,6 +107,8 @@ class CLIPPromptTuningModel(BaseTuner):
                 n = peft_config.num_vision_virtual_tokens
                 new_module.update_layer(adapter_name, peft_config, n, tower.like)
         if new_module is not target:
+            if any(module.disable_adapters for module in self.model.modules() if isinstance(module, CLIPPromptLayer)):
+                new_module.enable_adapters(False)  # as all others are
             self._replace_module(parent, target_name, new_module, target)
 
     def _add_text_embeddings(self, target, adapter_name, peft_config) -> CLIPTextLearnableEmbeddings:
@@ -151,18 +158,29 @@ class CLIPPromptTuningModel(BaseTuner):
             _check_known(names, self.peft_config)
             layout = self.peft_config[names[0]] if names else None
         else:
-            self._restore_merged_rows()
-        model = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+            self._restore_base_weights()
+        options = {"progressbar": progressbar, "safe_merge": safe_merge, "adapter_names": adapter_names}
+        model = super()._unload_and_optionally_merge(merge=merge, **options)
+        if any(isinstance(module, ADAPTERS) for module in model.modules()):
+            # peft does not look inside of the layers that it unloads, and ours hold whole layers of CLIP, which may
+            # hold layers of other methods
+            model = super()._unload_and_optionally_merge(merge=merge, **options)
         if layout is not None and hasattr(model, "adopt_prompt_layout"):
             model.adopt_prompt_layout(layout)  # the texts that the merged rows belong to
         return model
 
-    def _restore_merged_rows(self) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.active_adapters:  # each layer has chosen among those that it holds, which may differ
+            self.set_adapter(self.active_adapters)
+
+    def _restore_base_weights(self) -> None:
         for module in self.model.modules():
             if isinstance(module, CLIPTextLearnableEmbeddings) and module.merged:
                 module.unmerge()
+            elif isinstance(module, ModulesToSaveWrapper):
+                module.set_adapter([])  # otherwise peft leaves the trained module in the model
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
