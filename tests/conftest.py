@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: models this sm
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoTokenizer, CLIPModel  # noqa: E402
 
@@ -23,6 +24,11 @@ TINY_CLIP = str(EXAMPLES / "assets" / "tiny_clip")
 EMOJI = EXAMPLES / "assets" / "emoji"
 GOLDEN = ROOT / "tests" / "golden"
 CLASS_NAMES = ["animal", "plant", "food", "vehicle"]
+
+# For state machines: a short run in the suite, always the same; HYPOTHESIS_PROFILE=nightly for a long one.
+settings.register_profile("suite", max_examples=12, stateful_step_count=15, deadline=None, derandomize=True)
+settings.register_profile("nightly", max_examples=120, stateful_step_count=30, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 @pytest.fixture(autouse=True)
