@@ -58,6 +58,23 @@ def test_end_to_end_reaches_the_same_accuracy_every_way(monkeypatch, capfd):
     assert len({row[-1] for row in rows}) == 1
 
 
+def test_side_by_side(monkeypatch, capfd):
+    import side_by_side
+
+    monkeypatch.setenv("EPOCHS", "1")
+    rows = run(side_by_side, monkeypatch, capfd, "--repeats", "1")
+    assert [row[0] for row in rows] == list(side_by_side.PROGRAMS.values())
+    lines, bytes_saved = ([int(row[column].replace(",", "")) for row in rows] for column in (1, 3))
+    assert lines[-1] < min(lines[:-1])
+    assert all(0 < size < 10_000 for size in bytes_saved)
+
+
+def test_only_lines_with_code_are_counted():
+    import side_by_side
+
+    assert side_by_side.count_lines('"""Docs\nof it."""\n\n# why\nx = 1\n\ndef f():\n    "More."\n    return x\n') == 3
+
+
 def test_cost_model(monkeypatch, capfd):
     import cost_model
 
