@@ -31,6 +31,17 @@ def test_step_time(monkeypatch, capfd):
     assert all(re.fullmatch(r"\d+\.\d{3} \(\d+\.\dx\)", cell) for row in rows for cell in row[1:])
 
 
+def test_step_time_in_lower_precision(monkeypatch, capfd):
+    import step_time
+
+    ways = ["ours", "bf16"]
+    rows = run(
+        step_time, monkeypatch, capfd, "--size", "tiny", "--classes", "5", "--context", "2", "--repeats", "1",
+        "--ways", *ways
+    )  # fmt: skip
+    assert len(rows) == len(ways)
+
+
 def test_memory(monkeypatch, capfd):
     import memory
 
