@@ -1,11 +1,13 @@
 """Extreme sizes, half precision and order: what must not change the result does not, and nothing overflows."""
 
+import copy
 import math
 
 import pytest
 import torch
 from adapters import vectors_of
-from conftest import CLASS_NAMES, TINY_CLIP
+from cases import load_base
+from conftest import CLASS_NAMES
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
@@ -22,7 +24,9 @@ TRAINED = ["coop-csc", "cocoop", "maple", "promptsrc"]  # every kind of layer, a
 
 
 def new_classifier(dtype=torch.float32, class_names=CLASS_NAMES):
-    return CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=class_names, dtype=dtype).eval()
+    classifier = copy.deepcopy(load_base(CLIPForPromptClassification)).to(dtype)
+    classifier.set_class_names(class_names)
+    return classifier
 
 
 def preset_model(preset, **kwargs):

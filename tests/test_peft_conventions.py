@@ -1,12 +1,14 @@
 """What peft's tests ask of every method, as far as no other file shows it; docs/reliability.md has the whole list."""
 
+import copy
 import json
 import re
 
 import pytest
 import torch
 from adapters import randomize, tuned, vectors_of
-from conftest import CLASS_NAMES, TINY_CLIP
+from cases import load_base
+from conftest import TINY_CLIP
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -47,7 +49,7 @@ def fields(request):
 
 
 def new_classifier():
-    return CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=CLASS_NAMES).eval()
+    return copy.deepcopy(load_base(CLIPForPromptClassification))
 
 
 def prompted(**fields):
@@ -108,8 +110,7 @@ def test_a_configuration_is_rebuilt_from_its_dictionary(fields):
     assert PeftConfig.from_peft_type(**config.to_dict()) == config
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize(("low_cpu_mem_usage", "is_trainable"), [(False, False), (True, True)])
 def test_a_loaded_adapter_requires_gradients_only_if_asked_to_and_lies_on_the_device(
     fields, tmp_path, low_cpu_mem_usage, is_trainable
 ):
@@ -136,8 +137,7 @@ def test_the_base_models_state_dict_is_what_it_was(fields):
     )
 
 
-@pytest.mark.parametrize("by_state_dict", [False, True])
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("by_state_dict", "low_cpu_mem_usage"), [(False, True), (True, False)])
 def test_an_adapter_is_injected_without_a_peft_model(fields, pixel_values, by_state_dict, low_cpu_mem_usage):
     model = prompted(**fields)
     state = {name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(model).items()}
