@@ -514,6 +514,4 @@ class NeverStale(RuleBasedStateMachine):
 
 
 TestNeverStale = NeverStale.TestCase
-TestNeverStale.settings = settings(
-    max_examples=12, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
+TestNeverStale.settings = settings(suppress_health_check=list(HealthCheck))
