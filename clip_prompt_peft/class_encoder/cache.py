@@ -12,6 +12,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from ..class_prompts import ClassPrompts
+from ..dual_encoder import text_side
 from .paths import attention_of
 from .surroundings import autocast_state
 
@@ -49,11 +50,6 @@ class ClassEmbedsCache:
             embeds = encode()
         self._kept = (state, embeds) if state.can_be_kept else None
         return embeds
-
-
-def text_side(model: CLIPModel) -> tuple[nn.Module, ...]:
-    """The modules that class embeddings are made by."""
-    return model.text_model, model.text_projection
 
 
 def trained_parameters(model: CLIPModel) -> list[nn.Parameter]:
