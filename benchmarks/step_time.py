@@ -26,6 +26,8 @@ from common import (
 )
 from peft import TrainableTokensConfig, get_peft_model
 
+from clip_prompt_peft.class_encoder import ClassEncoder
+
 
 WAYS = {
     "A": "CoOp as published: 77 tokens, image tower every step",
@@ -69,10 +71,10 @@ def with_trainable_tokens(num_classes: int, num_vectors: int, args):
 def step_function(model, path: str, batch_size=None, **inputs):
     """Forward, backward and an optimizer step, along that path."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    encoder = ClassEncoder(path, batch_size)  # which keeps its rows from step to step, as in training
 
     def step():
-        encoder = model.get_base_model().class_encoder
-        encoder.path, encoder.batch_size = path, batch_size
+        model.get_base_model().class_encoder = encoder
         optimizer.zero_grad()
         model(**inputs).loss.backward()
         optimizer.step()

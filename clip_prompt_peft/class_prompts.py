@@ -58,9 +58,9 @@ class PromptLayout(Protocol):
     teacher_templates: list[str] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassPrompts:
-    """The tokenized prompts of all classes.
+    """The tokenized prompts of all classes; equal to others with the same texts, tokens and positions.
 
     Attributes:
         texts: one prompt per class.
@@ -78,6 +78,21 @@ class ClassPrompts:
     pad_token_id: int
     full_length: int
     context_positions: torch.LongTensor | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ClassPrompts):
+            return NotImplemented
+        return self is other or (
+            self.texts == other.texts
+            and self.pad_token_id == other.pad_token_id
+            and _same(self.input_ids, other.input_ids)
+            and _same(self.attention_mask, other.attention_mask)
+            and _same(self.context_positions, other.context_positions)
+        )
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def check_template(template: str) -> None:

@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 
@@ -55,6 +56,30 @@ def test_end_to_end_reaches_the_same_accuracy_every_way(monkeypatch, capfd):
 
     rows = run(end_to_end, monkeypatch, capfd, "--epochs", "1")
     assert len({row[-1] for row in rows}) == 1
+
+
+def test_cost_model(monkeypatch, capfd):
+    import cost_model
+
+    rows = run(cost_model, monkeypatch, capfd, "--size", "tiny", "--classes", "10", "1000", "--context", "2")
+    assert [row[0] for row in rows] == ["CoOp: 77 tokens", "cut after the longest", "ours"]
+    assert rows[0][1].startswith("770 tokens")
+
+
+def test_cost_model_counts_the_tokens_that_are_packed(tokenizer):
+    import common
+    import cost_model
+
+    from clip_prompt_peft.class_encoder.rows import pack_rows
+
+    for num_classes in (100, 512):
+        classifier = common.build_classifier(num_classes, "tiny")
+        shared, suffixes, longest = common.describe_prompts(classifier)
+        tokens, _ = cost_model.count_tokens(num_classes, shared, suffixes / num_classes, longest)["ours"]
+        parts = torch.arange(num_classes).split(num_classes if num_classes <= 256 else 128)
+        prompts = classifier._class_prompts()
+        packed = sum(pack_rows(part, prompts, shared, torch.device("cpu")).segment.numel() for part in parts)
+        assert tokens == pytest.approx(packed, rel=0.05)
 
 
 def test_class_names_have_as_many_tokens_as_those_of_imagenet(tokenizer):

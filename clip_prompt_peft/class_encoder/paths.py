@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Hashable
 from dataclasses import replace
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from ..class_prompts import ClassPrompts, PromptLayout
+from .adapter_settings import adapter_settings
 from .rows import PackedRows, PlainRows, additive_mask, backwards, own_vectors, pack_rows, plain_rows, run_encoder
 from .surroundings import Surroundings
 
@@ -18,6 +21,15 @@ PATHS = (PACKED, CUT, PLAIN)  # from the fastest to the one that assumes nothing
 
 # Attention kernels that add a mask to the scores as it is; others want masks of their own kind, or none.
 ADDITIVE_MASKS = ("eager", "sdpa")
+
+
+def what_decides(model: CLIPModel, layout: PromptLayout | None) -> Hashable:
+    """All that the fastest exact path depends on, so that it need not be found out again where this is the same."""
+    text_model = model.text_model
+    modules = list(text_model.modules())
+    kind = None if layout is None else (layout.start_idx, layout.num_virtual_tokens, layout.has_row_vectors)
+    settings = (attention_of(text_model), text_model.dtype, text_model.device, kind, repr(adapter_settings(modules)))
+    return tuple(map(weakref.ref, modules)), settings
 
 
 @torch.no_grad()
