@@ -19,6 +19,7 @@ from .families import (
 from .peft_model import PeftModelForPromptClassification
 from .presets import PRESETS
 from .prograd_trainer import ProGradMixin, ProGradTrainer
+from .prompt_classification import PromptClassificationMixin
 from .prompt_ensemble import description_ensemble, load_templates, template_ensemble
 from .recipes import training_recipe
 from .registration import register
@@ -46,6 +47,7 @@ __all__ = [
     "PeftModelForPromptClassification",
     "ProGradMixin",
     "ProGradTrainer",
+    "PromptClassificationMixin",
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",

@@ -44,9 +44,9 @@ def position_table_name(embeddings: nn.Module) -> str | None:
     return _name_of_table(embeddings, POSITION_TABLES)
 
 
-def is_text_embeddings(module: nn.Module | None) -> bool:
-    """Whether `module` looks like text embeddings: one token table plus one position table."""
-    return token_table_name(module) is not None and position_table_name(module) is not None
+def is_text_embeddings(module: nn.Module | None, token_tables: tuple[str, ...] = TOKEN_TABLES) -> bool:
+    """Whether `module` looks like text embeddings: one token table, of such a name, plus one position table."""
+    return token_table_name(module) in token_tables and position_table_name(module) is not None
 
 
 def first_position_row(embeddings: nn.Module) -> int:

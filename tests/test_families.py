@@ -1,6 +1,7 @@
 """Every family of dual encoders: zero-shot, loss, gradients, every preset through its life."""
 
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -12,7 +13,7 @@ import torch
 from families import CLASS_NAMES, FAMILIES
 from peft import PeftModel, get_peft_model
 from torch.nn import functional as F
-from transformers import BertConfig, Siglip2Model, Trainer, TrainingArguments
+from transformers import BertConfig, Siglip2Model, SiglipTokenizer, Trainer, TrainingArguments
 
 from clip_prompt_peft import (
     PRESETS,
@@ -22,6 +23,7 @@ from clip_prompt_peft import (
     CLIPPromptTuningConfig,
     template_ensemble,
 )
+from clip_prompt_peft.interpret import nearest_words
 
 
 LABELS = torch.tensor([0, 2, 1, 3])
@@ -427,3 +429,39 @@ class TestPatches:
         names = ["other", "default", "__base__", "other"]
         mixed = model(**case.images, adapter_names=names).logits
         torch.testing.assert_close(mixed, torch.stack([by_adapter[n][i] for i, n in enumerate(names)]), **CLOSE)
+
+
+class TestSentencePiece:
+    def test_siglip_s_own_tokenizer_serves(self, tmp_path):
+        sentencepiece = pytest.importorskip("sentencepiece")
+        pytest.importorskip("google.protobuf")
+        case = Case("Siglip")
+        sentences = ["a photo of a cat", "a fire truck", "an owl", "sun", "x"] * 20
+        with open(tmp_path / "spiece.model", "wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sentences), model_writer=file,
+                vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+            )  # fmt: skip
+        tokenizer = SiglipTokenizer(str(tmp_path / "spiece.model"), model_input_names=["input_ids"])
+        case.family = dataclasses.replace(case.family, make_tokenizer=lambda: tokenizer)
+        classifier = case.family.classifier()
+        expected = case.logits_of_family(case.family.base(), case.family.template)
+        torch.testing.assert_close(case.logits(classifier), expected, **CLOSE)
+        model = get_peft_model(classifier, CLIPPromptTuningConfig()).eval()
+        torch.testing.assert_close(case.logits(model), expected, **CLOSE)
+        with pytest.raises(ValueError, match="SiglipTokenizer does not tell .* class_token_count='alone'"):
+            get_peft_model(case.family.classifier(), CLIPPromptTuningConfig(class_token_position="front"))(
+                **case.images
+            )
+        alone = CLIPPromptTuningConfig(class_token_position="front", class_token_count="alone")
+        assert case.logits(get_peft_model(case.family.classifier(), alone)).shape == (4, 4)
+
+
+class TestWords:
+    def test_the_words_next_to_untrained_vectors_are_those_replaced(self, case):
+        model = get_peft_model(case.classifier(), CLIPPromptTuningConfig())
+        entries = nearest_words(model, num_words=1)
+        assert [entry.words[0] for entry in entries] == [entry.replaced for entry in entries]
+        assert [entry.position for entry in entries] == list(
+            range(entries[0].position, entries[0].position + len(entries))
+        )

@@ -36,7 +36,7 @@ def what_decides(model: CLIPModel, layout: PromptLayout | None) -> Hashable:
 def fastest_exact_path(model: CLIPModel, prompts: ClassPrompts) -> str:
     """`"packed"`, `"cut"` or `"plain"`: the first that gives what the plain path gives. Found out by trying.
 
-    - `plain`: every prompt in a row of its own, padded to all positions of the tower. Always right.
+    - `plain`: every prompt in a row of its own, padded to `prompts.full_length`. Always right.
     - `cut`: rows end with the longest prompt. Right where a token sees only those before it.
     - `packed`: many prompts a row, behind the positions that they share. Right where, besides, the attention takes any
       mask, and the text model does nothing but embed, encode and normalise.

@@ -7,7 +7,7 @@ from datasets import Dataset, Features, Sequence, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel
 
-from ..class_encoder.cache import adapter_settings
+from ..class_encoder.adapter_settings import adapter_settings
 from ..dual_encoder import embed_width, image_side
 from ..evaluation import evaluating
 from .standardize import IMAGE, LABEL

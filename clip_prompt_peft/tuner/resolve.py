@@ -71,9 +71,10 @@ def check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     name = type(model).__name__
     if not find_towers(model, "text"):
         raise ValueError(
-            f"{name} has no text embeddings (a module with a token table and a position table), so there is nothing "
-            "to tune. Models that have them: CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model, ChineseCLIPModel, "
-            "AltCLIPModel, their text models, and the classifiers made of them (CLIPForPromptClassification, ...)."
+            f"{name} has no CLIP text embeddings (a module with a token table and a position table; one like BERT's "
+            "only beside an image tower), so there is nothing to tune. Models that have them: CLIPModel, "
+            "CLIPTextModel, CLIPTextModelWithProjection, those of MetaCLIP 2, SigLIP and SigLIP 2, ChineseCLIPModel, "
+            "AltCLIPModel, and the classifiers made of them (CLIPForPromptClassification, ...)."
         )
     chosen = "target_modules names none" if config.target_modules is not None else f"{name} has none"
     if config.num_vision_virtual_tokens and not chosen_towers(config, model, "text"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..dual_encoder import is_text_embeddings, position_table_name, token_table_name
+from ..dual_encoder import TOKEN_TABLES, is_text_embeddings, position_table_name, token_table_name
 
 
 LAYER_LISTS = ("layers", "layer")
@@ -49,12 +49,14 @@ def find_towers(model: nn.Module, kind: str) -> list[Tower]:
         model: to search.
         kind: `"text"` or `"vision"`.
     """
-    is_embeddings, like = {
-        "text": (is_text_embeddings, lambda module: getattr(module, token_table_name(module)).weight),
-        "vision": (is_vision_embeddings, lambda module: getattr(module, position_table_name(module)).weight),
-    }[kind]
+    if kind == "text":
+        # by itself, a language model is just that
+        names = TOKEN_TABLES if any(map(is_vision_embeddings, model.modules())) else TOKEN_TABLES[:1]
+        is_embeddings, table_name = (lambda module: is_text_embeddings(module, names)), token_table_name
+    else:
+        is_embeddings, table_name = is_vision_embeddings, position_table_name
     return [
-        _tower(model, key, like(module))
+        _tower(model, key, getattr(module, table_name(module)).weight)
         for key, module in model.named_modules()
         # a tuner layer answers for the module that it wraps
         if is_embeddings(module) and not key.endswith("base_layer")
