@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from ..class_prompts import ClassPrompts
+from ..dual_encoder import text_side
 from .adapter_settings import ADAPTERS, adapter_settings
 from .paths import attention_of
 from .surroundings import autocast_state
@@ -55,11 +56,6 @@ def _within_bounds(pairs: tuple[tuple[_State, torch.Tensor], ...]) -> tuple[tupl
     """As many from the first on as there is room for, one at least."""
     sizes = itertools.accumulate(state.num_values + embeds.numel() for state, embeds in pairs)
     return pairs[: max(1, sum(size <= MAX_COMPARED for size in sizes))]
-
-
-def text_side(model: CLIPModel) -> tuple[nn.Module, ...]:
-    """The modules that class embeddings are made by."""
-    return model.text_model, model.text_projection
 
 
 def trained_parameters(model: CLIPModel) -> list[nn.Parameter]:
