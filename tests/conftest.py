@@ -27,7 +27,7 @@ CLASS_NAMES = ["animal", "plant", "food", "vehicle"]
 
 # For state machines: a short run in the suite, always the same; HYPOTHESIS_PROFILE=nightly for a long one.
 settings.register_profile("suite", max_examples=10, stateful_step_count=12, deadline=None, derandomize=True)
-settings.register_profile("nightly", max_examples=120, stateful_step_count=30, deadline=None)
+settings.register_profile("nightly", max_examples=120, stateful_step_count=25, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 

@@ -44,6 +44,7 @@ IMPORTED = {
     "transformers.utils.cached_file": "AutoPeftModelForPromptClassification would not find files on the Hub",
     "transformers.utils.can_return_tuple": "return_dict=False would not give a tuple",
     "transformers.utils.extract_commit_hash": "config and weights could come from different commits",
+    "transformers.utils.find_adapter_config_file": "a folder of an adapter could not be told from one of a base model",
     "transformers.utils.logging": "progress bars of loading could not be kept quiet",
     "datasets.fingerprint.Hasher": "embeddings would be computed again, or taken from another model's",
     "datasets.packaged_modules.imagefolder.imagefolder.ImageFolder": "folders of images would not be recognised",

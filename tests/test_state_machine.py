@@ -350,6 +350,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.model = PeftModel.from_pretrained(
                 self.state.base(), f"{folder}/{names[0]}", adapter_name=names[0], **options
             )
+            options["is_trainable"] = False  # set_adapter leaves the requires_grad of inactive modules_to_save alone
             for name in names[1:]:
                 self.model.load_adapter(f"{folder}/{name}", name, **options)
         self.model.eval()
