@@ -12,7 +12,7 @@ from transformers import CLIPModel
 
 from ..class_encoder.cache import adapter_settings
 from .standardize import IMAGE, LABEL
-from .transforms import PixelTransform
+from .transforms import PixelTransform, decode, undecoded
 
 
 DTYPES = ("float32", "float16")
@@ -52,7 +52,8 @@ def cache_image_embeds(
         gives tensors.
 
     Raises:
-        ValueError: the image tower is trained; `num_views` or `dtype` of another kind.
+        ValueError: the image tower is trained; `num_views` or `dtype` of another kind; an image that cannot be read
+            (`UnreadableImageError`).
 
     Example:
 
@@ -71,7 +72,7 @@ def cache_image_embeds(
         labels=dataset.features[LABEL],
     )
     with _evaluating(base):
-        embedded = dataset.select_columns([IMAGE, LABEL]).map(
+        embedded = undecoded(dataset.select_columns([IMAGE, LABEL])).map(
             embed,
             batched=True,
             batch_size=max(1, batch_size // (num_views or 1)),
@@ -109,7 +110,7 @@ class _EmbedImages:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        images = [image.convert("RGB") for image in batch[IMAGE] for _ in range(self.num_views or 1)]
+        images = [image for image in map(decode, batch[IMAGE]) for _ in range(self.num_views or 1)]
         pixel_values = self.transform.pixel_values(images).to(self.model.device, self.model.dtype)
         embeds = self.model.get_image_features(pixel_values=pixel_values).pooler_output.float().cpu()  # (B K, E)
         if self.num_views is not None:
