@@ -72,6 +72,7 @@ def check_template(template: str) -> None:
     """Raises `ValueError` unless `template` is a string that holds `{}`, the place of the class name, exactly once."""
     if not isinstance(template, str):
         raise ValueError(f"A prompt template must be a string such as {DEFAULT_TEMPLATE!r}, got {template!r}.")
+    _check_characters("The prompt template", template)
     if template.count(CLASS_SLOT) != 1:
         raise ValueError(
             f"The prompt template {template!r} holds {{}} {template.count(CLASS_SLOT)} times; it must hold it exactly "
@@ -83,7 +84,7 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     """Returns the class names as a list.
 
     Raises:
-        ValueError: if there are none, or one is empty, not a string, or there twice.
+        ValueError: if there are none, or one is empty, not a string of characters, or there twice.
     """
     if isinstance(class_names, (str, Set, Mapping)) or not isinstance(class_names, Iterable):
         raise ValueError(f"class_names must be a list of strings in the order of the labels, got {class_names!r}.")
@@ -95,10 +96,20 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
             raise ValueError(f"class_names[{index}] is {name!r} of type {type(name).__name__}; it must be a string.")
         if not name.strip():
             raise ValueError(f"class_names[{index}] is empty; every class needs a name.")
+        _check_characters(f"class_names[{index}]", name)
     repeated = [name for name, count in Counter(class_names).items() if count > 1]
     if repeated:
         raise ValueError(f"class_names must differ from each other, but these stand there twice: {repeated[:5]}.")
     return class_names
+
+
+def _check_characters(what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # neither a tokenizer nor a file would take it
+        raise ValueError(
+            f"{what} is {text!r}, which is no text: the character at {error.start} is half of a pair of surrogates."
+        ) from None
 
 
 def check_label_names(label_names: Sequence[str], class_names: Sequence[str]) -> None:
