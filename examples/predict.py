@@ -36,7 +36,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"predict.py: error: {error}")
     model.eval().to(args.device)
-    image_processor = AutoImageProcessor.from_pretrained(model.get_base_model().name_or_path)
+    image_processor = AutoImageProcessor.from_pretrained(model.get_base_model().name_or_path, trust_remote_code=False)
 
     rows, unreadable = [], []
     for batch in batches(paths, args.batch_size):

@@ -141,7 +141,7 @@ def _tokenizer_for(config, model):
             f"The tokenizer is needed to find the template's tokens, but this {type(model).__name__} has no "
             "name_or_path to load it from; set tokenizer_name_or_path in CLIPPromptTuningConfig."
         )
-    return AutoTokenizer.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def _check_next_to_class(config, num_context_tokens: int) -> None:
