@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPModel
 from transformers.utils import can_return_tuple
 
+from .adapter_files import check_adapter_to_load, check_folder
 from .class_encoder import ClassEncoder, normalize
 from .class_prompts import (
     DEFAULT_TEMPLATE,
@@ -94,6 +95,7 @@ class CLIPForPromptClassification(CLIPModel):
             class_names = check_class_names(class_names)
         if prompt_template is not None:
             check_template(prompt_template)
+        check_folder(pretrained_model_name_or_path)  # of an adapter
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -151,6 +153,11 @@ class CLIPForPromptClassification(CLIPModel):
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
             self._get_tokenizer().save_pretrained(save_directory)
+
+    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
+        """As `CLIPModel.load_adapter`; a prompt adapter that would change the frozen model raises `ValueError`."""
+        check_adapter_to_load(peft_model_id, **kwargs)
+        return super().load_adapter(peft_model_id, *args, **kwargs)
 
     def _set_up(self, class_names, prompt_template, tokenizer) -> None:
         layout = self.prompt_layout  # of an adapter that was loaded with the checkpoint
@@ -382,7 +389,7 @@ class CLIPForPromptClassification(CLIPModel):
                     "The classifier needs a tokenizer to read its class names, and this model has no name_or_path to "
                     "load one from; pass tokenizer=..."
                 )
-            self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=False)
         return self.tokenizer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
@@ -115,6 +116,7 @@ class CLIPPromptTuningModel(BaseTuner):
         return next(tower.like.shape[-1] for _, tower in self._text_targets.values())
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        _check_name(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].vision_prompts_from_text:
             self._connect_towers(adapter_name)
@@ -170,7 +172,7 @@ class CLIPPromptTuningModel(BaseTuner):
         expected = expected_tensors(model, adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         state_dict = rename_to_expected(state_dict, expected)
-        check_tensors(state_dict, expected, config)
+        check_tensors(state_dict, expected, config, adapter_name)
         return state_dict
 
 
@@ -185,6 +187,14 @@ def _targets(towers: list[Tower], depth: int) -> dict[str, tuple[int, Tower]]:
 
 def _wrapped(target: nn.Module, layer_class: type[CLIPVectorsLayer], adapter_name: str, **options) -> CLIPVectorsLayer:
     return target if isinstance(target, layer_class) else layer_class(target, adapter_name, **options)
+
+
+def _check_name(adapter_name: str) -> None:
+    if not adapter_name or re.search(r"[./\\\x00]", adapter_name):
+        raise ValueError(
+            f"An adapter cannot be named {adapter_name!r}: a module and a folder are named after it, so it must not "
+            "be empty nor hold '.', '/' or a backslash."
+        )
 
 
 def _check_known(adapter_names: list[str], peft_config: dict) -> None:
