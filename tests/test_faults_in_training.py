@@ -221,3 +221,57 @@ def test_an_image_without_a_name_that_cannot_be_read_is_told_with_its_length(cla
     ):
         with pytest.raises(UnreadableImageError, match="Cannot read an image of 6 bytes: it is damaged"):
             read()
+
+
+class TestOutOfMemoryInAChunk:
+    @pytest.fixture
+    def model(self, classifier):
+        classifier.class_encoder.batch_size = 1
+        return tuned(classifier).train()
+
+    def fail_at(self, model, call):
+        """The text tower raises at its n-th call from now on."""
+        calls = []
+
+        def fail(module, args, kwargs):
+            calls.append(args)
+            if len(calls) == call:
+                raise torch.OutOfMemoryError("out of memory (simulated)")
+
+        return model.text_model.encoder.register_forward_pre_hook(fail, with_kwargs=True)
+
+    def step(self, model, pixel_values, labels):
+        model.zero_grad()
+        loss = model(pixel_values=pixel_values, labels=labels).loss
+        loss.backward()
+        return loss.item(), vectors_of(model).grad.clone()
+
+    @pytest.mark.parametrize("call", [1, 3, 4, 5, 7])  # four chunks forward, then three of them again
+    def test_leaves_a_model_whose_next_step_is_as_if_nothing_had_been(self, model, pixel_values, labels, call):
+        loss, gradient = self.step(model, pixel_values, labels)
+        hook = self.fail_at(model, call)
+        with pytest.raises(torch.OutOfMemoryError):
+            self.step(model, pixel_values, labels)
+        hook.remove()
+        again = self.step(model, pixel_values, labels)
+        assert again[0] == loss and torch.equal(again[1], gradient)
+
+    def test_while_evaluating_keeps_nothing_half_made(self, model, pixel_values):
+        with torch.no_grad():
+            expected = model.eval()(pixel_values=pixel_values).logits
+            model.get_base_model().class_encoder.clear()
+            hook = self.fail_at(model, 2)
+            with pytest.raises(torch.OutOfMemoryError):
+                model(pixel_values=pixel_values)
+            hook.remove()
+            assert torch.equal(model(pixel_values=pixel_values).logits, expected)
+
+    def test_is_told_by_the_example_with_what_to_try(self, run_here, monkeypatch, caplog):
+        def fail(*args, **kwargs):
+            raise torch.OutOfMemoryError("out of memory (simulated)")
+
+        monkeypatch.setattr(Trainer, "training_step", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            run_here(SCRIPT, *SMALL, "--output_dir", "out")
+        assert "Try a smaller --per_device_train_batch_size" in caplog.text
+        assert "There is no checkpoint to continue from (--save_strategy epoch makes some)." in caplog.text
