@@ -59,14 +59,18 @@ def fetch_weights(name_or_path: str | os.PathLike, config: PeftConfig, **kwargs)
     """The path of the adapter's weights, which have been looked at.
 
     Raises:
+        OSError: they cannot be fetched.
         ValueError: there are only pickled ones, or they are damaged, or not those of a prompt adapter.
     """
-    path = fetch(name_or_path, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **kwargs)
-    if path is None:  # peft would go on to look for adapter_model.bin, a pickle
-        raise ValueError(
+    try:
+        path = fetch(name_or_path, WEIGHTS_NAME, **kwargs)
+    except OSError as error:
+        if error.__cause__ is not None:  # no access, no answer, ...
+            raise
+        raise ValueError(  # peft would go on to look for adapter_model.bin, a pickle
             f"{str(name_or_path)!r} holds no {WEIGHTS_NAME}. Weights in other formats are pickles, which can run code "
             "when they are opened, and are not loaded; save the adapter again with save_pretrained (safetensors)."
-        )
+        ) from None
     try:
         with safe_open(path, framework="pt") as file:  # reads the header, which tells the length of the file
             names = list(file.keys())
