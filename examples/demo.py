@@ -23,7 +23,7 @@ from peft import PeftConfig
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
+from clip_prompt_peft import AutoModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
 
 
 DEFAULT_ADAPTERS = Path("outputs/demo")
@@ -53,7 +53,7 @@ class Comparison:
         if not paths:
             raise ValueError(f"There are no adapters with class names in the sub-folders of {str(folder)!r}.")
         self.image_processor = AutoImageProcessor.from_pretrained(base)
-        self._classifier = CLIPForPromptClassification.from_pretrained(base)
+        self._classifier = AutoModelForPromptClassification.from_pretrained(base)
         (first, path), *others = paths.items()
         model = PeftModelForPromptClassification.from_pretrained(self._classifier, path, adapter_name=first)
         for name, path in others:

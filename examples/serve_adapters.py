@@ -16,7 +16,7 @@ from peft import PeftConfig, get_peft_model
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import AutoModelForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.auto import WEIGHTS_NAME
 
 
@@ -40,7 +40,7 @@ class AdapterStore:
         self.folder = folder.resolve()
         self.max_loaded = max_loaded
         self.image_processor = AutoImageProcessor.from_pretrained(base)
-        self._classifier = CLIPForPromptClassification.from_pretrained(base)
+        self._classifier = AutoModelForPromptClassification.from_pretrained(base)
         self._model = get_peft_model(self._classifier, CLIPPromptTuningConfig(), adapter_name=UNTRAINED).eval()
         self._lock = Lock()  # whoever switches adapters must be alone
         self._decoding = Lock()  # large pictures, one at a time
