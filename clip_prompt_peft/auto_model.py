@@ -99,6 +99,8 @@ def classifier_class(config: PreTrainedConfig) -> type[PromptClassificationMixin
 def _config_of(name_or_path: str | os.PathLike, hub: dict) -> PreTrainedConfig:
     adapter = find_adapter_config_file(str(name_or_path), **hub)
     if adapter is not None:
-        base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+        base = json.loads(Path(adapter).read_text()).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"The adapter {str(name_or_path)!r} does not name its base model; load that one first.")
         return AutoConfig.from_pretrained(base, **{k: v for k, v in hub.items() if k not in ("revision", "subfolder")})
     return AutoConfig.from_pretrained(name_or_path, **hub)
