@@ -31,6 +31,17 @@ def test_step_time(monkeypatch, capfd):
     assert all(re.fullmatch(r"\d+\.\d{3} \(\d+\.\dx\)", cell) for row in rows for cell in row[1:])
 
 
+def test_step_time_in_lower_precision(monkeypatch, capfd):
+    import step_time
+
+    ways = ["ours", "bf16"]
+    rows = run(
+        step_time, monkeypatch, capfd, "--size", "tiny", "--classes", "5", "--context", "2", "--repeats", "1",
+        "--ways", *ways
+    )  # fmt: skip
+    assert len(rows) == len(ways)
+
+
 def test_memory(monkeypatch, capfd):
     import memory
 
@@ -56,6 +67,23 @@ def test_end_to_end_reaches_the_same_accuracy_every_way(monkeypatch, capfd):
 
     rows = run(end_to_end, monkeypatch, capfd, "--epochs", "1")
     assert len({row[-1] for row in rows}) == 1
+
+
+def test_side_by_side(monkeypatch, capfd):
+    import side_by_side
+
+    monkeypatch.setenv("EPOCHS", "1")
+    rows = run(side_by_side, monkeypatch, capfd, "--repeats", "1")
+    assert [row[0] for row in rows] == list(side_by_side.PROGRAMS.values())
+    lines, bytes_saved = ([int(row[column].replace(",", "")) for row in rows] for column in (1, 3))
+    assert lines[-1] < min(lines[:-1])
+    assert all(0 < size < 10_000 for size in bytes_saved)
+
+
+def test_only_lines_with_code_are_counted():
+    import side_by_side
+
+    assert side_by_side.count_lines('"""Docs\nof it."""\n\n# why\nx = 1\n\ndef f():\n    "More."\n    return x\n') == 3
 
 
 def test_cost_model(monkeypatch, capfd):
