@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -82,17 +82,14 @@ class ClassPrompts:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClassPrompts):
             return NotImplemented
-        return self is other or (
-            self.texts == other.texts
-            and self.pad_token_id == other.pad_token_id
-            and _same(self.input_ids, other.input_ids)
-            and _same(self.attention_mask, other.attention_mask)
-            and _same(self.context_positions, other.context_positions)
-        )
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return self is other or all(_same(one, another) for one, another in pairs)
 
 
-def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+def _same(one, another) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(another, torch.Tensor):
+        return torch.equal(one, another)
+    return one is another or (not isinstance(one, torch.Tensor) and one == another)
 
 
 def check_template(template: str) -> None:
