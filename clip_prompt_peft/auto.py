@@ -77,6 +77,8 @@ class AutoPeftModelForPromptClassification:
         commit = extract_commit_hash(config_file, None)
         if commit is not None:
             adapter["revision"] = commit  # so that the weights are of the same commit, whoever pushes meanwhile
+        if config.problem_type is not None:
+            base_model_kwargs.setdefault("problem_type", config.problem_type)
         folder = os.path.dirname(fetch_weights(pretrained_model_name_or_path, config, **adapter))
         model = AutoModelForPromptClassification.from_pretrained(
             base_model_name_or_path or _base_model_of(config, pretrained_model_name_or_path),

@@ -37,6 +37,7 @@ class PromptLayout(Protocol):
     """
 
     class_names: list[str] | None
+    problem_type: str | None
     prompt_template: str
     padded_template: str
     start_idx: int

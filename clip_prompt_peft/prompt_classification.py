@@ -162,6 +162,8 @@ class PromptClassificationMixin(ClassTextsMixin):
             prompt_template = saved or getattr(layout, "prompt_template", None) or self.default_template
         if class_names is None:
             class_names = getattr(self.config, "class_names", None) or getattr(layout, "class_names", None)
+        if self.config.problem_type is None:
+            self.config.problem_type = getattr(layout, "problem_type", None)
         self.tokenizer = tokenizer
         self.set_prompt_template(prompt_template)
         if class_names is None:

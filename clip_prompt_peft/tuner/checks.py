@@ -6,6 +6,7 @@ from peft import PromptTuningInit
 
 from ..class_prompts import check_class_names, check_template
 from ..losses import build_regularizer
+from ..problem_type import PROBLEM_TYPES
 
 
 MAX_TOKENS = 1000  # the literature has up to 200; a file must not ask for any amount of memory
@@ -100,6 +101,10 @@ def _check_texts(config) -> None:
         check_template(config.prompt_template)
     if config.class_names is not None:
         config.class_names = check_class_names(config.class_names)
+    if config.problem_type not in (None, *PROBLEM_TYPES):
+        raise ValueError(
+            f"problem_type must be None or one of {', '.join(map(repr, PROBLEM_TYPES))}, got {config.problem_type!r}."
+        )
     if config.prompt_tuning_init_text is None:
         return
     if config.prompt_tuning_init is not PromptTuningInit.TEXT:

@@ -14,7 +14,7 @@ from .coupling import CLIPVectorsLayer
 from .deep_prompts import CLIPDeepPrompts
 from .layer import CLIPTextLearnableEmbeddings
 from .prompt_layer import CLIPPromptLayer
-from .resolve import adopt_class_names, check_fits, check_towers, chosen_towers, resolve
+from .resolve import adopt_task, check_fits, check_towers, chosen_towers, resolve
 from .saved_weights import PREFIX, check_tensors, expected_tensors, rename_to_expected
 from .towers import Tower
 from .vision_prompts import CLIPVisionLearnableEmbeddings
@@ -51,7 +51,7 @@ class CLIPPromptTuningModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: CLIPPromptTuningConfig, model_config: dict):
         check_towers(peft_config, self.model)
         if peft_config._loaded:
-            adopt_class_names(peft_config, self.model)
+            adopt_task(peft_config, self.model)
         else:
             resolve(peft_config, self.model)
         check_fits(peft_config, self.model)
