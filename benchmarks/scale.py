@@ -22,6 +22,8 @@ import torch.distributed as dist
 from common import SIZES, add_prompts, build_classifier, print_table, synchronize, time_once
 from torch.nn.parallel import DistributedDataParallel
 
+from clip_prompt_peft.class_encoder import ClassEncoder
+
 
 WAYS = {"every process encodes all classes": False, "every process encodes its share": True}
 
@@ -38,9 +40,10 @@ def measure(rank: int, args) -> dict[str, float]:
         wrapped(image_embeds=image_embeds, labels=labels).loss.backward()
 
     times = {way: [] for way in WAYS}
+    encoders = {way: ClassEncoder(across_processes=across_processes) for way, across_processes in WAYS.items()}
     for _ in range(args.repeats + 1):
-        for way, across_processes in WAYS.items():
-            model.get_base_model().class_encoder.across_processes = across_processes
+        for way, encoder in encoders.items():
+            model.get_base_model().class_encoder = encoder
             dist.barrier()
             times[way].append(time_once(step, device))
     synchronize(device)

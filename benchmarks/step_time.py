@@ -2,6 +2,7 @@
 
     python benchmarks/step_time.py                          # C = 10 and 100, n = 4 and 16
     python benchmarks/step_time.py --classes 1000 --context 16 --repeats 1
+    python benchmarks/step_time.py --ways ours bf16 compiled  # what the Trainer's flags gain
     python benchmarks/step_time.py --device cuda --dtype bfloat16
 
 All in one process, in turn; medians. Models have random weights. For figures of one core:
@@ -26,6 +27,8 @@ from common import (
 )
 from peft import TrainableTokensConfig, get_peft_model
 
+from clip_prompt_peft.class_encoder import ClassEncoder
+
 
 WAYS = {
     "A": "CoOp as published: 77 tokens, image tower every step",
@@ -34,6 +37,7 @@ WAYS = {
     "D": "C, through peft's TrainableTokens",
     "ours": "packed rows, image embeddings computed once",
 }
+EXTRAS = {"bf16": "the same under bfloat16 autocast", "compiled": "the same through torch.compile"}
 
 
 def build_steps(num_classes: int, num_vectors: int, args) -> tuple[dict, object]:
@@ -53,6 +57,10 @@ def build_steps(num_classes: int, num_vectors: int, args) -> tuple[dict, object]
         ),
         "ours": step_function(prompted, "auto", batch_size="auto", image_embeds=embeds, labels=labels),
     }
+    steps["bf16"] = torch.autocast(args.device, torch.bfloat16)(steps["ours"])
+    steps["compiled"] = step_function(
+        prompted, "auto", batch_size="auto", forward=torch.compile(prompted), image_embeds=embeds, labels=labels
+    )
     return {name: steps[name] for name in args.ways}, prompted.get_base_model()
 
 
@@ -66,15 +74,16 @@ def with_trainable_tokens(num_classes: int, num_vectors: int, args):
     return get_peft_model(classifier, config).train()
 
 
-def step_function(model, path: str, batch_size=None, **inputs):
-    """Forward, backward and an optimizer step, along that path."""
+def step_function(model, path: str, batch_size=None, forward=None, **inputs):
+    """Forward, backward and an optimizer step, along that path; `forward` in place of calling the model itself."""
+    call = model if forward is None else forward
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    encoder = ClassEncoder(path, batch_size)  # which keeps its rows from step to step, as in training
 
     def step():
-        encoder = model.get_base_model().class_encoder
-        encoder.path, encoder.batch_size = path, batch_size
+        model.get_base_model().class_encoder = encoder
         optimizer.zero_grad()
-        model(**inputs).loss.backward()
+        call(**inputs).loss.backward()
         optimizer.step()
 
     return step
@@ -84,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--context", type=int, nargs="+", default=[4, 16], help="numbers of vectors")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=[*WAYS, *EXTRAS])
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", default="vit-b-32", choices=list(SIZES))
@@ -92,7 +101,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
 
-    rows = {name: [WAYS[name]] for name in args.ways}
+    rows = {name: [(WAYS | EXTRAS)[name]] for name in args.ways}
     notes, header = [], ["seconds a step (times ours)"]
     for num_classes in args.classes:
         for num_vectors in args.context:

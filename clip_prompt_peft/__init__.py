@@ -5,12 +5,21 @@ Importing the package registers the method with peft, so that `get_peft_model`, 
 """
 
 from .auto import AutoPeftModelForPromptClassification
+from .auto_model import AutoModelForPromptClassification
 from .callbacks import GaussianPromptAveraging
 from .class_prompts import build_class_prompts, check_label_names, pad_template
 from .classifier import CLIPForPromptClassification
+from .families import (
+    AltCLIPForPromptClassification,
+    ChineseCLIPForPromptClassification,
+    MetaClip2ForPromptClassification,
+    Siglip2ForPromptClassification,
+    SiglipForPromptClassification,
+)
 from .peft_model import PeftModelForPromptClassification
 from .presets import PRESETS
 from .prograd_trainer import ProGradMixin, ProGradTrainer
+from .prompt_classification import PromptClassificationMixin
 from .prompt_ensemble import description_ensemble, load_templates, template_ensemble
 from .recipes import training_recipe
 from .registration import register
@@ -22,8 +31,14 @@ __version__ = "0.1.0"
 register()
 
 __all__ = [
+    "AltCLIPForPromptClassification",
+    "AutoModelForPromptClassification",
     "AutoPeftModelForPromptClassification",
     "CLIPForPromptClassification",
+    "ChineseCLIPForPromptClassification",
+    "MetaClip2ForPromptClassification",
+    "Siglip2ForPromptClassification",
+    "SiglipForPromptClassification",
     "CLIPPromptTuningConfig",
     "CLIPPromptTuningModel",
     "CLIPTextLearnableEmbeddings",
@@ -32,6 +47,7 @@ __all__ = [
     "PeftModelForPromptClassification",
     "ProGradMixin",
     "ProGradTrainer",
+    "PromptClassificationMixin",
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",

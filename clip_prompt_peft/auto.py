@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file, extract_commit_hash
 
-from .classifier import CLIPForPromptClassification
+from .auto_model import AutoModelForPromptClassification
 from .model_card import is_hub_id
 from .peft_model import PeftModelForPromptClassification
 from .tuner import CLIPPromptTuningConfig
@@ -67,8 +67,8 @@ class AutoPeftModelForPromptClassification:
 
         Raises:
             OSError: no such folder or repository, no access to it, no adapter in it, or a Hub that fails.
-            ValueError: an adapter of another method; weights that are a pickle or damaged; an adapter that names no
-                base model, or one that is not on this machine.
+            ValueError: an adapter of another method; a base model of a family that is not supported; weights that are
+                a pickle or damaged; an adapter that names no base model, or one that is not on this machine.
         """
         adapter = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
         adapter = {key: value for key, value in adapter.items() if value is not None}
@@ -78,7 +78,7 @@ class AutoPeftModelForPromptClassification:
         if commit is not None:
             adapter["revision"] = commit  # so that the weights are of the same commit, whoever pushes meanwhile
         folder = os.path.dirname(_fetch_weights(pretrained_model_name_or_path, adapter))
-        model = CLIPForPromptClassification.from_pretrained(
+        model = AutoModelForPromptClassification.from_pretrained(
             base_model_name_or_path or _base_model_of(config, pretrained_model_name_or_path),
             class_names=config.class_names,
             prompt_template=config.prompt_template,

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
 
 from .class_token_position import count_name_tokens, move_class_names
+from .tokenization import (
+    IGNORED,
+    EncodedTexts,
+    count_begin_tokens,
+    count_special_tokens,
+    encode_texts,
+    encode_words,
+    structural_ids,
+)
 
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -49,15 +58,17 @@ class PromptLayout(Protocol):
     teacher_templates: list[str] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassPrompts:
-    """The tokenized prompts of all classes.
+    """The tokenized prompts of all classes; equal to others with the same texts, tokens and positions.
 
     Attributes:
         texts: one prompt per class.
-        input_ids: (C, L), cut after the longest prompt's end token; shorter ones are padded by the tokenizer.
-        attention_mask: (C, L), 1 up to the end token.
+        input_ids: (C, L), cut after the longest prompt's end token; shorter ones are padded by the tokenizer. All are
+            padded to the tower's last position if it pools that.
+        attention_mask: (C, L), what the tower is to see.
         pad_token_id: what shorter prompts are padded with.
+        full_length: to how many tokens prompts are padded where nothing is to be saved.
         context_positions: (C, n), where the vectors go if that differs from class to class.
     """
 
@@ -65,7 +76,20 @@ class ClassPrompts:
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor
     pad_token_id: int
+    full_length: int
     context_positions: torch.LongTensor | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ClassPrompts):
+            return NotImplemented
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return self is other or all(_same(one, another) for one, another in pairs)
+
+
+def _same(one, another) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(another, torch.Tensor):
+        return torch.equal(one, another)
+    return one is another or (not isinstance(one, torch.Tensor) and one == another)
 
 
 def check_template(template: str) -> None:
@@ -144,12 +168,7 @@ def context_text(template: str) -> str:
     return template.split(CLASS_SLOT)[0].strip()
 
 
-def encode_words(text: str, tokenizer) -> list[int]:
-    """Token ids of `text` without begin and end token."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-
-def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: int = 1) -> str:
+def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: int | None = None) -> str:
     """Makes room in `template` for more virtual tokens than it has words in front of the class name.
 
     Placeholder words (`X`, as CoOp writes them) are put in at `start_idx`, so that the vectors, once they replace
@@ -160,7 +179,7 @@ def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: i
         template: text with one `{}`.
         num_virtual_tokens: how many token positions are to be replaced.
         tokenizer: the tokenizer of the model.
-        start_idx: first replaced position; the begin token is at 0.
+        start_idx: first replaced position; by default right behind the begin token, which is at 0 if there is one.
 
     Returns:
         The template, with placeholder words where they are needed.
@@ -175,8 +194,10 @@ def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: i
     'X X a photo of a {}.'
     ```
     """
-    context = context_text(template)
-    num_missing = start_idx - 1 + num_virtual_tokens - len(encode_words(context, tokenizer))
+    context, num_begin = context_text(template), count_begin_tokens(tokenizer)
+    start_idx = num_begin if start_idx is None else start_idx
+    num_kept = start_idx - num_begin
+    num_missing = num_kept + num_virtual_tokens - len(encode_words(context, tokenizer))
     if num_missing <= 0:
         return template
     if len(encode_words(PLACEHOLDER, tokenizer)) != 1:
@@ -185,7 +206,7 @@ def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: i
             f"least {num_virtual_tokens} tokens in front of {{}} instead of {template!r}."
         )
     words = context.split()
-    kept = next((k for k in range(len(words) + 1) if _num_tokens(words[:k], tokenizer) == start_idx - 1), None)
+    kept = next((k for k in range(len(words) + 1) if _num_tokens(words[:k], tokenizer) == num_kept), None)
     if kept is None:
         raise ValueError(
             f"start_idx={start_idx} is not the beginning of a word of {context!r}, so placeholders cannot be put "
@@ -208,6 +229,7 @@ def build_class_prompts(
     tokenizer,
     max_length: int,
     layout: PromptLayout | None = None,
+    padding: str = IGNORED,
 ) -> ClassPrompts:
     """Writes every class name into the template and tokenizes the texts.
 
@@ -217,6 +239,7 @@ def build_class_prompts(
         tokenizer: the tokenizer of the model.
         max_length: positions of the text tower (77 for CLIP).
         layout: of the active prompt adapter, if there is one.
+        padding: what the text tower makes of padding, see [`~tokenization.encode_texts`].
 
     Raises:
         ValueError: bad names or template; a prompt longer than `max_length`, with the class named; one that spells out
@@ -229,20 +252,20 @@ def build_class_prompts(
     template = template if layout is None else layout.padded_template
     check_template(template)
     texts = [template.replace(CLASS_SLOT, name) for name in class_names]
-    encoded = tokenizer(texts, padding=True, return_tensors="pt")
-    input_ids, attention_mask = encoded["input_ids"], encoded["attention_mask"]  # both (C, L)
-    _check_lengths(class_names, attention_mask, template, max_length)
-    _check_special_tokens(texts, input_ids, attention_mask, tokenizer)
+    encoded = encode_texts(texts, tokenizer, max_length, padding)
+    _check_lengths(class_names, encoded.lengths, template, max_length)
+    _check_special_tokens(texts, encoded, tokenizer)
+    input_ids = encoded.input_ids  # (C, L)
     if layout is not None:
         _check_replaced_tokens(class_names, input_ids, layout)
     positions = None
     if layout is not None and layout.has_row_positions:
         input_ids, positions = _move_class_names(class_names, texts, input_ids, tokenizer, layout)
-    return ClassPrompts(texts, input_ids, attention_mask, tokenizer.pad_token_id, positions)
+    full_length = max_length if padding == IGNORED else input_ids.shape[1]
+    return ClassPrompts(texts, input_ids, encoded.attention_mask, tokenizer.pad_token_id, full_length, positions)
 
 
-def _check_lengths(class_names, attention_mask, template, max_length) -> None:
-    lengths = attention_mask.sum(dim=1)  # (C,)
+def _check_lengths(class_names, lengths, template, max_length) -> None:
     longest = int(lengths.argmax())
     if lengths[longest] > max_length:
         raise ValueError(
@@ -251,15 +274,15 @@ def _check_lengths(class_names, attention_mask, template, max_length) -> None:
         )
 
 
-def _check_special_tokens(texts, input_ids, attention_mask, tokenizer) -> None:
+def _check_special_tokens(texts, encoded: EncodedTexts, tokenizer) -> None:
     # a second end token would be taken for the end of the text, and pooled
-    special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids)) & attention_mask.bool()  # (C, L)
-    counts = special.sum(dim=1)
-    if (counts != 2).any():
-        bad = int((counts != 2).nonzero()[0])
+    special = torch.isin(encoded.input_ids, structural_ids(tokenizer)) & encoded.is_text  # (C, L)
+    counts, expected = special.sum(dim=1), count_special_tokens(tokenizer)
+    if (counts != expected).any():
+        bad = int((counts != expected).nonzero()[0])
         raise ValueError(
-            f"The prompt {texts[bad]!r} has {int(counts[bad])} special tokens, but CLIP reads texts with a begin and "
-            f"an end token only; leave {', '.join(map(repr, tokenizer.all_special_tokens))} out of names."
+            f"The prompt {texts[bad]!r} has {int(counts[bad])} special tokens, but a text has {expected} of them, "
+            f"those that the tokenizer adds; leave {', '.join(map(repr, tokenizer.all_special_tokens))} out of names."
         )
 
 

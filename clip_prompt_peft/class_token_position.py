@@ -23,6 +23,11 @@ def count_name_tokens(
     """
     if alone:
         return [len(tokenizer(name, add_special_tokens=False)["input_ids"]) for name in class_names]
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell which tokens of a prompt are the class name; set "
+            "class_token_count='alone', or leave class_token_position at 'end'."
+        )
     offsets = tokenizer(list(texts), return_offsets_mapping=True)["offset_mapping"]
     # a token that holds the end of the name together with punctuation behind it counts as the name's
     return [

@@ -78,7 +78,7 @@ def nearest_words(
         raise ValueError("Words are read from the tokenizer, and this model has none; pass tokenizer=...")
     if name not in layer.learnable_embeddings:
         return []
-    config, table = layer.prompt_configs[name], layer.token_embedding.weight.float()  # (V, D)
+    config, table = layer.prompt_configs[name], layer.token_table.weight.float()  # (V, D)
     is_word = torch.ones(len(table), dtype=torch.bool, device=table.device)
     is_word[[index for index in tokenizer.all_special_ids if index < len(table)]] = False
     vectors = layer.learnable_embeddings[name].float()  # (n, D), or (C, n, D)

@@ -8,7 +8,7 @@ import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .losses import Prediction, Regularizer, build_regularizer
-from .problem_type import classification_loss
+from .problem_type import SOFTMAX, classification_loss
 
 
 @dataclass
@@ -70,7 +70,8 @@ def compute_loss(
     Returns:
         The loss, and what it is made of by name.
     """
-    loss = classification_loss(prediction.logits, labels, model.config.problem_type)
+    kind = getattr(model.config, "classification_loss", SOFTMAX)
+    loss = classification_loss(prediction.logits, labels, model.config.problem_type, kind)
     terms = {"cross_entropy": loss}
     zero_shot_template = getattr(model.prompt_layout, "prompt_template", None) or model.prompt_template
     for name, regularizer in active_regularizers(model).items() if model.training else ():

@@ -13,7 +13,8 @@ from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .classifier import CLIPForPromptClassification
+from .dual_encoder import image_side
+from .prompt_classification import PromptClassificationMixin
 from .tuner import CLIPPromptTuningConfig
 
 
@@ -25,7 +26,7 @@ def mixed_batch_forward(
     adapter_names: Sequence[str],
     pixel_values: torch.Tensor | None = None,
     image_embeds: torch.Tensor | None = None,
-    interpolate_pos_encoding: bool = False,
+    **image_inputs,
 ) -> ImageClassifierOutput:
     """Scores every image against the classes of its own adapter, as `adapter_names` does for LoRA in peft.
 
@@ -33,9 +34,9 @@ def mixed_batch_forward(
     as well: then those of one adapter do. Which adapter is active stays as it is.
 
     Args:
-        model: a prompt-tuned [`CLIPForPromptClassification`], in eval mode.
+        model: a prompt-tuned classifier, in eval mode.
         adapter_names: B names of loaded prompt adapters, or `"__base__"` for the model without prompts.
-        pixel_values, image_embeds, interpolate_pos_encoding: as for the classifier.
+        pixel_values, image_embeds, image_inputs: as for the classifier.
 
     Returns:
         `ImageClassifierOutput` whose `logits` are (B, C) where all images have the same classes, otherwise a list of B
@@ -47,20 +48,16 @@ def mixed_batch_forward(
     """
     classifier = model.get_base_model()
     images = pixel_values if pixel_values is not None else image_embeds
+    image_inputs["pixel_values"] = pixel_values
     _check_model(model, classifier)
     _check_names(model, adapter_names, images)
     if image_embeds is None and not _image_tower_is_tuned(model, classifier):
-        features = classifier.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        pixel_values, image_embeds = None, features.pooler_output  # (B, E)
+        image_embeds, image_inputs = classifier.get_image_features(**image_inputs).pooler_output, {}  # (B, E)
     logits: list[torch.Tensor] = [None] * len(adapter_names)
     class_lists = []
     for name, rows in _rows_by_name(adapter_names).items():
         with _only(model, name):
-            output = classifier(
-                pixel_values=None if pixel_values is None else pixel_values[rows],
-                image_embeds=None if image_embeds is None else image_embeds[rows],
-                interpolate_pos_encoding=interpolate_pos_encoding,
-            )
+            output = classifier(**_rows_of({"image_embeds": image_embeds, **image_inputs}, rows))
             class_lists.append(classifier.class_names)
         for row, of_image in zip(rows, output.logits):  # of_image: (C,)
             logits[row] = of_image
@@ -69,11 +66,11 @@ def mixed_batch_forward(
 
 
 def _check_model(model, classifier) -> None:
-    if not isinstance(classifier, CLIPForPromptClassification):
+    if not isinstance(classifier, PromptClassificationMixin):
         raise TypeError(
             f"adapter_names is for images that are scored against class names, but the base model is a "
-            f"{type(classifier).__name__}; make it a CLIPForPromptClassification (from_clip), or switch with "
-            "set_adapter."
+            f"{type(classifier).__name__}; make it a classifier (AutoModelForPromptClassification.from_base), or "
+            "switch with set_adapter."
         )
     if model.training:
         raise ValueError("adapter_names is for inference, but the model is in training mode; call model.eval() first.")
@@ -111,13 +108,18 @@ def _rows_by_name(adapter_names: Sequence[str]) -> dict[str, list[int]]:
     return rows
 
 
+def _rows_of(inputs: dict, rows: list[int]) -> dict:
+    """Of tensors those rows, of settings what they are."""
+    return {name: value[rows] if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
 def _tuner_layers(model: PeftModel, part: torch.nn.Module) -> Iterator[torch.nn.Module]:
     layer_class = model.base_model.tuner_layer_cls
     return (module for module in part.modules() if isinstance(module, layer_class))
 
 
-def _image_tower_is_tuned(model: PeftModel, classifier: CLIPForPromptClassification) -> bool:
-    for part in (classifier.vision_model, classifier.visual_projection):
+def _image_tower_is_tuned(model: PeftModel, classifier: PromptClassificationMixin) -> bool:
+    for part in image_side(classifier):
         saved = any(isinstance(module, AuxiliaryTrainingWrapper) for module in part.modules())
         if saved or any(_tuner_layers(model, part)):
             return True

@@ -141,5 +141,5 @@ def _snippet(repo_id) -> list[str]:
         "```",
         "",
         "With peft alone, `import clip_prompt_peft` first: that makes the method known to "
-        "`PeftModel.from_pretrained(clip, ...)` and `CLIPModel.load_adapter(...)`.",
+        "`PeftModel.from_pretrained(clip, ...)` and, in transformers, `load_adapter(...)` of the base model.",
     ]

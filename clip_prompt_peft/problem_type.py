@@ -1,4 +1,4 @@
-"""One label per image or several: what labels look like, and the loss."""
+"""One label per image or several, each class for itself or against the others: what labels look like, and the loss."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 
 IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss(ignore_index)
+SOFTMAX, SIGMOID = "softmax", "sigmoid"
 MULTI_LABEL = "multi_label_classification"  # as transformers calls it in config.problem_type
 
 
@@ -30,14 +31,27 @@ def check_labels(labels: torch.Tensor, class_names: Sequence[str], problem_type:
         )
 
 
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None, kind: str = SOFTMAX
+) -> torch.Tensor:
     """Mean loss over the batch, as transformers' classifiers choose it by `config.problem_type`.
 
     Args:
         logits: (B, C)
         labels: (B,) class indices, or (B, C) zeros and ones if multi-label.
         problem_type: `"multi_label_classification"` is binary cross entropy of each class; otherwise cross entropy.
+        kind: with one label, `"sigmoid"` is SigLIP's loss in place of cross entropy: whether each class is the label,
+            summed over the classes. A bias that belongs to the logits counts here; cross entropy does not see it.
+
+    Raises:
+        ValueError: another `kind`.
     """
+    if kind not in (SOFTMAX, SIGMOID):
+        raise ValueError(f"config.classification_loss must be {SOFTMAX!r} or {SIGMOID!r}, got {kind!r}.")
     if problem_type == MULTI_LABEL:
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    if kind == SIGMOID:
+        kept = labels != IGNORED_LABEL
+        targets = F.one_hot(labels[kept], logits.shape[1]).to(logits.dtype)  # (B, C)
+        return F.binary_cross_entropy_with_logits(logits[kept], targets, reduction="sum") / kept.sum()
     return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)

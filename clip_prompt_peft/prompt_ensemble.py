@@ -17,7 +17,9 @@ import torch
 
 from .class_encoder import normalize
 from .class_prompts import CLASS_SLOT, check_template
-from .classifier import CLIPForPromptClassification
+from .dual_encoder import num_positions
+from .evaluation import evaluating
+from .prompt_classification import PromptClassificationMixin
 
 
 TEXTS_AT_ONCE = 256
@@ -38,7 +40,7 @@ def load_templates(name: str = "imagenet") -> list[str]:
     return json.loads((TEMPLATE_FILES / f"{name}.json").read_text())["templates"]
 
 
-def template_ensemble(model: CLIPForPromptClassification, templates: Sequence[str]) -> torch.Tensor:
+def template_ensemble(model: PromptClassificationMixin, templates: Sequence[str]) -> torch.Tensor:
     """The class embeddings of several templates, averaged as CLIP does: normalised, averaged, normalised again.
 
     Args:
@@ -59,9 +61,7 @@ def template_ensemble(model: CLIPForPromptClassification, templates: Sequence[st
     return _mean_embeds(model, texts)
 
 
-def description_ensemble(
-    model: CLIPForPromptClassification, descriptions: Mapping[str, Sequence[str]]
-) -> torch.Tensor:
+def description_ensemble(model: PromptClassificationMixin, descriptions: Mapping[str, Sequence[str]]) -> torch.Tensor:
     """The class embeddings of several texts about each class, averaged as those of templates.
 
     Args:
@@ -97,7 +97,7 @@ def description_ensemble(
     return _mean_embeds(model, texts)
 
 
-def _class_names(model: CLIPForPromptClassification) -> list[str]:
+def _class_names(model: PromptClassificationMixin) -> list[str]:
     if model.prompt_layout is not None:
         raise ValueError(
             "A prompt adapter is active, which puts its vectors into every text. An ensemble is of the model without "
@@ -110,24 +110,25 @@ def _class_names(model: CLIPForPromptClassification) -> list[str]:
 
 @torch.no_grad()
 def _mean_embeds(model, texts: Mapping[str, Sequence[str]]) -> torch.Tensor:
-    was_training = model.training
-    model.eval()
     embeds = []
-    for name, sentences in texts.items():
-        parts = [
-            _encode(model, name, sentences[i : i + TEXTS_AT_ONCE]) for i in range(0, len(sentences), TEXTS_AT_ONCE)
-        ]
-        embeds.append(normalize(torch.cat(parts).mean(dim=0)))  # (E,)
-    model.train(was_training)
+    with evaluating(model):
+        for name, sentences in texts.items():
+            starts = range(0, len(sentences), TEXTS_AT_ONCE)
+            parts = [_encode(model, name, sentences[start : start + TEXTS_AT_ONCE]) for start in starts]
+            embeds.append(normalize(torch.cat(parts).mean(dim=0)))  # (E,)
     return torch.stack(embeds)  # (C, E)
 
 
 def _encode(model, name: str, sentences: Sequence[str]) -> torch.Tensor:
-    encoded = model.tokenizer(list(sentences), padding=True, return_tensors="pt").to(model.device)
-    longest, max_length = encoded["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+    encoded, max_length = model.encode_texts(sentences), num_positions(model.text_embeddings)
+    longest = int(encoded.lengths.max())
     if longest > max_length:
         raise ValueError(
             f"A text about {name!r} has {longest} tokens, but the text tower has {max_length} positions; shorten "
             f"{max(sentences, key=len)!r}."
         )
-    return normalize(model.get_text_features(**encoded).pooler_output)  # (texts, E)
+    inputs = {
+        "input_ids": encoded.input_ids.to(model.device),
+        "attention_mask": encoded.attention_mask.to(model.device),
+    }
+    return normalize(model.get_text_features(**inputs).pooler_output)  # (texts, E)

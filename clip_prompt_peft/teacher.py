@@ -11,7 +11,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .class_encoder import normalize
-from .class_prompts import build_class_prompts
+from .dual_encoder import image_side, text_side
+from .evaluation import evaluating
 from .losses import Prediction
 
 
@@ -56,25 +57,24 @@ class ZeroShotTeacher:
         """
         class_embeds = self._get_class_embeds(model, tuple(templates))
         image_embeds = student.image_embeds.detach()
-        if _has_adapter(model.vision_model) or _has_adapter(model.visual_projection):
-            with without_adapters(model):
+        if any(map(_has_adapter, image_side(model))):
+            with without_adapters(model), evaluating(model):
                 image_embeds = model.get_image_features(**image_inputs).pooler_output  # (B, E)
-        return Prediction.of(image_embeds, class_embeds, model.logit_scale)
+        return model.predict(image_embeds, class_embeds)
 
     def _get_class_embeds(self, model, templates: tuple[str, ...]) -> torch.Tensor:
-        key = (tuple(model.class_names), _fingerprint(model.text_model), _fingerprint(model.text_projection))
+        key = (tuple(model.class_names), *map(_fingerprint, text_side(model)))
         if self._class_embeds.get(templates, (None,))[0] != key:
-            with without_adapters(model):
+            with without_adapters(model), evaluating(model):  # a BERT has dropout
                 self._class_embeds[templates] = (key, _mean_class_embeds(model, templates))
         return self._class_embeds[templates][1]
 
 
 def _mean_class_embeds(model, templates) -> torch.Tensor:
     """(C, E): mean of the un-normalised embeddings over the templates, then normalised."""
-    max_length = model.text_model.embeddings.position_embedding.num_embeddings
     total = 0
     for template in templates:
-        prompts = build_class_prompts(model.class_names, template, model.tokenizer, max_length)
+        prompts = model.build_prompts(model.class_names, template)
         outputs = model.get_text_features(prompts.input_ids.to(model.device), prompts.attention_mask.to(model.device))
         total = total + outputs.pooler_output.to(torch.promote_types(outputs.pooler_output.dtype, torch.float32))
     return normalize(total / len(templates))

@@ -27,7 +27,7 @@ from datasets import DatasetDict
 from embedded_data import STYLES, TINY_CLIP, load_style, use_one_thread_if_tiny
 from transformers import AutoImageProcessor, HfArgumentParser
 
-from clip_prompt_peft import CLIPForPromptClassification, load_templates, plots
+from clip_prompt_peft import AutoModelForPromptClassification, load_templates, plots
 from clip_prompt_peft.data import load_image_dataset
 from clip_prompt_peft.protocols import (
     Backbone,
@@ -129,7 +129,7 @@ def load_data(sources: list[str] | None) -> dict[str, DatasetDict]:
 
 def load_backbone(model_name: str, device: str, settings: TrainingSettings) -> Backbone:
     use_one_thread_if_tiny(model_name)
-    model = CLIPForPromptClassification.from_pretrained(model_name, prompt_template=settings.prompt_template)
+    model = AutoModelForPromptClassification.from_pretrained(model_name, prompt_template=settings.prompt_template)
     return Backbone(model.to(device), AutoImageProcessor.from_pretrained(model_name), settings)
 
 

@@ -32,7 +32,7 @@ from peft import get_peft_model
 from tables import Results, results_table
 from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_seed
 
-from clip_prompt_peft import CLIPForPromptClassification
+from clip_prompt_peft import AutoModelForPromptClassification, PromptClassificationMixin
 from clip_prompt_peft.auto import WEIGHTS_NAME
 from clip_prompt_peft.card_details import CardDetails, TrainingData
 from clip_prompt_peft.comparison import Answers, Comparison
@@ -179,9 +179,9 @@ def draw(splits: DatasetDict, data_args, training_args) -> tuple[Dataset, Datase
     return sample_few_shot_splits(train, validation, **settings)
 
 
-def load_model(model_args, prompt_args, class_names: list[str]) -> tuple[CLIPForPromptClassification, object]:
+def load_model(model_args, prompt_args, class_names: list[str]) -> tuple[PromptClassificationMixin, object]:
     hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
-    model = CLIPForPromptClassification.from_pretrained(
+    model = AutoModelForPromptClassification.from_pretrained(
         model_args.model_name_or_path, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
     )
     return model, AutoImageProcessor.from_pretrained(model_args.model_name_or_path, **hub)

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, EvalPrediction, default_data_collator, get_scheduler
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import AutoModelForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.data import (
     cache_image_embeds,
     class_names_of,
@@ -74,7 +74,7 @@ def main() -> None:
         )
         with accelerator.main_process_first():
             train_images, test_images = load_data(args)
-        model = CLIPForPromptClassification.from_pretrained(
+        model = AutoModelForPromptClassification.from_pretrained(
             args.model_name_or_path, class_names=class_names_of(train_images), prompt_template=args.prompt_template
         )
         image_processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)

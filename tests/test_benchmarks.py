@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 
@@ -28,6 +29,17 @@ def test_step_time(monkeypatch, capfd):
     )
     assert len(rows) == len(step_time.WAYS)
     assert all(re.fullmatch(r"\d+\.\d{3} \(\d+\.\dx\)", cell) for row in rows for cell in row[1:])
+
+
+def test_step_time_in_lower_precision(monkeypatch, capfd):
+    import step_time
+
+    ways = ["ours", "bf16"]
+    rows = run(
+        step_time, monkeypatch, capfd, "--size", "tiny", "--classes", "5", "--context", "2", "--repeats", "1",
+        "--ways", *ways
+    )  # fmt: skip
+    assert len(rows) == len(ways)
 
 
 def test_memory(monkeypatch, capfd):
@@ -55,6 +67,47 @@ def test_end_to_end_reaches_the_same_accuracy_every_way(monkeypatch, capfd):
 
     rows = run(end_to_end, monkeypatch, capfd, "--epochs", "1")
     assert len({row[-1] for row in rows}) == 1
+
+
+def test_side_by_side(monkeypatch, capfd):
+    import side_by_side
+
+    monkeypatch.setenv("EPOCHS", "1")
+    rows = run(side_by_side, monkeypatch, capfd, "--repeats", "1")
+    assert [row[0] for row in rows] == list(side_by_side.PROGRAMS.values())
+    lines, bytes_saved = ([int(row[column].replace(",", "")) for row in rows] for column in (1, 3))
+    assert lines[-1] < min(lines[:-1])
+    assert all(0 < size < 10_000 for size in bytes_saved)
+
+
+def test_only_lines_with_code_are_counted():
+    import side_by_side
+
+    assert side_by_side.count_lines('"""Docs\nof it."""\n\n# why\nx = 1\n\ndef f():\n    "More."\n    return x\n') == 3
+
+
+def test_cost_model(monkeypatch, capfd):
+    import cost_model
+
+    rows = run(cost_model, monkeypatch, capfd, "--size", "tiny", "--classes", "10", "1000", "--context", "2")
+    assert [row[0] for row in rows] == ["CoOp: 77 tokens", "cut after the longest", "ours"]
+    assert rows[0][1].startswith("770 tokens")
+
+
+def test_cost_model_counts_the_tokens_that_are_packed(tokenizer):
+    import common
+    import cost_model
+
+    from clip_prompt_peft.class_encoder.rows import pack_rows
+
+    for num_classes in (100, 512):
+        classifier = common.build_classifier(num_classes, "tiny")
+        shared, suffixes, longest = common.describe_prompts(classifier)
+        tokens, _ = cost_model.count_tokens(num_classes, shared, suffixes / num_classes, longest)["ours"]
+        parts = torch.arange(num_classes).split(num_classes if num_classes <= 256 else 128)
+        prompts = classifier._class_prompts()
+        packed = sum(pack_rows(part, prompts, shared, torch.device("cpu")).segment.numel() for part in parts)
+        assert tokens == pytest.approx(packed, rel=0.05)
 
 
 def test_class_names_have_as_many_tokens_as_those_of_imagenet(tokenizer):

@@ -73,6 +73,19 @@ def assert_up_to_date(model):
     torch.testing.assert_close(evaluate(model), compute_anew(model), rtol=0, atol=1e-5)
 
 
+def assert_kept(model, runs):
+    """The text tower does not run, and the embeddings are right."""
+    before = runs.count
+    embeds = evaluate(model)
+    assert runs.count == before
+    torch.testing.assert_close(embeds, compute_anew(model), rtol=0, atol=1e-5)
+
+
+def values_compared(model):
+    """About as many as are held with one result: the adapters and the small tensors of the text side."""
+    return sum(p.numel() for p in base_of(model).text_model.parameters() if p.requires_grad or p.numel() <= 10_000)
+
+
 class CountedRuns:
     """How often the text tower runs within a `with`."""
 
@@ -113,6 +126,51 @@ class TestKept:
         with CountedRuns(prompted) as runs:
             trainer.evaluate()
         assert runs.count == 1
+
+    def test_adapters_that_are_switched_back_and_forth_are_encoded_once_each(self, prompted):
+        with CountedRuns(prompted) as runs:
+            for name in ("default", "other"):
+                prompted.set_adapter(name)
+                evaluate(prompted)
+            first_round = runs.count
+            for name in ("default", "other") * 2:
+                prompted.set_adapter(name)
+                assert_kept(prompted, runs)
+        assert first_round > 0
+
+    def test_class_lists_that_are_switched_back_and_forth_are_encoded_once_each(self, prompted):
+        lists = [["cat", "dog"], ["red car", "blue car", "bus"]]
+        for class_names in lists:
+            base_of(prompted).set_class_names(class_names)
+            evaluate(prompted)
+        with CountedRuns(prompted) as runs:
+            for class_names in lists:
+                base_of(prompted).set_class_names(class_names)
+                assert_kept(prompted, runs)
+
+    def test_a_second_look_at_changed_vectors_does_not_ask_again_which_path_is_exact(self, prompted):
+        evaluate(prompted)
+        base_of(prompted).set_class_names(["cat", "dog"])
+        with CountedRuns(prompted) as runs:
+            evaluate(prompted)
+        assert runs.count == 1
+
+    def test_where_there_is_no_room_for_all_results_the_oldest_goes(self, prompted, monkeypatch):
+        lists = [[f"cat {number}", "dog"] for number in range(30)]
+
+        def evaluate_with(class_names):
+            base_of(prompted).set_class_names(class_names)
+            evaluate(prompted)
+
+        evaluate_with(lists[0])
+        monkeypatch.setattr(f"{CACHE}.MAX_COMPARED", 10 * values_compared(prompted))
+        for class_names in lists[1:]:
+            evaluate_with(class_names)
+        with CountedRuns(prompted) as runs:
+            evaluate_with(lists[-2])
+            assert runs.count == 0
+            evaluate_with(lists[0])
+            assert runs.count == 1
 
     def test_serving_zero_shot_and_with_lora_encodes_once_too(self, classifier, pixel_values):
         for model in (classifier, get_peft_model(classifier, LoraConfig(**LORA)).eval()):

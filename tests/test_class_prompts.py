@@ -137,7 +137,7 @@ def test_placeholders_are_not_put_inside_a_word(tokenizer):
 
 
 def test_a_tokenizer_that_cuts_the_placeholder_is_refused():
-    def letters(text, add_special_tokens):
+    def letters(text, add_special_tokens=True):
         return {"input_ids": [ord(char) for char in text + "_"]}
 
     with pytest.raises(ValueError, match="does not read the placeholder 'X' as one token"):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import CLIPModel
 
 from ..class_prompts import ClassPrompts
+from ..dual_encoder import text_side
+from .adapter_settings import ADAPTERS, adapter_settings
 from .paths import attention_of
 from .surroundings import autocast_state
 
@@ -19,19 +20,18 @@ from .surroundings import autocast_state
 # Tensors up to this size, and all of an adapter, are compared by value; of larger ones, frozen, only samples.
 SMALL = 2**16
 NUM_SAMPLES = 64
-MAX_COMPARED = 2**24  # adapters with more values than this are not worth a second copy: nothing is kept
-ADAPTERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+MAX_COMPARED = 2**24  # values held for comparison, of all results together; more are not worth their memory
 WRAPPED = ("base_layer", "original_module")  # what adapters call the module that they wrap
 
 
 class ClassEmbedsCache:
-    """Holds one result, and the state of everything that it was made from."""
+    """Holds results, each with the state of everything that it was made from: several, since adapters are switched."""
 
     def __init__(self) -> None:
-        self._kept: tuple[_State, torch.Tensor] | None = None
+        self._kept: tuple[tuple[_State, torch.Tensor], ...] = ()  # the latest used first
 
     def clear(self) -> None:
-        self._kept = None
+        self._kept = ()
 
     def get(self, model: CLIPModel, prompts: ClassPrompts, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `encode()` gives, or gave when everything was as it is now.
@@ -43,17 +43,19 @@ class ClassEmbedsCache:
         """
         state = _State(model, prompts)
         kept = self._kept  # read once: another thread may exchange it
-        if kept is not None and kept[0] == state:
-            return kept[1]
-        with torch.inference_mode(False), torch.no_grad():  # for later use in training, unlike inference tensors
-            embeds = encode()
-        self._kept = (state, embeds) if state.can_be_kept else None
-        return embeds
+        found = next((pair for pair in kept if pair[0] == state), None)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():  # for later use in training, unlike inference tensors
+                found = state, encode()
+        if state.can_be_kept:
+            self._kept = _within_bounds((found, *(pair for pair in kept if pair is not found)))
+        return found[1]
 
 
-def text_side(model: CLIPModel) -> tuple[nn.Module, ...]:
-    """The modules that class embeddings are made by."""
-    return model.text_model, model.text_projection
+def _within_bounds(pairs: tuple[tuple[_State, torch.Tensor], ...]) -> tuple[tuple[_State, torch.Tensor], ...]:
+    """As many from the first on as there is room for, one at least."""
+    sizes = itertools.accumulate(state.num_values + embeds.numel() for state, embeds in pairs)
+    return pairs[: max(1, sum(size <= MAX_COMPARED for size in sizes))]
 
 
 def trained_parameters(model: CLIPModel) -> list[nn.Parameter]:
@@ -93,15 +95,19 @@ class _State:
         )
         self.values = _values(tensors, whole) if self.can_be_kept else []
 
+    @property
+    def num_values(self) -> int:
+        return sum(tensor.numel() for tensor in self.values)
+
     def __eq__(self, other: _State) -> bool:
         return (
-            self.prompts is other.prompts
-            and self.can_be_kept
+            self.can_be_kept
             and other.can_be_kept
+            and self.settings == other.settings
+            and self.prompts == other.prompts
             and len(self.objects) == len(other.objects)
             and all(a() is b() is not None for a, b in zip(self.objects, other.objects))
             and self.versions == other.versions
-            and self.settings == other.settings
             and len(self.values) == len(other.values)
             and all(torch.equal(a, b) for a, b in zip(self.values, other.values))
         )
@@ -119,21 +125,6 @@ def _walk(module: nn.Module, of_adapter: bool = False) -> Iterator[tuple[nn.Modu
 def _version(tensor: torch.Tensor) -> tuple:
     # inference tensors count no versions and cannot be changed outside of inference mode
     return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
-
-
-def adapter_settings(modules: Iterable[nn.Module]) -> list:
-    """Of each adapter layer among the modules, which adapter is active, disabled or merged, scaling factors, ...:
-    whatever plain values the layer holds."""
-    adapters = [module for module in modules if isinstance(module, ADAPTERS)]
-    return [{name: repr(value) for name, value in vars(adapter).items() if _is_plain(value)} for adapter in adapters]
-
-
-def _is_plain(value) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, (list, tuple, set)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _values(tensors: list[torch.Tensor], whole: list[bool]) -> list[torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from transformers import CLIPModel
 
@@ -9,13 +11,14 @@ from ..class_prompts import ClassPrompts, PromptLayout
 from . import sharding
 from .cache import ClassEmbedsCache, trained_parameters
 from .chunks import encode_by_images, encode_in_chunks
-from .paths import PATHS, PLAIN, attention_of, build_rows, fastest_exact_path, num_shared_positions
+from .paths import PATHS, PLAIN, attention_of, build_rows, fastest_exact_path, num_shared_positions, what_decides
 from .rows import PackedRows, PlainRows
 
 
 AUTO = "auto"
 MANY_CLASSES = 256  # more than this are encoded in chunks, and shared between processes
 CHUNK = 128
+MOST_STATES = 1024  # of a model, whose fastest path is remembered
 PROMPTS_AT_ONCE = 256  # where every image has prompts of its own
 
 
@@ -40,7 +43,7 @@ class ClassEncoder:
             that has no more would be waited for, up to the timeout.
 
     While evaluating (in eval mode, and with no gradient wanted), the result is kept until something that it depends on
-    changes.
+    changes; results for several adapters, or lists of classes, are kept beside each other.
     """
 
     def __init__(self, path: str = AUTO, batch_size: int | str | None = AUTO, across_processes: bool | str = AUTO):
@@ -52,6 +55,7 @@ class ClassEncoder:
     def _forget(self) -> None:
         self._cache = ClassEmbedsCache()
         self._chunks: tuple[ClassPrompts, tuple, list] | None = None
+        self._fastest_paths: dict[Hashable, str] = {}
 
     def __getstate__(self) -> dict:
         # copies, and pickles, start with nothing kept
@@ -117,7 +121,7 @@ class ClassEncoder:
         return sharding.gather_shares(embeds, num_classes) if is_sharded else embeds
 
     def _encode_for_images(self, model, prompts, layout, image_embeds) -> torch.Tensor:
-        vectors = model.text_model.embeddings.row_vectors(image_embeds)  # (B, n, D)
+        vectors = model.text_model.base_model.embeddings.row_vectors(image_embeds)  # (B, n, D)
         chunks = self._chunks_of(model, prompts, layout, range(len(prompts.texts)))
         pairs = [(chunk, vectors.split(max(1, PROMPTS_AT_ONCE // len(chunk.classes)))) for chunk in chunks]
         return encode_by_images(lambda chunk, part: chunk.encode(model, part), pairs)  # (B, C, E)
@@ -141,7 +145,7 @@ class ClassEncoder:
 
     @torch.compiler.disable
     def _build_chunks(self, model, prompts, layout, classes: range) -> list[PlainRows | PackedRows]:
-        path = self._resolved_path(model, prompts)
+        path = self._resolved_path(model, prompts, layout)
         num_shared = num_shared_positions(prompts, layout)
         num_chunks = -(-len(classes) // self._chunk_size(len(classes)))
         parts = torch.tensor(classes).tensor_split(num_chunks)
@@ -152,13 +156,23 @@ class ClassEncoder:
             return CHUNK if num_classes > MANY_CLASSES else num_classes
         return self.batch_size or num_classes
 
-    def _resolved_path(self, model, prompts) -> str:
+    def _resolved_path(self, model, prompts, layout) -> str:
         if self.path == PLAIN:
             return PLAIN
-        fastest = fastest_exact_path(model, prompts)
+        fastest = self._fastest_path(model, prompts, layout)
         if self.path != AUTO and PATHS.index(self.path) < PATHS.index(fastest):
             raise ValueError(
                 f"path={self.path!r} would not give this model's embeddings; the fastest path that does is "
                 f"{fastest!r}. Leave it at {AUTO!r}."
             )
         return fastest if self.path == AUTO else self.path
+
+    def _fastest_path(self, model, prompts, layout) -> str:
+        """Tried once for each state of the model, since adapters are switched back and forth."""
+        key = what_decides(model, layout)
+        path = self._fastest_paths.get(key)
+        if path is None:
+            if len(self._fastest_paths) >= MOST_STATES:
+                self._fastest_paths = {}
+            path = self._fastest_paths[key] = fastest_exact_path(model, prompts)
+        return path

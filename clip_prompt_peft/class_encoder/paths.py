@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Hashable
 from dataclasses import replace
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from ..class_prompts import ClassPrompts, PromptLayout
+from .adapter_settings import adapter_settings
 from .rows import PackedRows, PlainRows, additive_mask, backwards, own_vectors, pack_rows, plain_rows, run_encoder
 from .surroundings import Surroundings
 
@@ -20,11 +23,20 @@ PATHS = (PACKED, CUT, PLAIN)  # from the fastest to the one that assumes nothing
 ADDITIVE_MASKS = ("eager", "sdpa")
 
 
+def what_decides(model: CLIPModel, layout: PromptLayout | None) -> Hashable:
+    """All that the fastest exact path depends on, so that it need not be found out again where this is the same."""
+    text_model = model.text_model
+    modules = list(text_model.modules())
+    kind = None if layout is None else (layout.start_idx, layout.num_virtual_tokens, layout.has_row_vectors)
+    settings = (attention_of(text_model), text_model.dtype, text_model.device, kind, repr(adapter_settings(modules)))
+    return tuple(map(weakref.ref, modules)), settings
+
+
 @torch.no_grad()
 def fastest_exact_path(model: CLIPModel, prompts: ClassPrompts) -> str:
     """`"packed"`, `"cut"` or `"plain"`: the first that gives what the plain path gives. Found out by trying.
 
-    - `plain`: every prompt in a row of its own, padded to all positions of the tower. Always right.
+    - `plain`: every prompt in a row of its own, padded to `prompts.full_length`. Always right.
     - `cut`: rows end with the longest prompt. Right where a token sees only those before it.
     - `packed`: many prompts a row, behind the positions that they share. Right where, besides, the attention takes any
       mask, and the text model does nothing but embed, encode and normalise.
@@ -62,7 +74,7 @@ def _states(text_model: nn.Module, row: PlainRows) -> torch.Tensor:
 def _states_by_parts(text_model: nn.Module, row: PlainRows) -> torch.Tensor:
     """(1, tokens of the prompt, D), in the way of packed rows"""
     with own_vectors(text_model, row, _any_image_vectors(text_model)):
-        embeds = text_model.embeddings(input_ids=row.input_ids)
+        embeds = text_model.base_model.embeddings(input_ids=row.input_ids)
     visible = backwards(embeds.shape[1], embeds.device)[None]
     states = run_encoder(text_model, embeds, additive_mask(visible, embeds.dtype))
     return states[:, : int(row.attention_mask.sum())]
@@ -70,9 +82,9 @@ def _states_by_parts(text_model: nn.Module, row: PlainRows) -> torch.Tensor:
 
 def _any_image_vectors(text_model: nn.Module) -> torch.Tensor | None:
     """(1, n, D) for an adapter that is conditioned on the image: those that no image has shifted."""
-    layout = getattr(text_model.embeddings, "prompt_layout", None)
+    layout = getattr(text_model.base_model.embeddings, "prompt_layout", None)
     is_conditioned = layout is not None and layout.image_conditioned
-    return text_model.embeddings.row_vectors()[None] if is_conditioned else None
+    return text_model.base_model.embeddings.row_vectors()[None] if is_conditioned else None
 
 
 def _with_another_end(row: PlainRows) -> PlainRows:
@@ -100,5 +112,5 @@ def build_rows(
     device = text_model.device
     if path == PACKED:
         return pack_rows(classes, prompts, num_shared, device)
-    length = text_model.config.max_position_embeddings if path == PLAIN else prompts.input_ids.shape[1]
+    length = prompts.full_length if path == PLAIN else prompts.input_ids.shape[1]
     return plain_rows(classes, prompts, length, device)

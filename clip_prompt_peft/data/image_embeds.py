@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from datasets import Dataset, Features, Sequence, Value
 from datasets.fingerprint import Hasher
-from torch import nn
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 
-from ..class_encoder.cache import adapter_settings
+from ..class_encoder.adapter_settings import adapter_settings
+from ..dual_encoder import embed_width, image_side
+from ..evaluation import evaluating
 from .standardize import IMAGE, LABEL
 from .transforms import PixelTransform
 
@@ -20,7 +19,7 @@ DTYPES = ("float32", "float16")
 
 def cache_image_embeds(
     dataset: Dataset,
-    model: CLIPModel,
+    model: PreTrainedModel,
     image_processor,
     batch_size: int = 64,
     num_views: int | None = None,
@@ -39,7 +38,7 @@ def cache_image_embeds(
 
     Args:
         dataset: N examples with the columns `image` and `label`.
-        model: the CLIP, or a peft model of it; it stays as it is.
+        model: the CLIP or its kin, or a peft model of it; it stays as it is.
         image_processor: of the model.
         batch_size: images at a time.
         num_views: K random crops of each image, in place of the image itself.
@@ -65,12 +64,12 @@ def cache_image_embeds(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check_image_side_is_frozen(base)
     embed = _EmbedImages(base, image_processor, num_views, seed)
-    feature = Sequence(Value(dtype), length=base.config.projection_dim)
+    feature = Sequence(Value(dtype), length=embed_width(base.config))
     features = Features(
         image_embeds=feature if num_views is None else Sequence(feature, length=num_views),
         labels=dataset.features[LABEL],
     )
-    with _evaluating(base):
+    with evaluating(base):
         embedded = dataset.select_columns([IMAGE, LABEL]).map(
             embed,
             batched=True,
@@ -93,7 +92,7 @@ def draw_view(batch: dict[str, list]) -> dict[str, list]:
 class _EmbedImages:
     """From a batch of `image` and `label` to `image_embeds` and `labels`."""
 
-    def __init__(self, model: CLIPModel, image_processor, num_views: int | None, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, image_processor, num_views: int | None, seed: int) -> None:
         self.model, self.num_views, self.seed = model, num_views, seed
         self.transform = PixelTransform(image_processor, augment=num_views is not None)
         if num_views is not None:
@@ -110,40 +109,24 @@ class _EmbedImages:
     @torch.no_grad()
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         images = [image.convert("RGB") for image in batch[IMAGE] for _ in range(self.num_views or 1)]
-        pixel_values = self.transform.pixel_values(images).to(self.model.device, self.model.dtype)
-        embeds = self.model.get_image_features(pixel_values=pixel_values).pooler_output.float().cpu()  # (B K, E)
+        inputs = self.transform.inputs(images).to(self.model.device, self.model.dtype)  # floating point ones only
+        embeds = self.model.get_image_features(**inputs).pooler_output.float().cpu()  # (B K, E)
         if self.num_views is not None:
             embeds = embeds.unflatten(0, (-1, self.num_views))  # (B, K, E)
         return {"image_embeds": embeds.numpy(), "labels": batch[LABEL]}
 
 
-def hash_of_image_side(model: CLIPModel) -> str:
+def hash_of_image_side(model: PreTrainedModel) -> str:
     """Of the weights and settings that image embeddings depend on."""
-    parts = _image_side(model)
+    parts = image_side(model)
     tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
     settings = model.config.vision_config.to_dict(), adapter_settings(m for part in parts for m in part.modules())
     weights = [tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors]
     return Hasher.hash_bytes([*weights, repr(settings).encode()])
 
 
-def _image_side(model: CLIPModel) -> tuple[nn.Module, nn.Module]:
-    return model.vision_model, model.visual_projection
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    """The model in eval mode; every module goes back to its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _check_image_side_is_frozen(model: CLIPModel) -> None:
-    trained = [name for part in _image_side(model) for name, p in part.named_parameters() if p.requires_grad]
+def _check_image_side_is_frozen(model: PreTrainedModel) -> None:
+    trained = [name for part in image_side(model) for name, p in part.named_parameters() if p.requires_grad]
     # A model as it comes out of `from_pretrained` has everything marked as trainable; an adapter freezes the rest.
     if trained and not all(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(

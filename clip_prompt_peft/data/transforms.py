@@ -7,6 +7,7 @@ import math
 import torch
 from datasets import Dataset
 from PIL import Image
+from transformers import BatchFeature
 
 from .standardize import IMAGE, LABEL
 
@@ -107,17 +108,22 @@ class PixelTransform:
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         images = [image.convert("RGB") for image in batch[IMAGE]]
-        return {"pixel_values": list(self.pixel_values(images)), "labels": batch[LABEL]}
+        return {name: list(values) for name, values in self.inputs(images).items()} | {"labels": batch[LABEL]}
 
-    def pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
-        """(B, 3, H, W)"""
+    def inputs(self, images: list[Image.Image]) -> BatchFeature:
+        """`pixel_values` (B, 3, H, W), and what else the processor makes of the images."""
         if self.augmentation is None:
-            return self.image_processor(images, return_tensors="pt")["pixel_values"]
+            return self.image_processor(images, return_tensors="pt")
         views = [self.augmentation(image) for image in images]
         # what is left for the processor is to normalise
-        return self.image_processor(views, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        return self.image_processor(views, do_resize=False, do_center_crop=False, return_tensors="pt")
 
 
 def _input_size(image_processor) -> tuple[int, int]:
-    size = getattr(image_processor, "crop_size", None) or image_processor.size
+    size = getattr(image_processor, "crop_size", None) or getattr(image_processor, "size", None)
+    if size is None:
+        raise ValueError(
+            f"{type(image_processor).__name__} keeps the size and shape of each image, so there is no size to cut "
+            "random parts to; use augment=False, or augment the images yourself."
+        )
     return size["height"], size["width"]

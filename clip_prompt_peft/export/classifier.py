@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor
 
-from ..classifier import CLIPForPromptClassification
+from ..prompt_classification import PromptClassificationMixin
+from ..tuner.towers import find_towers, takes_patches
 from .int8 import INT8_FILE, Int8Report, write_int8
 from .onnx import BakedClassifier, check_packages, run_onnx, write_onnx
 
@@ -50,7 +51,7 @@ class ExportReport:
 
 @torch.no_grad()
 def export_classifier(
-    model: CLIPForPromptClassification | PeftModel,
+    model: PromptClassificationMixin | PeftModel,
     path: str | os.PathLike,
     images: Sequence[Image.Image] | None = None,
     labels: Sequence[int] | None = None,
@@ -63,8 +64,8 @@ def export_classifier(
 
     - `model.onnx`: `pixel_values` (B, 3, H, W) to `logits` (B, C) and `image_embeds` (B, E), for any B;
     - `model_int8.onnx`, if asked for and as accurate: the same with 8-bit weights;
-    - `class_embeds.safetensors`: `class_embeds` (C, E), normalised, and `scale`: with an image embedding x of the same
-      image tower, logits are `scale * x / |x| @ class_embeds.T`;
+    - `class_embeds.safetensors`: `class_embeds` (C, E), normalised, `scale` and `bias`: with an image embedding x of
+      the same image tower, logits are `scale * x / |x| @ class_embeds.T + bias`;
     - `labels.json`, the class names in order, and `preprocessor_config.json`;
     - `export.json`: the figures of the returned report.
 
@@ -104,7 +105,7 @@ def export_classifier(
     was_training = classifier.training
     classifier.eval()
     try:
-        module = BakedClassifier(classifier, classifier.get_class_embeds(), classifier.logit_scale.exp())
+        module = BakedClassifier(classifier, classifier.get_class_embeds())
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path) as folder:  # files of an earlier export stay until all is well
@@ -117,23 +118,29 @@ def export_classifier(
     return report
 
 
-def _classifier_in(model) -> CLIPForPromptClassification:
+def _classifier_in(model) -> PromptClassificationMixin:
     classifier = model
     while isinstance(classifier, PeftModel):
         classifier = classifier.get_base_model()
-    if not isinstance(classifier, CLIPForPromptClassification):
+    if not isinstance(classifier, PromptClassificationMixin):
         raise TypeError(
-            f"export_classifier takes a CLIPForPromptClassification, or a PeftModel around one, got a "
-            f"{type(classifier).__name__}; make a classifier of a CLIPModel with from_clip."
+            "export_classifier takes a classifier such as CLIPForPromptClassification, or a PeftModel around one, got "
+            f"a {type(classifier).__name__}; make a classifier of it with AutoModelForPromptClassification.from_base."
         )
     return classifier
 
 
-def _check_exportable(classifier: CLIPForPromptClassification) -> None:
+def _check_exportable(classifier: PromptClassificationMixin) -> None:
     if getattr(classifier.prompt_layout, "image_conditioned", False):
         raise ValueError(
             "The active adapter is conditioned on the image: its class embeddings differ from image to image, so none "
             "can be baked in. Serve it with PyTorch, or export an adapter of another kind."
+        )
+    if any(takes_patches(classifier.get_submodule(t.embeddings_key)) for t in find_towers(classifier, "vision")):
+        raise ValueError(
+            f"{type(classifier).__name__} takes images of any shape, as patches with a mask, for which there is no "
+            "graph yet; embed images with PyTorch (get_image_features) and compare them with get_class_embeds(), or "
+            "export a model of fixed image size."
         )
     if classifier.dtype != torch.float32:
         raise ValueError(
@@ -205,7 +212,7 @@ def _write(classifier, module: BakedClassifier, folder: Path, images, labels, im
 
 def _write_sidecars(class_names: list[str], module: BakedClassifier, folder: Path, image_processor) -> None:
     names = json.dumps(class_names)
-    tensors = {"class_embeds": module.class_embeds.contiguous(), "scale": module.scale}
+    tensors = {"class_embeds": module.class_embeds.contiguous(), "scale": module.scale, "bias": module.bias}
     save_file(tensors, folder / CLASS_EMBEDS_FILE, metadata={"format": "pt", "class_names": names})
     (folder / LABELS_FILE).write_text(names + "\n")
     image_processor.save_pretrained(folder)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..class_encoder import normalize
-from ..classifier import CLIPForPromptClassification
+from ..prompt_classification import PromptClassificationMixin
 
 
 INPUT, OUTPUTS = "pixel_values", ["logits", "image_embeds"]
@@ -35,17 +35,19 @@ def check_packages() -> None:
 class BakedClassifier(nn.Module):
     """The classifier for fixed classes: pixel values in, logits and normalised image embeddings out."""
 
-    def __init__(self, classifier: CLIPForPromptClassification, class_embeds: torch.Tensor, scale: torch.Tensor):
+    def __init__(self, classifier: PromptClassificationMixin, class_embeds: torch.Tensor):
         super().__init__()
         self.vision_model = classifier.vision_model
-        self.visual_projection = classifier.visual_projection
+        self.visual_projection = getattr(classifier, "visual_projection", nn.Identity())
         self.register_buffer("class_embeds", class_embeds)  # (C, E)
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", classifier.logit_scale.detach().exp())
+        bias = getattr(classifier, "logit_bias", torch.zeros_like(self.scale))
+        self.register_buffer("bias", bias.detach().clone())
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pooled = self.vision_model(pixel_values=pixel_values).pooler_output
         image_embeds = normalize(self.visual_projection(pooled))  # (B, E)
-        return self.scale * image_embeds @ self.class_embeds.T, image_embeds  # (B, C), (B, E)
+        return self.scale * image_embeds @ self.class_embeds.T + self.bias, image_embeds  # (B, C), (B, E)
 
 
 def write_onnx(module: BakedClassifier, image_size: int, num_channels: int, file: str | os.PathLike) -> None:

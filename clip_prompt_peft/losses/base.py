@@ -25,12 +25,19 @@ class Prediction:
     logits: torch.Tensor
 
     @classmethod
-    def of(cls, image_embeds: torch.Tensor, class_embeds: torch.Tensor, logit_scale: torch.Tensor) -> Prediction:
+    def of(
+        cls,
+        image_embeds: torch.Tensor,
+        class_embeds: torch.Tensor,
+        logit_scale: torch.Tensor,
+        logit_bias: torch.Tensor | None = None,
+    ) -> Prediction:
         """
         Args:
             image_embeds: (B, E), normalised or not.
             class_embeds: (C, E) or (B, C, E), normalised.
             logit_scale: logarithm of the factor.
+            logit_bias: added to all logits, if there is one (SigLIP).
         """
         with torch.autocast(class_embeds.device.type, enabled=False):  # bfloat16 would round a logit of 30 to 0.1
             image_embeds = normalize(image_embeds.to(class_embeds.dtype))
@@ -38,7 +45,10 @@ class Prediction:
                 similarity = image_embeds @ class_embeds.T  # (B, C)
             else:
                 similarity = (class_embeds @ image_embeds[:, :, None]).squeeze(-1)  # (B, C)
-            return cls(image_embeds, class_embeds, logit_scale.exp().to(similarity.dtype) * similarity)
+            logits = logit_scale.exp().to(similarity.dtype) * similarity
+            if logit_bias is not None:
+                logits = logits + logit_bias.to(similarity.dtype)
+            return cls(image_embeds, class_embeds, logits)
 
 
 class Regularizer(nn.Module):

@@ -26,6 +26,8 @@ def check_resolved(config) -> None:
             f"{ids!r}; the adapter's configuration is damaged."
         )
     check_template(config.padded_template)
+    if config.start_idx is None:
+        raise ValueError("start_idx must be given with replaced_token_ids; the adapter's configuration is damaged.")
 
 
 def as_member(enum_class, value, field_name: str):
@@ -43,9 +45,10 @@ def _check_numbers(config) -> None:
     if n is not None and not _is_int_from(least, n):
         hint = " (0, no text vectors, only with num_vision_virtual_tokens)" if n == 0 else ""
         raise ValueError(f"num_virtual_tokens must be a positive integer, got {n!r}{hint}.")
-    if not _is_int_from(1, config.start_idx):
+    if config.start_idx is not None and not _is_int_from(0, config.start_idx):
         raise ValueError(
-            f"start_idx must be an integer of at least 1 (position 0 is the begin token), got {config.start_idx!r}."
+            "start_idx must be an integer of at least 0, or None for the first position behind the begin token, got "
+            f"{config.start_idx!r}."
         )
     if not _is_int_from(0, config.num_vision_virtual_tokens):
         raise ValueError(

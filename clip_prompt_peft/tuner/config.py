@@ -70,8 +70,8 @@ class CLIPPromptTuningConfig(PeftConfig):
         prompt_template (`str`, *optional*):
             Text with one `{}` for the class name. Defaults to the classifier's own template, `"a photo of a {}."` for
             any other model.
-        start_idx (`int`, defaults to 1):
-            First replaced position; 0 is the begin token.
+        start_idx (`int`, *optional*):
+            First replaced position. By default the one behind the begin token: 1, or 0 where the tokenizer has none.
         class_names (`list[str]`, *optional*):
             Filled in from the classifier, so that the adapter alone makes a classifier.
         class_specific (`bool`, defaults to `False`):
@@ -136,7 +136,9 @@ class CLIPPromptTuningConfig(PeftConfig):
     prompt_template: str | None = field(
         default=None, metadata={"help": "Text with one {} for the class name; by default 'a photo of a {}.'."}
     )
-    start_idx: int = field(default=1, metadata={"help": "First replaced position; 0 is the begin token."})
+    start_idx: int | None = field(
+        default=None, metadata={"help": "First replaced position; by default the one behind the begin token."}
+    )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Class names, filled in from the classifier."}
     )

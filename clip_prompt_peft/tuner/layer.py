@@ -1,4 +1,4 @@
-"""The text embeddings of CLIP with learnable vectors in place of some token embeddings."""
+"""The text embeddings of a CLIP or its kin with learnable vectors in place of some token embeddings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from peft import PromptTuningInit
 from torch import nn
 
 from ..class_prompts import PromptLayout
+from ..dual_encoder import first_position_row, position_table_name, token_table_name
 from .config import CLIPPromptTuningConfig
 from .meta_net import build_meta_net, run_meta_net
 from .prompt_layer import CLIPPromptLayer, random_vectors, trainable_dtype
+
+
+TABLE_NAMES = ("token_embedding", "word_embeddings", "position_embedding", "position_embeddings", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,12 @@ class Rows:
 
 class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
     """
-    Wraps `CLIPTextEmbeddings`: token embeddings at `start_idx ... start_idx + n - 1` become learnable vectors.
+    Wraps `CLIPTextEmbeddings` or those of another family: token embeddings at `start_idx ... start_idx + n - 1` become
+    learnable vectors.
 
-    Position embeddings are added by the wrapped module, unchanged. The wrapped tables are neither copied nor trained.
-    Several adapters may be held; those that are active at the same time must replace different positions.
+    Position embeddings, and what else the family adds, are added by the wrapped module, unchanged. The wrapped tables
+    are neither copied nor trained. Several adapters may be held; those that are active at the same time must replace
+    different positions.
 
     Where vectors or positions differ between texts (`class_specific`, `image_conditioned`, `class_token_position`),
     the layer cannot know which text it sees: whoever encodes the texts hands that in with [`rows`].
@@ -68,27 +74,30 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         self.update_layer(adapter_name, config, image_width)
 
     # The wrapped module's own parts stay reachable (and replaceable) where transformers looks for them.
-    @property
-    def token_embedding(self) -> nn.Embedding:
-        return self.get_base_layer().token_embedding
-
-    @property
-    def position_embedding(self) -> nn.Embedding:
-        return self.get_base_layer().position_embedding
-
-    @property
-    def position_ids(self) -> torch.Tensor:
-        return self.get_base_layer().position_ids
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.token_embedding.weight
+    def __getattr__(self, name):
+        if name in TABLE_NAMES:
+            return getattr(self.get_base_layer(), name)
+        return super().__getattr__(name)
 
     def __setattr__(self, name, value):
-        if name in ("token_embedding", "position_embedding", "position_ids"):
+        if name in TABLE_NAMES:
             setattr(self.get_base_layer(), name, value)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def token_table(self) -> nn.Embedding:
+        """(V, D), whatever the family calls it."""
+        return getattr(self, token_table_name(self.get_base_layer()))
+
+    @property
+    def position_table(self) -> nn.Embedding:
+        """(positions, D), whatever the family calls it."""
+        return getattr(self, position_table_name(self.get_base_layer()))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.token_table.weight
 
     @property
     def prompt_layout(self) -> PromptLayout | None:
@@ -117,7 +126,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
     @torch.no_grad()
     def _initial_values(self, config: CLIPPromptTuningConfig) -> torch.Tensor:
         """(n, D) or (C, n, D), in float32 at least: half precision is too coarse for the steps of an optimizer."""
-        table = self.token_embedding.weight  # (V, D)
+        table = self.token_table.weight  # (V, D)
         classes = (len(config.class_names),) if config.class_specific else ()
         shape = (*classes, config.num_virtual_tokens)
         if config.prompt_tuning_init is PromptTuningInit.RANDOM or config._loaded:
@@ -175,15 +184,17 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         input_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
     ) -> torch.Tensor:
         """
         Args:
             input_ids: (B, L) token ids, begin token first.
-            position_ids: (1 or B, L), by default 0 ... L - 1.
+            position_ids: (1 or B, L), by default those of the wrapped module.
             inputs_embeds: (B, L, D) instead of `input_ids`; replaced at the same positions.
+            kwargs: what else the wrapped module takes.
 
         Returns:
-            (B, L, D) token plus position embeddings.
+            (B, L, D), what the wrapped module makes of the token embeddings: position embeddings are added at least.
 
         Raises:
             ValueError: if the texts end before, or with, the replaced positions; if the positions of two active
@@ -193,13 +204,24 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             self.unmerge()
         adapters = [name for name in self._active_here() if self.prompt_configs[name].num_virtual_tokens]
         if self.disable_adapters or self.merged or not adapters:
-            return self.base_layer(input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds)
+            return self.base_layer(
+                input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+            )
         self._check_together(self._active_here())
         if inputs_embeds is None:
-            inputs_embeds = self.token_embedding(input_ids)  # (B, L, D)
+            inputs_embeds = self.token_table(input_ids)  # (B, L, D)
+            if position_ids is None:
+                position_ids = self._position_ids(input_ids)
         for name in adapters:
             inputs_embeds = self._replace(inputs_embeds, name)
-        return self.base_layer(position_ids=position_ids, inputs_embeds=inputs_embeds)
+        return self.base_layer(position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _position_ids(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
+        """(B, L) where the wrapped module numbers tokens by their ids, past the padding, as RoBERTa does; otherwise
+        `None`."""
+        base = self.get_base_layer()
+        numbered = getattr(base, "create_position_ids_from_input_ids", None)
+        return None if numbered is None else numbered(input_ids, base.padding_idx)
 
     def _replace(self, inputs_embeds: torch.Tensor, name: str) -> torch.Tensor:
         self._check_rows(name)
@@ -266,16 +288,21 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         """
         adapter_names = self._adapters_to_merge(adapter_names)
         self._check_overlap(self.merged_adapters + adapter_names)
-        table = self.position_embedding.weight.data  # (positions, D)
-        folded = {name: self._folded_rows(name, table[slice(*self._span(name))]) for name in adapter_names}
+        table = self.position_table.weight.data  # (positions, D)
+        folded = {name: self._folded_rows(name, table[self._rows_of(name)]) for name in adapter_names}
         broken = [name for name, rows in folded.items() if safe_merge and not torch.isfinite(rows).all()]
         if broken:
             raise ValueError(f"NaN or Inf in the merged rows; the adapter {broken[0]!r} seems to be broken.")
         for name, rows in folded.items():
-            start, end = self._span(name)
-            self._unmerged_rows.append((start, table[start:end].clone()))
-            table[start:end] = rows
+            place = self._rows_of(name)
+            self._unmerged_rows.append((place.start, table[place].clone()))
+            table[place] = rows
             self.merged_adapters.append(name)
+
+    def _rows_of(self, name: str) -> slice:
+        """The rows of the position table that belong to the adapter's positions."""
+        first, (start, end) = first_position_row(self.get_base_layer()), self._span(name)
+        return slice(first + start, first + end)
 
     def _folded_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         vectors = self.vectors(name).data  # (n, D)
@@ -291,5 +318,5 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         while self.merged_adapters:
             self.merged_adapters.pop()
             start, rows = self._unmerged_rows.pop()
-            table = self.position_embedding.weight.data
+            table = self.position_table.weight.data
             table[start : start + len(rows)] = rows.to(table)

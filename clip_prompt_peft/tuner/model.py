@@ -7,12 +7,13 @@ import copy
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
+from ..dual_encoder import embed_width
 from .config import CLIPPromptTuningConfig
 from .coupling import CLIPVectorsLayer
 from .deep_prompts import CLIPDeepPrompts
 from .layer import CLIPTextLearnableEmbeddings
 from .prompt_layer import CLIPPromptLayer
-from .resolve import adopt_class_names, check_fits, check_towers, chosen_towers, config_value, resolve
+from .resolve import adopt_class_names, check_fits, check_towers, chosen_towers, resolve
 from .saved_weights import PREFIX, check_tensors, expected_tensors, rename_to_expected
 from .towers import Tower
 from .vision_prompts import CLIPVisionLearnableEmbeddings
@@ -105,7 +106,7 @@ class CLIPPromptTuningModel(BaseTuner):
             self._replace_module(parent, target_name, new_module, target)
 
     def _add_text_embeddings(self, target, adapter_name, peft_config) -> CLIPTextLearnableEmbeddings:
-        image_width = config_value(self.model, "projection_dim")
+        image_width = embed_width(getattr(self.model, "config", None))
         if isinstance(target, CLIPTextLearnableEmbeddings):
             target.update_layer(adapter_name, peft_config, image_width)
             return target

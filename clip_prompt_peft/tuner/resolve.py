@@ -7,10 +7,12 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import AutoTokenizer
 
-from ..class_prompts import DEFAULT_TEMPLATE, check_class_names, context_text, encode_words, pad_template
+from ..class_prompts import DEFAULT_TEMPLATE, check_class_names, context_text, pad_template
+from ..dual_encoder import is_text_embeddings, num_positions, token_table_name
+from ..tokenization import count_begin_tokens, encode_words
 from .checks import check_coupled_depths
 from .config import CLIPPromptTuningConfig
-from .towers import Tower, find_towers, is_clip_text_embeddings, is_clip_vision_embeddings
+from .towers import Tower, find_towers, is_vision_embeddings, takes_patches
 
 
 def chosen_towers(config: CLIPPromptTuningConfig, model: nn.Module, kind: str) -> list[Tower]:
@@ -30,10 +32,11 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     adopt_class_names(config, model)
     _resolve_depths(config, model)
     tokenizer = _tokenizer_for(config, model)
-    _check_begin_token(tokenizer, model)
+    num_begin = count_begin_tokens(tokenizer)
+    _resolve_start(config, num_begin)
     init_ids = encode_words(config.prompt_tuning_init_text or "", tokenizer)
     if config.num_virtual_tokens is None:
-        config.num_virtual_tokens = len(init_ids) or _room_in_template(config, tokenizer)
+        config.num_virtual_tokens = len(init_ids) or _room_in_template(config, tokenizer, num_begin)
     elif init_ids and len(init_ids) != config.num_virtual_tokens:
         raise ValueError(
             f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has {len(init_ids)} tokens, but "
@@ -43,19 +46,11 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     n, start = config.num_virtual_tokens, config.start_idx
     config.padded_template = pad_template(config.prompt_template, n, tokenizer, start)
     context_ids = encode_words(context_text(config.padded_template), tokenizer)
-    _check_next_to_class(config, len(context_ids))
-    config.replaced_token_ids = context_ids[start - 1 : start - 1 + n]
+    _check_next_to_class(config, num_begin + len(context_ids))
+    config.replaced_token_ids = context_ids[start - num_begin : start - num_begin + n]
     is_text = config.prompt_tuning_init is PromptTuningInit.TEXT
     config.init_token_ids = (init_ids or config.replaced_token_ids) if is_text else None
     config._filled_in = {name: getattr(config, name) for name, value in given.items() if value is None}
-
-
-def _check_begin_token(tokenizer, model: nn.Module) -> None:
-    if tokenizer(DEFAULT_TEMPLATE)["input_ids"][0] not in tokenizer.all_special_ids:
-        raise ValueError(
-            f"The tokenizer of this {type(model).__name__} puts no begin token in front of a text, as CLIP's does and "
-            "SigLIP's does not, so the positions of the vectors would be wrong. Prompt tuning works with CLIP models."
-        )
 
 
 def adopt_class_names(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
@@ -76,9 +71,10 @@ def check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     name = type(model).__name__
     if not find_towers(model, "text"):
         raise ValueError(
-            f"{name} has no CLIP text embeddings (a module with a token_embedding and a position_embedding table), so "
-            "there is nothing to tune. Models that have them: CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, "
-            "CLIPForPromptClassification."
+            f"{name} has no CLIP text embeddings (a module with a token table and a position table; one like BERT's "
+            "only beside an image tower), so there is nothing to tune. Models that have them: CLIPModel, "
+            "CLIPTextModel, CLIPTextModelWithProjection, those of MetaCLIP 2, SigLIP and SigLIP 2, ChineseCLIPModel, "
+            "AltCLIPModel, and the classifiers made of them (CLIPForPromptClassification, ...)."
         )
     chosen = "target_modules names none" if config.target_modules is not None else f"{name} has none"
     if config.num_vision_virtual_tokens and not chosen_towers(config, model, "text"):
@@ -88,6 +84,7 @@ def check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
             f"The adapter has vision prompts (num_vision_virtual_tokens={config.num_vision_virtual_tokens}), which "
             f"need an image tower, and {chosen}; use a CLIPModel or a CLIPForPromptClassification."
         )
+    _check_patches(config, model)
     if config.image_conditioned and not find_towers(model, "vision"):
         raise ValueError(
             f"image_conditioned needs image embeddings, and {name} has no image tower; use a "
@@ -122,8 +119,19 @@ def _resolve_depths(config, model) -> None:
     check_coupled_depths(config)
 
 
-def _room_in_template(config, tokenizer) -> int:
-    room = len(encode_words(context_text(config.prompt_template), tokenizer)) - (config.start_idx - 1)
+def _resolve_start(config, num_begin: int) -> None:
+    if config.start_idx is None:
+        config.start_idx = num_begin
+    if config.start_idx < num_begin:
+        raise ValueError(
+            f"start_idx must be at least {num_begin}, since the tokenizer puts {num_begin} begin token(s) in front of "
+            f"a text, got {config.start_idx}; leave it out for the first position behind them."
+        )
+
+
+def _room_in_template(config, tokenizer, num_begin: int) -> int:
+    context_ids = encode_words(context_text(config.prompt_template), tokenizer)
+    room = num_begin + len(context_ids) - config.start_idx
     if room < 1:
         raise ValueError(
             f"The template {config.prompt_template!r} has no words from position {config.start_idx} up to the class "
@@ -144,13 +152,13 @@ def _tokenizer_for(config, model):
     return AutoTokenizer.from_pretrained(name)
 
 
-def _check_next_to_class(config, num_context_tokens: int) -> None:
-    end = config.start_idx - 1 + config.num_virtual_tokens
-    if config.has_row_positions and end != num_context_tokens:
+def _check_next_to_class(config, class_position: int) -> None:
+    end = config.start_idx + config.num_virtual_tokens
+    if config.has_row_positions and end != class_position:
         raise ValueError(
             f"class_token_position={config.class_token_position.value!r} moves the class name among the vectors, so "
             f"they must stand right before it, but in the template {config.padded_template!r} they end "
-            f"{num_context_tokens - end} tokens earlier; take more vectors, or a template with fewer words."
+            f"{class_position - end} tokens earlier; take more vectors, or a template with fewer words."
         )
 
 
@@ -159,14 +167,22 @@ def _check_targets(config, model) -> None:
         return
     for key, module in model.named_modules():
         is_target = key and ".base_layer" not in key and check_target_module_exists(config, key)
-        is_used = is_clip_text_embeddings(module) or (
-            config.num_vision_virtual_tokens > 0 and is_clip_vision_embeddings(module)
-        )
+        is_used = is_text_embeddings(module) or (config.num_vision_virtual_tokens > 0 and is_vision_embeddings(module))
         if is_target and not is_used:
             raise ValueError(
                 f"Target module {key!r} is a {type(module).__name__} and holds no CLIP text embeddings; leave "
                 "target_modules out to find them."
             )
+
+
+def _check_patches(config, model) -> None:
+    towers = chosen_towers(config, model, "vision") if config.num_vision_virtual_tokens else []
+    takes_mask = any(takes_patches(model.get_submodule(tower.embeddings_key)) for tower in towers)
+    if takes_mask and not getattr(model, "masks_vision_prompts", False):
+        raise ValueError(
+            f"{type(model).__name__} masks the patches of an image, and nothing would tell the mask of vision prompts "
+            "behind them; use Siglip2ForPromptClassification (from_base), or leave num_vision_virtual_tokens out."
+        )
 
 
 def _check_depth(field: str, depth: int, towers: list[Tower]) -> None:
@@ -194,13 +210,13 @@ def _check_coupling(config, text) -> None:
 
 
 def _check_room(config, embeddings: nn.Module) -> None:
-    num_positions, vocab_size = embeddings.position_embedding.num_embeddings, embeddings.token_embedding.num_embeddings
+    vocab_size = getattr(embeddings, token_table_name(embeddings)).num_embeddings
     end = config.start_idx + config.num_virtual_tokens
-    if end + 1 >= num_positions:  # a class token and the end token must follow
+    if end + 1 >= num_positions(embeddings):  # a class token and the end token must follow
         raise ValueError(
             f"start_idx={config.start_idx} and num_virtual_tokens={config.num_virtual_tokens} reach position "
-            f"{end - 1}, but the text tower has {num_positions} positions and needs at least two after the vectors, "
-            "for the class name and the end token; take fewer vectors."
+            f"{end - 1}, but the text tower has {num_positions(embeddings)} positions and needs at least two after "
+            "the vectors, for the class name and the end token; take fewer vectors."
         )
     highest = max(config.replaced_token_ids + (config.init_token_ids or []), default=0)
     if highest >= vocab_size:

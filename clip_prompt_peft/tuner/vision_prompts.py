@@ -10,7 +10,7 @@ from .coupling import CLIPVectorsLayer
 
 class CLIPVisionLearnableEmbeddings(CLIPVectorsLayer):
     """
-    Wraps `CLIPVisionEmbeddings`: n vectors are appended to class token and patches.
+    Wraps `CLIPVisionEmbeddings` or those of another family: n vectors are appended to class token and patches.
 
     They come after the position embeddings have been added and get none of their own, and before the pre-LayerNorm,
     which CLIP applies to the result (MaPLe, IVLP and PromptSRC; VPT for other vision transformers puts them after the
@@ -33,7 +33,7 @@ class CLIPVisionLearnableEmbeddings(CLIPVectorsLayer):
     def forward(self, *args, **kwargs) -> torch.Tensor:
         """
         Returns:
-            (B, 1 + patches + n, D)
+            (B, 1 + patches + n, D), or one less without a class token
 
         Raises:
             ValueError: if more than one active adapter has vision prompts.

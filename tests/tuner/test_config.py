@@ -24,8 +24,8 @@ IDS_OF_A_PHOTO_OF_A = [320, 821, 533, 320]  # of the embedded tokenizer
         ({"num_virtual_tokens": 2.0}, "num_virtual_tokens must be a positive integer, got 2.0"),
         ({"num_virtual_tokens": "4"}, "num_virtual_tokens must be a positive integer, got '4'"),
         ({"num_virtual_tokens": True}, "num_virtual_tokens must be a positive integer, got True"),
-        ({"start_idx": 0}, "start_idx must be an integer of at least 1 .*begin token.*, got 0"),
-        ({"start_idx": None}, "start_idx must be an integer of at least 1 .*, got None"),
+        ({"start_idx": -1}, "start_idx must be an integer of at least 0, or None .*begin token.*, got -1"),
+        ({"start_idx": "1"}, "start_idx must be an integer of at least 0, or None .*, got '1'"),
         (
             {"prompt_tuning_init": "ZEROS"},
             "prompt_tuning_init must be one of 'TEXT', 'SAMPLE_VOCAB', 'RANDOM', got 'ZEROS'",

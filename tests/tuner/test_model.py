@@ -147,11 +147,18 @@ def test_an_adapter_of_another_method_is_not_mixed_in(clip):
         model.add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
 
 
-def test_a_tokenizer_without_a_begin_token_is_refused(clip, tmp_path, tokenizer):
+def test_the_begin_token_cannot_be_replaced(clip):
+    with pytest.raises(ValueError, match="start_idx must be at least 1, .* got 0"):
+        get_peft_model(clip, CLIPPromptTuningConfig(start_idx=0))
+
+
+def test_without_a_begin_token_the_vectors_start_at_position_0(clip, tokenizer):
     plain = copy.deepcopy(tokenizer)
     plain.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", plain.eos_token_id)]
     )
     clip.tokenizer = plain
-    with pytest.raises(ValueError, match="puts no begin token in front"):
-        get_peft_model(clip, CLIPPromptTuningConfig())
+    model = get_peft_model(clip, CLIPPromptTuningConfig())
+    config = model.active_peft_config
+    assert config.start_idx == 0
+    assert config.replaced_token_ids == plain("a photo of a", add_special_tokens=False)["input_ids"]

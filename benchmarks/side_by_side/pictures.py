@@ -1,0 +1,26 @@
+"""The same pictures, class names and settings for all three; not counted."""
+
+import os
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+
+from clip_prompt_peft.data import class_names_of, sample_few_shot
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from embedded_data import TINY_CLIP, load_style, use_one_thread_if_tiny  # noqa: E402
+
+
+EPOCHS = int(os.environ.get("EPOCHS", "50"))
+BATCH_SIZE, LEARNING_RATE, SEED = 32, 2e-3, 1
+TEMPLATE = "a photo of a {}."
+
+
+def load() -> tuple[Dataset, Dataset, list[str]]:
+    """16 training pictures a class, the test pictures (columns `image` and `label`), and the class names."""
+    use_one_thread_if_tiny(TINY_CLIP)
+    splits = load_style("fluenthc")
+    train = sample_few_shot(splits["train"], num_shots=16, seed=SEED, when_fewer="all")
+    return train, splits["test"], class_names_of(train)
