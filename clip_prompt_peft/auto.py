@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file, extract_commit_hash
+from transformers.utils import extract_commit_hash
 
+from .adapter_files import WEIGHTS_NAME, fetch, fetch_weights, read_config
 from .auto_model import AutoModelForPromptClassification
 from .model_card import is_hub_id
 from .peft_model import PeftModelForPromptClassification
 from .tuner import CLIPPromptTuningConfig
+
+
+__all__ = ["WEIGHTS_NAME", "AutoPeftModelForPromptClassification"]
 
 
 class AutoPeftModelForPromptClassification:
@@ -72,12 +72,14 @@ class AutoPeftModelForPromptClassification:
         """
         adapter = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
         adapter = {key: value for key, value in adapter.items() if value is not None}
-        config_file = _fetch(pretrained_model_name_or_path, CONFIG_NAME, **adapter)
+        config_file = fetch(pretrained_model_name_or_path, CONFIG_NAME, **adapter)
         config = _read_config(config_file)
         commit = extract_commit_hash(config_file, None)
         if commit is not None:
             adapter["revision"] = commit  # so that the weights are of the same commit, whoever pushes meanwhile
-        folder = os.path.dirname(_fetch_weights(pretrained_model_name_or_path, adapter))
+        if config.problem_type is not None:
+            base_model_kwargs.setdefault("problem_type", config.problem_type)
+        folder = os.path.dirname(fetch_weights(pretrained_model_name_or_path, config, **adapter))
         model = AutoModelForPromptClassification.from_pretrained(
             base_model_name_or_path or _base_model_of(config, pretrained_model_name_or_path),
             class_names=config.class_names,
@@ -97,41 +99,14 @@ class AutoPeftModelForPromptClassification:
         )
 
 
-def _fetch(name_or_path: str | os.PathLike, filename: str, **kwargs) -> str | None:
-    try:
-        return cached_file(name_or_path, filename, **kwargs)
-    except OSError:
-        raise
-    except Exception as error:  # of the HTTP library: a connection that breaks off
-        raise OSError(f"{filename} of {str(name_or_path)!r} could not be downloaded: {error}") from error
-
-
 def _read_config(path: str) -> CLIPPromptTuningConfig:
-    try:
-        config = PeftConfig.from_pretrained(os.path.dirname(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); download or save the adapter again.") from error
+    config = read_config(path)
     if not isinstance(config, CLIPPromptTuningConfig):
         raise ValueError(
             f"{path} is of an adapter of type {config.peft_type}, not of CLIP prompt tuning; load it with peft's own "
             "classes."
         )
     return config
-
-
-def _fetch_weights(name_or_path: str | os.PathLike, adapter: dict) -> str:
-    path = _fetch(name_or_path, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **adapter)
-    if path is None:  # peft would go on to look for adapter_model.bin, a pickle
-        raise ValueError(
-            f"{str(name_or_path)!r} holds no {WEIGHTS_NAME}. Weights in other formats are pickles, which can run code "
-            "when they are opened, and are not loaded; save the adapter again with save_pretrained (safetensors)."
-        )
-    try:
-        with safe_open(path, framework="pt"):  # reads the header, which tells the length of the file
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); download or save the adapter again.") from error
-    return path
 
 
 def _base_model_of(config: CLIPPromptTuningConfig, adapter: str | os.PathLike) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from .adapter_files import check_folder
 from .classifier import CLIPForPromptClassification
 from .families import (
     AltCLIPForPromptClassification,
@@ -97,8 +98,12 @@ def classifier_class(config: PreTrainedConfig) -> type[PromptClassificationMixin
 
 
 def _config_of(name_or_path: str | os.PathLike, hub: dict) -> PreTrainedConfig:
+    check_folder(name_or_path)  # of an adapter
     adapter = find_adapter_config_file(str(name_or_path), **hub)
     if adapter is not None:
-        base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
-        return AutoConfig.from_pretrained(base, **{k: v for k, v in hub.items() if k not in ("revision", "subfolder")})
-    return AutoConfig.from_pretrained(name_or_path, **hub)
+        base = json.loads(Path(adapter).read_text()).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"The adapter {str(name_or_path)!r} does not name its base model; load that one first.")
+        hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+        return AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)
+    return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)

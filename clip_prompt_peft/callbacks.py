@@ -1,4 +1,4 @@
-"""Averaging over epochs (PromptSRC)."""
+"""Averaging over epochs (PromptSRC), and stopping a training that has diverged."""
 
 from __future__ import annotations
 
@@ -88,6 +88,37 @@ class GaussianPromptAveraging(TrainerCallback, ExportableState):
             return
         for name, parameter in _trained(model):
             parameter.copy_(self._sums[name] / self._total)
+
+
+class StopAtNonFinite(TrainerCallback):
+    """
+    Ends a training as soon as a trained tensor holds NaN or Inf, which it would hold for ever.
+
+    The Trainer itself goes on, and by default leaves NaN out of the losses that it logs. The tensors are looked at
+    after every step, before a checkpoint is written, so the last checkpoint is a good one.
+
+    Raises:
+        FloatingPointError: says which tensors, and what to try.
+
+    Example:
+
+    ```py
+    >>> trainer = Trainer(model, args, train_dataset=train_dataset, callbacks=[StopAtNonFinite()])
+    ```
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._tensors = dict(_trained(model))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        broken = [name for name, parameter in self._tensors.items() if not torch.isfinite(parameter).all()]
+        if broken:
+            raise FloatingPointError(
+                f"NaN or Inf in {len(broken)} of the trained tensors ({broken[0]}, ...) after step "
+                f"{state.global_step}: the training has diverged, or there was NaN in the images or their embeddings. "
+                "Nothing has been saved since. Try a lower learning rate, warm-up steps, max_grad_norm=1, or bf16 or "
+                "float32 in place of fp16."
+            )
 
 
 def _trained(model):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -37,6 +37,7 @@ class PromptLayout(Protocol):
     """
 
     class_names: list[str] | None
+    problem_type: str | None
     prompt_template: str
     padded_template: str
     start_idx: int
@@ -82,23 +83,21 @@ class ClassPrompts:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClassPrompts):
             return NotImplemented
-        return self is other or (
-            self.texts == other.texts
-            and self.pad_token_id == other.pad_token_id
-            and _same(self.input_ids, other.input_ids)
-            and _same(self.attention_mask, other.attention_mask)
-            and _same(self.context_positions, other.context_positions)
-        )
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return self is other or all(_same(one, another) for one, another in pairs)
 
 
-def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+def _same(one, another) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(another, torch.Tensor):
+        return torch.equal(one, another)
+    return one is another or (not isinstance(one, torch.Tensor) and one == another)
 
 
 def check_template(template: str) -> None:
     """Raises `ValueError` unless `template` is a string that holds `{}`, the place of the class name, exactly once."""
     if not isinstance(template, str):
         raise ValueError(f"A prompt template must be a string such as {DEFAULT_TEMPLATE!r}, got {template!r}.")
+    _check_characters("The prompt template", template)
     if template.count(CLASS_SLOT) != 1:
         raise ValueError(
             f"The prompt template {template!r} holds {{}} {template.count(CLASS_SLOT)} times; it must hold it exactly "
@@ -110,7 +109,7 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     """Returns the class names as a list.
 
     Raises:
-        ValueError: if there are none, or one is empty, not a string, or there twice.
+        ValueError: if there are none, or one is empty, not a string of characters, or there twice.
     """
     if isinstance(class_names, (str, Set, Mapping)) or not isinstance(class_names, Iterable):
         raise ValueError(f"class_names must be a list of strings in the order of the labels, got {class_names!r}.")
@@ -122,10 +121,20 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
             raise ValueError(f"class_names[{index}] is {name!r} of type {type(name).__name__}; it must be a string.")
         if not name.strip():
             raise ValueError(f"class_names[{index}] is empty; every class needs a name.")
+        _check_characters(f"class_names[{index}]", name)
     repeated = [name for name, count in Counter(class_names).items() if count > 1]
     if repeated:
         raise ValueError(f"class_names must differ from each other, but these stand there twice: {repeated[:5]}.")
     return class_names
+
+
+def _check_characters(what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # neither a tokenizer nor a file would take it
+        raise ValueError(
+            f"{what} is {text!r}, which is no text: the character at {error.start} is half of a pair of surrogates."
+        ) from None
 
 
 def check_label_names(label_names: Sequence[str], class_names: Sequence[str]) -> None:

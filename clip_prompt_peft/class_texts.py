@@ -172,7 +172,7 @@ class ClassTextsMixin:
                     "The classifier needs a tokenizer to read its class names, and this model has no name_or_path to "
                     "load one from; pass tokenizer=..."
                 )
-            self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=False)
         return self.tokenizer
 
 

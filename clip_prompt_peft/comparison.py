@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, default_data_collator
+from transformers import BatchFeature, EvalPrediction, default_data_collator
 from transformers.utils import logging
 
 from .class_prompts import check_label_names
@@ -104,13 +104,13 @@ def compare_with_zero_shot(model, dataset: Dataset, image_processor, batch_size:
     tuned, zero_shot, labels = [], [], []
     batches = DataLoader(examples, batch_size=batch_size, collate_fn=default_data_collator)
     for batch in logging.tqdm(batches, desc="Classifying", leave=False):
-        inputs = {"pixel_values": batch["pixel_values"].to(model.device, model.dtype)}
+        labels.append(batch.pop("labels"))
+        inputs = BatchFeature(batch).to(model.device, model.dtype)
         if not changes_images:
             inputs = {"image_embeds": model.get_image_features(**inputs).pooler_output}
         tuned.append(model(**inputs).logits.float().cpu())
         with model.disable_adapter():
             zero_shot.append(model(**inputs).logits.float().cpu())
-        labels.append(batch["labels"])
     labels = torch.cat(labels).numpy()
     return Comparison(
         class_names,

@@ -75,6 +75,11 @@ class Siglip2ForPromptClassification(PromptClassificationMixin, Siglip2Model):
 
     def get_image_features(self, pixel_values=None, pixel_attention_mask=None, spatial_shapes=None, **kwargs):
         """As `Siglip2Model.get_image_features`; vision prompts are seen, too."""
+        if pixel_values is not None and (pixel_attention_mask is None or spatial_shapes is None):
+            raise ValueError(
+                "pixel_values of this model are patches, which need pixel_attention_mask and spatial_shapes beside "
+                "them; pass on all that the image processor gives."
+            )
         mask = self._with_vision_prompts(pixel_attention_mask)
         return super().get_image_features(pixel_values, mask, spatial_shapes, **kwargs)
 

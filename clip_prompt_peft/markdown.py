@@ -1,9 +1,15 @@
-"""Text from anywhere, such as class names, shown in Markdown as it is."""
+"""Text from anywhere, such as class names, shown as it is: in Markdown, on a page, in a terminal."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+
+
+def printable(text: str) -> str:
+    """One line of `text`, with a space in place of every character that is not shown but does something: line breaks,
+    escape sequences of terminals, and the marks that turn the direction of writing around."""
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def inline_code(text: str) -> str:
@@ -12,7 +18,7 @@ def inline_code(text: str) -> str:
     Nothing inside a code span is markup, neither Markdown nor HTML, as long as its fence is longer than any run of
     backticks in it.
     """
-    text = "".join(char if char.isprintable() else " " for char in text)
+    text = printable(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     padding = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{padding}{text}{padding}{fence}"

@@ -7,13 +7,16 @@ import os
 from collections.abc import Mapping, Sequence
 from tempfile import TemporaryDirectory
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME
 
 from .card_details import CardDetails
 from .mixed_batch import mixed_batch_forward
 from .model_card import add_prompt_section, empty_card, is_hub_id
+from .replacing_files import replacing_files
 from .tuner import CLIPPromptTuningConfig
 
 
@@ -24,9 +27,9 @@ class PeftModelForPromptClassification(PeftModel):
     """
     The `PeftModel` that `get_peft_model` returns for a [`CLIPPromptTuningConfig`].
 
-    It differs from `PeftModel` in two things: its model card names the classes, the template and the number of
+    It differs from `PeftModel` in three things: its model card names the classes, the template and the number of
     vectors, and shows how to load the adapter; and `forward` takes `adapter_names`, one for each image of a batch, see
-    [`~mixed_batch.mixed_batch_forward`].
+    [`~mixed_batch.mixed_batch_forward`]; saving replaces an older adapter as a whole or not at all.
 
     The model may already hold adapters of other methods (LoRA, ...) from `model.add_adapter(config, name)`; see
     docs/lora_beside_prompts.md.
@@ -65,15 +68,40 @@ class PeftModelForPromptClassification(PeftModel):
         save_embedding_layers: bool | str = False,
         **kwargs,
     ) -> None:
-        """As `PeftModel.save_pretrained`, which by default asks the Hub whether the vocabulary has grown since: here
-        it never does."""
+        """As `PeftModel.save_pretrained`, with two differences.
+
+        What is in the folder stays as it is until all that is new has been written beside it: neither a full disk nor
+        a killed process leaves half a file. And the Hub is never asked whether the vocabulary has grown since, which
+        peft does by default.
+
+        Raises:
+            ValueError: NaN or Inf in the adapter.
+        """
+        if not kwargs.get("is_main_process", True):
+            return
+        if os.path.isfile(save_directory):
+            raise ValueError(f"An adapter is saved into a folder, but {str(save_directory)!r} is a file.")
+        self._check_finite(selected_adapters, kwargs.get("state_dict"))
+        os.makedirs(save_directory, exist_ok=True)
         self._is_saving = True
         try:
-            super().save_pretrained(
-                save_directory, safe_serialization, selected_adapters, save_embedding_layers, **kwargs
-            )
+            with replacing_files(save_directory, kept=["README.md"], last=CONFIG_NAME) as folder:
+                super().save_pretrained(folder, safe_serialization, selected_adapters, save_embedding_layers, **kwargs)
         finally:
             self._is_saving = False
+
+    def _check_finite(
+        self, selected_adapters: list[str] | None, state_dict: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        for adapter_name in set(selected_adapters or self.peft_config) & set(self.peft_config):
+            tensors = get_peft_model_state_dict(self, state_dict, adapter_name, save_embedding_layers=False)
+            broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+            if broken:
+                raise ValueError(
+                    f"The adapter {adapter_name!r} is not saved, since {broken[0]!r} holds NaN or Inf: its training "
+                    "has diverged. Train again with a lower learning rate; the callback StopAtNonFinite tells the "
+                    "step at which it happens."
+                )
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Writes peft's card plus a section of ours.

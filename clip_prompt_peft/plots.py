@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .markdown import printable
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,7 +167,7 @@ def plot_image_grid(images: Sequence, titles: Sequence[str], num_columns: int = 
         axes.set_axis_off()
     for axes, image, title in zip(all_axes.flat, images, titles):
         axes.imshow(image)
-        axes.set_title(title, fontsize=8)
+        axes.set_title("\n".join(map(_as_it_is, title.splitlines())), fontsize=8)
     return figure
 
 
@@ -184,13 +186,18 @@ def _draw_matrix(values: np.ndarray, class_names, written: np.ndarray, axes, **l
     axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     if num_classes > MAX_CLASSES_WRITTEN:
         return axes
-    axes.set_xticks(range(num_classes), class_names, rotation=60, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(num_classes), class_names)
+    shown = [_as_it_is(name) for name in class_names]
+    axes.set_xticks(range(num_classes), shown, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(num_classes), shown)
     middle = (limits["vmin"] + limits["vmax"]) / 2
     for (row, column), text in np.ndenumerate(written):
         color = "white" if values[row, column] > middle else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     return axes
+
+
+def _as_it_is(text: str) -> str:
+    return printable(text).replace("$", r"\$")  # what stands between dollars would be read as a formula
 
 
 def _new_axes(width: float, height: float) -> Axes:

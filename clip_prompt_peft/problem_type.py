@@ -11,6 +11,7 @@ from torch.nn import functional as F
 IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss(ignore_index)
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
 MULTI_LABEL = "multi_label_classification"  # as transformers calls it in config.problem_type
+PROBLEM_TYPES = ("single_label_classification", MULTI_LABEL)
 
 
 def check_labels(labels: torch.Tensor, class_names: Sequence[str], problem_type: str | None) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from .adapter_files import check_adapter_to_load, check_folder
 from .class_prompts import check_class_names, check_template
 from .class_texts import ClassTextsMixin
 from .dual_encoder import token_table_name
@@ -80,6 +81,7 @@ class PromptClassificationMixin(ClassTextsMixin):
             class_names = check_class_names(class_names)
         if prompt_template is not None:
             check_template(prompt_template)
+        check_folder(pretrained_model_name_or_path)  # of an adapter
         with_info = kwargs.pop("output_loading_info", False)
         if cls.weight_names is not None:
             kwargs.setdefault("key_mapping", cls.weight_names)
@@ -148,6 +150,11 @@ class PromptClassificationMixin(ClassTextsMixin):
         if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
             self._get_tokenizer().save_pretrained(save_directory)
 
+    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
+        """As transformers' `load_adapter`; a prompt adapter that would change the frozen model raises `ValueError`."""
+        check_adapter_to_load(peft_model_id, **kwargs)
+        return super().load_adapter(peft_model_id, *args, **kwargs)
+
     def _set_up(self, class_names, prompt_template, tokenizer) -> None:
         layout = self.prompt_layout  # of an adapter that was loaded with the checkpoint
         if prompt_template is None:
@@ -155,6 +162,8 @@ class PromptClassificationMixin(ClassTextsMixin):
             prompt_template = saved or getattr(layout, "prompt_template", None) or self.default_template
         if class_names is None:
             class_names = getattr(self.config, "class_names", None) or getattr(layout, "class_names", None)
+        if self.config.problem_type is None:
+            self.config.problem_type = getattr(layout, "problem_type", None)
         self.tokenizer = tokenizer
         self.set_prompt_template(prompt_template)
         if class_names is None:

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 import yaml
 from embedded_data import STYLES, TINY_CLIP
+from resume import find_checkpoint
 from transformers import CLIPModel, HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from clip_prompt_peft import PRESETS, CLIPPromptTuningConfig, training_recipe
 from clip_prompt_peft.model_card import is_hub_id
@@ -259,24 +259,6 @@ def plan_runs(model_args, data_args, training_args) -> list[TrainingArguments]:
     for run_args in runs:
         find_checkpoint(run_args)
     return runs
-
-
-def find_checkpoint(run_args: TrainingArguments) -> str | None:
-    """The checkpoint to continue from, if --resume_from_checkpoint asks for it and there is one."""
-    folder, wanted = run_args.output_dir, run_args.resume_from_checkpoint
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    if wanted is None:
-        if last is not None:
-            raise ValueError(
-                f"{last!r} is left of an earlier run. Add --resume_from_checkpoint true to continue it, or remove it, "
-                "or choose another --output_dir."
-            )
-        return None
-    if wanted == "true":
-        return last
-    if not os.path.isdir(wanted):
-        raise ValueError(f"--resume_from_checkpoint {wanted!r} is no folder; 'true' takes the last in {folder!r}.")
-    return wanted
 
 
 def _warn_about_local_base(model_args: ModelArguments) -> None:

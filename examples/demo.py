@@ -71,13 +71,13 @@ class Comparison:
         Raises:
             ValueError: class names that the adapter cannot take.
         """
-        pixel_values = self.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        inputs = self.image_processor(image.convert("RGB"), return_tensors="pt")
         with self._lock:
             self._model.set_adapter(adapter)
             self._classifier.set_class_names(class_names)
-            tuned = self._model(pixel_values=pixel_values).logits[0]  # (C,)
+            tuned = self._model(**inputs).logits[0]  # (C,)
             with self._model.disable_adapter():
-                zero_shot = self._model(pixel_values=pixel_values).logits[0]
+                zero_shot = self._model(**inputs).logits[0]
         return [dict(zip(class_names, logits.softmax(dim=0).tolist())) for logits in (zero_shot, tuned)]
 
 

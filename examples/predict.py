@@ -36,7 +36,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"predict.py: error: {error}")
     model.eval().to(args.device)
-    image_processor = AutoImageProcessor.from_pretrained(model.get_base_model().name_or_path)
+    image_processor = AutoImageProcessor.from_pretrained(model.get_base_model().name_or_path, trust_remote_code=False)
 
     rows, unreadable = [], []
     for batch in batches(paths, args.batch_size):
@@ -98,8 +98,8 @@ def reason(error: OSError) -> str:
 @torch.no_grad()
 def classify(model, image_processor, images: dict[Path, Image.Image], top_k: int) -> list[list[str]]:
     """A row for each image: its path, and `top_k` labels with their probabilities."""
-    pixel_values = image_processor(list(images.values()), return_tensors="pt")["pixel_values"]
-    probabilities = model(pixel_values=pixel_values.to(model.device)).logits.softmax(dim=-1)  # (B, C)
+    inputs = image_processor(list(images.values()), return_tensors="pt").to(model.device)
+    probabilities = model(**inputs).logits.softmax(dim=-1)  # (B, C)
     id2label = model.config.id2label
     values, labels = probabilities.topk(min(top_k, len(id2label)))
     return [

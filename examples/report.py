@@ -34,7 +34,9 @@ def main() -> None:
         model = AutoPeftModelForPromptClassification.from_pretrained(args.adapter, base_model_name_or_path=args.base)
         use_one_thread_if_tiny(model.get_base_model().name_or_path)
         model.to(args.device)
-        image_processor = AutoImageProcessor.from_pretrained(model.get_base_model().name_or_path)
+        image_processor = AutoImageProcessor.from_pretrained(
+            model.get_base_model().name_or_path, trust_remote_code=False
+        )
         dataset = load_data(args)
         comparison = compare_with_zero_shot(model, dataset, image_processor)
         name = args.dataset_name or args.style

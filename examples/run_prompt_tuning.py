@@ -24,16 +24,18 @@ from dataclasses import replace
 
 import datasets
 import transformers
-from arguments import find_checkpoint, parse_arguments, plan_runs
+from arguments import parse_arguments, plan_runs
 from datasets import Dataset, DatasetDict
 from embedded_data import STYLES, load_style, use_one_thread_if_tiny
 from huggingface_hub import create_repo
 from peft import get_peft_model
+from resume import explained, find_checkpoint
 from tables import Results, results_table
 from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_seed
 
 from clip_prompt_peft import AutoModelForPromptClassification, PromptClassificationMixin
 from clip_prompt_peft.auto import WEIGHTS_NAME
+from clip_prompt_peft.callbacks import StopAtNonFinite
 from clip_prompt_peft.card_details import CardDetails, TrainingData
 from clip_prompt_peft.comparison import Answers, Comparison
 from clip_prompt_peft.data import (
@@ -83,37 +85,39 @@ def main() -> None:
         announce(model_args, data_args, runs, model.class_names, test_sets)
     use_one_thread_if_tiny(model_args.model_name_or_path)
     model.to(training_args.device)
-    test_sets = {name: embed(dataset, name) for name, dataset in test_sets.items()}
+    with explained(training_args):
+        test_sets = {name: embed(dataset, name) for name, dataset in test_sets.items()}
     zero_shot, tuned = {}, []
     for run_args in runs:
-        drawn, validation_set = draw(splits, data_args, run_args)
-        if run_args.process_index == 0:
-            print(f"Seed {run_args.seed}: {len(drawn)} training images", flush=True)
-        if data_args.augment:
-            train_set = with_pixel_values(drawn, image_processor, augment=True)
-        else:
-            train_set = embed(drawn, "train")
-        if validation_set is not None:
-            validation_set = embed(validation_set, "validation")
-        set_seed(run_args.seed)
-        model = get_peft_model(model, config)
-        recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots)
-        trainer = tune(model, recipe, run_args, train_set, validation_set, image_processor)
-        tuned_answers = ask(trainer.model, test_sets, run_args)
-        tuned.append(shown_metrics(tuned_answers))
-        if not zero_shot:
-            # Not before the training: a model that has been evaluated is not wrapped for several processes any more
-            # (accelerate marks it as prepared), and each would train on its own.
-            with trainer.model.disable_adapter():
-                answers = ask(trainer.model, test_sets, run_args)
-            zero_shot = shown_metrics(answers)
-        if run_args.process_index == 0:
-            test_name = next(iter(test_sets))
-            comparison = Comparison(trainer.model.class_names, answers[test_name], tuned_answers[test_name])
-            trainer.model.card_details = describe(trainer, data_args, drawn, test_name, comparison)
-        save(trainer, model_args.hub_base_model_id, zero_shot, tuned[-1])
-        if len(tuned) < len(runs):
-            model = trainer.model.unload()
+        with explained(run_args):
+            drawn, validation_set = draw(splits, data_args, run_args)
+            if run_args.process_index == 0:
+                print(f"Seed {run_args.seed}: {len(drawn)} training images", flush=True)
+            if data_args.augment:
+                train_set = with_pixel_values(drawn, image_processor, augment=True)
+            else:
+                train_set = embed(drawn, "train")
+            if validation_set is not None:
+                validation_set = embed(validation_set, "validation")
+            set_seed(run_args.seed)
+            model = get_peft_model(model, config)
+            recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots)
+            trainer = tune(model, recipe, run_args, train_set, validation_set, image_processor)
+            tuned_answers = ask(trainer.model, test_sets, run_args)
+            tuned.append(shown_metrics(tuned_answers))
+            if not zero_shot:
+                # Not before the training: a model that has been evaluated is not wrapped for several processes any
+                # more (accelerate marks it as prepared), and each would train on its own.
+                with trainer.model.disable_adapter():
+                    answers = ask(trainer.model, test_sets, run_args)
+                zero_shot = shown_metrics(answers)
+            if run_args.process_index == 0:
+                test_name = next(iter(test_sets))
+                comparison = Comparison(trainer.model.class_names, answers[test_name], tuned_answers[test_name])
+                trainer.model.card_details = describe(trainer, data_args, drawn, test_name, comparison)
+            save(trainer, model_args.hub_base_model_id, zero_shot, tuned[-1])
+            if len(tuned) < len(runs):
+                model = trainer.model.unload()
     if training_args.process_index == 0:
         report(runs, zero_shot, tuned, training_args.output_dir)
         if training_args.push_to_hub:
@@ -215,7 +219,7 @@ def tune(model, recipe: Recipe, run_args, train_set, validation_set, image_proce
         compute_metrics=compute_metrics,
         processing_class=image_processor,
         optimizers=recipe.optimizers,
-        callbacks=recipe.callbacks,
+        callbacks=[*recipe.callbacks, StopAtNonFinite()],
     )
     trainer.train(resume_from_checkpoint=find_checkpoint(run_args))
     return trainer

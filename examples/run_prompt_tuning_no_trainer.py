@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
 from embedded_data import STYLES, TINY_CLIP, load_style, use_one_thread_if_tiny
+from epoch_checkpoints import Checkpoints, find_checkpoint
 from peft import get_peft_model
 from tables import results_table
 from torch.utils.data import DataLoader
@@ -57,6 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1, help="draws the images and orders them")
     parser.add_argument("--output_dir", default="outputs/prompt_tuning_no_trainer", help="where the adapter goes")
+    parser.add_argument("--checkpointing_steps", choices=["epoch"], help="save a checkpoint after every epoch")
+    parser.add_argument("--resume_from_checkpoint", metavar="FOLDER", help="to continue from; 'true' takes the last")
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="where to push the adapter")
     return parser.parse_args()
 
@@ -78,6 +81,7 @@ def main() -> None:
             args.model_name_or_path, class_names=class_names_of(train_images), prompt_template=args.prompt_template
         )
         image_processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        checkpoint = find_checkpoint(args)
     except (ValueError, OSError) as error:  # what can be wrong with what was asked for
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
 
@@ -110,7 +114,9 @@ def main() -> None:
     accelerator.print(f"Running on {accelerator.device.type}, number of processes: {accelerator.num_processes}")
     with peft_model.disable_adapter():
         zero_shot = evaluate(accelerator, peft_model, test_loader)
-    train(accelerator, model, optimizer, scheduler, loader, args.num_train_epochs)
+    checkpoints = Checkpoints(accelerator, args.output_dir if args.checkpointing_steps else None)
+    epochs = range(checkpoints.resume(checkpoint), args.num_train_epochs)
+    train(accelerator, model, optimizer, scheduler, loader, epochs, checkpoints)
     tuned = evaluate(accelerator, peft_model, test_loader)
 
     if accelerator.is_main_process:
@@ -154,9 +160,9 @@ def describe(peft_model) -> str:
     return f"{config.num_virtual_tokens} vectors ({trainable} of {everything} parameters)"
 
 
-def train(accelerator, model, optimizer, scheduler, loader, num_epochs: int) -> None:
-    progress = tqdm(range(num_epochs), desc="Epochs", disable=not accelerator.is_main_process)
-    for _ in progress:
+def train(accelerator, model, optimizer, scheduler, loader, epochs: range, checkpoints: Checkpoints) -> None:
+    progress = tqdm(epochs, desc="Epochs", disable=not accelerator.is_main_process)
+    for epoch in progress:
         model.train()
         for batch in loader:
             with accelerator.accumulate(model):
@@ -165,7 +171,12 @@ def train(accelerator, model, optimizer, scheduler, loader, num_epochs: int) -> 
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
+        if not torch.isfinite(loss):
+            sys.exit(
+                f"The loss of epoch {epoch + 1} is {loss.item()}. Nothing more is saved. Try a lower --learning_rate."
+            )
         progress.set_postfix(loss=f"{loss.item():.3f}")
+        checkpoints.save(epoch + 1)
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def create_app(store: AdapterStore, max_upload: int = MAX_UPLOAD) -> FastAPI:
     def load_adapter(name: str) -> list[str]:
         return store.load(name)
 
-    @app.delete("/adapters/{name}", status_code=204)
+    @app.delete("/adapters/{name}", status_code=204, response_model=None)  # fastapi 0.115 takes "None" for a body
     def unload_adapter(name: str) -> None:
         store.unload(name)
 

@@ -96,10 +96,10 @@ class AdapterStore:
         Raises:
             HTTPException: 404 if an adapter is not loaded; whatever decoding raises.
         """
-        pixel_values = self._pixel_values(images)  # (B, 3, H, W)
+        inputs = self._inputs(images)
         with self._lock, torch.no_grad():
             self._check_loaded(adapters)
-            logits = self._model(pixel_values=pixel_values, adapter_names=list(adapters)).logits
+            logits = self._model(**inputs, adapter_names=list(adapters)).logits
             loaded = self.loaded()
         return [_best(row, loaded[name], top_k) for row, name in zip(logits, adapters)]
 
@@ -109,18 +109,20 @@ class AdapterStore:
         Raises:
             HTTPException: 422 for names that cannot be used.
         """
-        pixel_values = self._pixel_values(images)
+        inputs = self._inputs(images)
         with self._lock, torch.no_grad(), self._model.disable_adapter():
             try:
                 self._classifier.set_class_names(class_names)  # adapters have their own
             except ValueError as error:
                 raise HTTPException(422, str(error)) from None
-            logits = self._model(pixel_values=pixel_values).logits  # (B, C)
+            logits = self._model(**inputs).logits  # (B, C)
         return [_best(row, class_names, top_k) for row in logits]
 
-    def _pixel_values(self, images: Iterable[Image.Image]) -> torch.Tensor:
+    def _inputs(self, images: Iterable[Image.Image]) -> dict[str, torch.Tensor]:
+        """`pixel_values` (B, 3, H, W), and what else the model takes of images."""
         with self._decoding:
-            return torch.cat([self.image_processor(image, return_tensors="pt")["pixel_values"] for image in images])
+            prepared = [self.image_processor(image, return_tensors="pt") for image in images]
+            return {name: torch.cat([of_image[name] for of_image in prepared]) for name in prepared[0]}
 
     def _is_adapter(self, path: Path) -> bool:
         # a link that leads out of the folder is none

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from clip_prompt_peft.markdown import printable
+
 
 COLUMNS = {"accuracy": "accuracy", "mean_class_accuracy": "class mean"}
 
@@ -34,6 +36,8 @@ def _percent(values: Sequence[float]) -> str:
 
 
 def aligned(rows: list[list[str]]) -> str:
+    """Columns of equal width, with a line under the first row; no cell can do anything to the terminal."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))

@@ -1,9 +1,12 @@
 """A tiny random model of every family, with a tokenizer and an image processor of its kind."""
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -30,6 +33,7 @@ from clip_prompt_peft import (
     AltCLIPForPromptClassification,
     ChineseCLIPForPromptClassification,
     CLIPForPromptClassification,
+    CLIPPromptTuningConfig,
     MetaClip2ForPromptClassification,
     Siglip2ForPromptClassification,
     SiglipForPromptClassification,
@@ -205,3 +209,45 @@ FAMILIES = {
         ),
     ]
 }  # fmt: skip
+
+
+@functools.cache
+def load_classifier(name):
+    return FAMILIES[name].classifier()
+
+
+class Case:
+    """A family, with images for it."""
+
+    def __init__(self, name):
+        self.name, self.family = name, FAMILIES[name]
+        self.images = self.family.image_inputs()
+
+    def classifier(self):
+        return copy.deepcopy(load_classifier(self.name))
+
+    def prompted(self, preset=None, seed=0, **fields):
+        """As if it had been trained."""
+        classifier = self.classifier()
+        torch.manual_seed(seed)
+        make = CLIPPromptTuningConfig if preset is None else functools.partial(self.from_preset, preset, classifier)
+        model = get_peft_model(classifier, make(**fields)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for parameter_name, value in model.named_parameters():
+            if "learnable_" in parameter_name:
+                value.data += 0.3 * torch.randn(value.shape, generator=generator)
+        return model
+
+    @staticmethod
+    def from_preset(preset, classifier, **fields):
+        return CLIPPromptTuningConfig.from_preset(preset, model=classifier, **fields)
+
+    @torch.no_grad()
+    def logits(self, model):
+        return model(**self.images).logits
+
+    @torch.no_grad()
+    def logits_of_family(self, model, template):
+        """Those of the family's own `forward`, with texts as its processor makes them."""
+        texts = self.family.texts([template.replace("{}", name) for name in CLASS_NAMES])
+        return model(**self.images, **texts).logits_per_image

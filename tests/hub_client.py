@@ -156,6 +156,23 @@ def fail_to_load(folder):
     save_file({"logits": classifier_logits(load("breaks-off"))}, folder / "recovered.safetensors")
 
 
+def lied_to(folder):
+    """Loads what the tests have prepared, in two ways, and notes what came of it."""
+    names = sorted(json.loads((folder / "repositories.json").read_text()))
+    model_classes = {"auto": AutoPeftModelForPromptClassification, "classifier": CLIPForPromptClassification}
+    outcomes = {}
+    for name in names:
+        for way, model_class in model_classes.items():
+            if (name, way) == ("slow", "classifier"):
+                continue  # both wait in the same place
+
+            def load_and_run(name=name, model_class=model_class):
+                assert classifier_logits(model_class.from_pretrained(f"me/{name}")).isfinite().all()
+
+            outcomes[f"{name} {way}"] = outcome(load_and_run)
+    (folder / "outcomes.json").write_text(json.dumps(outcomes))
+
+
 if __name__ == "__main__":
     for task in sys.argv[2:]:
         globals()[task](Path(sys.argv[1]))

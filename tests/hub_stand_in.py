@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -24,14 +25,17 @@ class HubStandIn:
     """
     Attributes:
         repos: files by repository id and path.
-        failures: (regex of "METHOD /path", status or TRUNCATE); requests that match fail.
+        failures: (regex of "METHOD /path", how); requests that match fail. How: a status; TRUNCATE; an address of
+            another host to redirect to; or a number of seconds, as a float, to wait before the answer.
         requests: "METHOD /path" of all requests so far.
+        tokens: what the requests had in their header "Authorization".
     """
 
     def __init__(self):
         self.repos: dict[str, dict[str, bytes]] = {}
-        self.failures: list[tuple[str, int | str]] = []
+        self.failures: list[tuple[str, int | str | float]] = []
         self.requests: list[str] = []
+        self.tokens: list[str | None] = []
         self.uploads: dict[str, bytes] = {}  # large files that no commit has named yet, by sha256
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
 
@@ -68,8 +72,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         request = f"{self.command} {path}"
         self.hub.requests.append(request)
+        self.hub.tokens.append(self.headers.get("Authorization"))
         failure = next((how for pattern, how in self.hub.failures if re.search(pattern, request)), None)
         self.truncated = failure == TRUNCATE
+        self.other_host = failure if isinstance(failure, str) and failure.startswith("http") else None
+        if isinstance(failure, float):
+            time.sleep(failure)
         if isinstance(failure, int):
             return self._json({"error": f"stand-in answers {failure}"}, failure)
         for pattern, method in ROUTES.items():
@@ -158,7 +166,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in self.hub.repos[repo_id]:
             return self._json({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         content = self.hub.repos[repo_id][path]
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": commit}
+        tag = f'"{hashlib.sha256(content).hexdigest()}"'
+        if self.other_host is not None:
+            linked = {"X_Linked_Etag": tag, "X_Linked_Size": str(len(content))}
+            return self._send(b"", 302, Location=self.other_host + self.path, X_Repo_Commit=commit, **linked)
+        headers = {"ETag": tag, "X_Repo_Commit": commit}
         start = int(re.search(r"\d+", self.headers.get("Range", "bytes=0-"))[0])  # a client resumes a download
         if start:
             headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"

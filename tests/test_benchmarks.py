@@ -131,3 +131,19 @@ def test_needed_operations_can_be_counted_by_hand():
     per_token = 2 * (4 * 32 * 32 + 2 * 32 * 64)  # weights of two layers
     assert common.describe_prompts(classifier) == (2, 7, 6)
     assert common.needed_flops(classifier) == 2 * 2 * per_token * 9
+
+
+def test_leaks(monkeypatch, capfd):
+    import leaks
+
+    rows = run(leaks, monkeypatch, capfd, "--cycles", "2", "--forwards", "4", "--trainings", "1")
+    assert [row[1] for row in rows] == ["1", "2", "1", "2", "3", "4", "1"]
+
+
+def test_serve_load_finds_every_answer_right(monkeypatch, capfd):
+    pytest.importorskip("uvicorn")
+    import serve_load
+
+    rows = run(serve_load, monkeypatch, capfd, "--requests", "60", "--threads", "4")
+    kinds = [row for row in rows if row[0] in serve_load.KINDS]
+    assert kinds and all(row[1] == row[2] for row in kinds)

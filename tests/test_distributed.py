@@ -1,53 +1,72 @@
-"""Two processes train to what one process trains to."""
+"""Several processes train to what one process trains to; more of it with `python tests/distributed_matrix.py`."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import dying_process
 import pytest
-import train_worker
-from safetensors.torch import load_file
-from torch.testing import assert_close
+import torch.distributed as dist
+from distributed_cases import Case, alone, replayed, run_processes
+from launching import accelerate_launch, torchrun
+from torch.distributed.fsdp import fully_shard
 
 
-# `accelerate launch --cpu --num_processes 2` starts a single process unless MPI is there, in spite of its name;
-# --multi_gpu is what makes it start two. The workers themselves ask for the CPU.
-ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-ACCELERATE = f"{ACCELERATE} --dynamo_backend no --main_process_port 0"
-TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"
-
-
-def results_in(folder):
-    return json.loads((folder / "result.json").read_text()), load_file(folder / "adapter_model.safetensors")
+# Starting processes takes longest, so that all of these run one after the other.
+CASES = [
+    "coop/even/all",
+    "coop/accumulation/shares",
+    "coop-csc/uneven/all",
+    "cocoop/uneven-accumulation/shares",
+    "kgcoop/dispatch/shares",
+    "ivlp+prograd/accumulation/all",
+    "ivlp+prograd/even_batches=False/shares",
+    "maple/even_batches=False-accumulation/all",
+    "promptsrc/accumulation/shares",
+]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    train_worker.train(str(folder), batch_size=8, accumulation_steps=1, find_unused_parameters=False)
-    return results_in(folder)
+def alone_once(tmp_path_factory):
+    return functools.cache(lambda method: alone(Case(method, "even", False), tmp_path_factory.mktemp("alone")))
 
 
-@pytest.mark.parametrize(
-    ("launcher", "batch_size", "accumulation_steps", "find_unused_parameters"),
-    [(TORCHRUN, 4, 1, False), (ACCELERATE, 2, 2, True)],
-    ids=["torchrun", "accelerate_with_accumulation_and_search_for_unused"],
-)
-def test_two_processes_give_the_losses_and_vectors_of_one(
-    alone, tmp_path, launcher, batch_size, accumulation_steps, find_unused_parameters
-):
-    worker = [train_worker.__file__, str(tmp_path), str(batch_size), str(accumulation_steps)]
+@pytest.mark.parametrize("launcher", [accelerate_launch(2), torchrun(3)], ids=["accelerate_2", "torchrun_3"])
+def test_several_processes_give_the_losses_and_tensors_of_one(launcher, alone_once, tmp_path):
+    ranks = run_processes(launcher, tmp_path, CASES, timeout=300)
+    assert len(ranks) == (2 if "accelerate" in launcher else 3)
+    for name in CASES:
+        case, found = Case.named(name), [of_rank[name] for of_rank in ranks]
+        expected = alone_once(case.method) if case.is_even else replayed(case, tmp_path, found)
+        for result in found:
+            assert result.difference(expected) < 1e-5, name
+
+
+def test_a_process_that_dies_or_stands_still_stops_the_others_with_an_error():
+    ways = ["killed", "stands still"]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher.split(), *worker, str(int(find_unused_parameters))],
+        [sys.executable, dying_process.__file__, "5", *ways],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (result, vectors), (expected, expected_vectors) = results_in(tmp_path), alone
-    assert result["num_processes"] == 2
-    assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-    assert result["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
-    assert_close(vectors, expected_vectors, rtol=0, atol=1e-5)
+    results = json.loads(done.stdout)
+    assert len(results) == 2 * len(ways)
+    for way, others in results.items():
+        for end in others:
+            assert end["exit code"] == 1, (way, end)  # None if it hangs
+            assert "Error" in end["last line"], (way, end)
+
+
+def test_torch_refuses_to_shard_a_clip_as_fsdp2_does(classifier, tmp_path):
+    dist.init_process_group("gloo", init_method=Path(tmp_path, "store").as_uri(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        with pytest.raises(ValueError, match="parameters. Change logit_scale to a 1D tensor"):
+            fully_shard(classifier, mesh=mesh)
+    finally:
+        dist.destroy_process_group()

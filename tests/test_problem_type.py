@@ -7,7 +7,11 @@ from peft import get_peft_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import (
+    AutoPeftModelForPromptClassification,
+    CLIPForPromptClassification,
+    CLIPPromptTuningConfig,
+)
 from clip_prompt_peft.metrics import compute_multi_label_metrics
 from clip_prompt_peft.problem_type import MULTI_LABEL
 
@@ -36,6 +40,19 @@ def test_the_problem_type_is_saved(multi_label, pixel_values, tmp_path):
         again(pixel_values=pixel_values, labels=LABELS).loss
         == multi_label.eval()(pixel_values=pixel_values, labels=LABELS).loss
     )
+
+
+@pytest.mark.parametrize(
+    "load", [AutoPeftModelForPromptClassification.from_pretrained, CLIPForPromptClassification.from_pretrained]
+)
+def test_the_problem_type_is_shared_with_the_adapter(multi_label, load, tmp_path):
+    get_peft_model(multi_label, CLIPPromptTuningConfig()).save_pretrained(tmp_path)
+    assert load(tmp_path).config.problem_type == MULTI_LABEL
+
+
+def test_an_unknown_problem_type_is_refused():
+    with pytest.raises(ValueError, match="problem_type must be None or one of 'single_label_classification'"):
+        CLIPPromptTuningConfig(problem_type="regression")
 
 
 class Images(Dataset):

@@ -1,12 +1,9 @@
 """ProGrad's training step beyond one batch on one device."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
-import regularized_worker
+import regularized_training
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
@@ -28,30 +25,15 @@ def vectors_in(folder):
 def whole_batches(tmp_path_factory):
     def train(regularizer):
         folder = tmp_path_factory.mktemp(regularizer)
-        regularized_worker.train(regularizer, str(folder), batch_size=8, accumulation_steps=1)
+        regularized_training.train(regularizer, str(folder), batch_size=8, accumulation_steps=1)
         return vectors_in(folder)
 
     return functools.cache(train)
 
 
 def test_accumulated_gradients_are_projected_as_those_of_one_large_batch(whole_batches, tmp_path):
-    regularized_worker.train("prograd", str(tmp_path), batch_size=2, accumulation_steps=4)
+    regularized_training.train("prograd", str(tmp_path), batch_size=2, accumulation_steps=4)
     assert_close(vectors_in(tmp_path), whole_batches("prograd"), **NEAR)
-
-
-@pytest.mark.parametrize("regularizer", ["prograd", "promptsrc"])
-def test_two_processes_train_with_a_regularizer_as_on_one_large_batch(whole_batches, tmp_path, regularizer):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = [regularized_worker.__file__, regularizer, str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, *launcher, *worker, "2", "2"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_close(vectors_in(tmp_path), whole_batches(regularizer), **NEAR)
 
 
 def test_the_projection_makes_a_difference(whole_batches, tmp_path):
@@ -59,7 +41,7 @@ def test_the_projection_makes_a_difference(whole_batches, tmp_path):
         def compute_loss(self, model, inputs, *args, **kwargs):
             return model(**inputs, return_loss_terms=True).loss
 
-    regularized_worker.train("prograd", str(tmp_path), 8, 1, trainer_class=OnlyCrossEntropy)
+    regularized_training.train("prograd", str(tmp_path), 8, 1, trainer_class=OnlyCrossEntropy)
     expected = whole_batches("prograd")
     differences = {name: (value - expected[name]).abs().max() for name, value in vectors_in(tmp_path).items()}
     assert max(differences.values()) > 50 * NEAR["atol"]
@@ -67,7 +49,7 @@ def test_the_projection_makes_a_difference(whole_batches, tmp_path):
 
 def test_classes_encoded_in_chunks_have_their_gradients_projected_too(whole_batches, tmp_path, monkeypatch):
     monkeypatch.setattr("clip_prompt_peft.class_encoder.encoder.ClassEncoder._chunk_size", lambda self, num_classes: 1)
-    regularized_worker.train("prograd", str(tmp_path), batch_size=8, accumulation_steps=1)
+    regularized_training.train("prograd", str(tmp_path), batch_size=8, accumulation_steps=1)
     assert_close(vectors_in(tmp_path), whole_batches("prograd"), **NEAR)
 
 
@@ -79,7 +61,7 @@ def test_without_a_prograd_adapter_it_is_the_stock_trainer(classifier, tmp_path)
 
     model = get_peft_model(classifier, CLIPPromptTuningConfig())
     args = TrainingArguments(tmp_path, max_steps=1, save_strategy="no", report_to="none", use_cpu=True)
-    trainer = Record(model, args, train_dataset=regularized_worker.examples())
+    trainer = Record(model, args, train_dataset=regularized_training.examples())
     trainer.train()
     assert torch.isfinite(trainer.loss)
 
@@ -89,13 +71,13 @@ def test_label_smoothing_is_refused(classifier, tmp_path):
     options = {"save_strategy": "no", "report_to": "none", "use_cpu": True}
     args = TrainingArguments(tmp_path, max_steps=1, label_smoothing_factor=0.1, **options)
     with pytest.raises(ValueError, match="the model's own cross entropy; leave out label_smoothing_factor"):
-        ProGradTrainer(model, args, train_dataset=regularized_worker.examples()).train()
+        ProGradTrainer(model, args, train_dataset=regularized_training.examples()).train()
 
 
 def test_evaluation_is_that_of_the_stock_trainer(classifier, tmp_path):
     model = get_peft_model(classifier, CLIPPromptTuningConfig.from_preset("prograd"))
     args = TrainingArguments(tmp_path, report_to="none", use_cpu=True, disable_tqdm=True)
-    examples = regularized_worker.examples()
+    examples = regularized_training.examples()
     metrics = ProGradTrainer(model, args).evaluate(examples)
     batch = {key: torch.stack([torch.as_tensor(example[key]) for example in examples]) for key in examples[0]}
     with torch.no_grad():

@@ -9,16 +9,12 @@ import sys
 import pytest
 import sharding_worker
 import torch
+from launching import accelerate_launch, torchrun
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 
-LAUNCHERS = {
-    # --multi_gpu is what makes accelerate start two processes; the workers themselves ask for the CPU
-    2: "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    " --dynamo_backend no --main_process_port 0",
-    3: "torch.distributed.run --standalone --nproc_per_node 3",
-}
+LAUNCHERS = {2: accelerate_launch(2), 3: torchrun(3)}
 
 
 @pytest.fixture(scope="module", params=LAUNCHERS)

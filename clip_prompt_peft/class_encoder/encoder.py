@@ -39,6 +39,8 @@ class ClassEncoder:
             Whether each process of a distributed training encodes its share of the classes only. `True` does so in
             every call, evaluation included, so all processes must make the same calls; `"auto"` only while training
             more than 256 classes. Gradients must be averaged over the processes, as DistributedDataParallel does.
+            Where processes may have different numbers of batches (`join_uneven_inputs`) it must be `False`: a process
+            that has no more would be waited for, up to the timeout.
 
     While evaluating (in eval mode, and with no gradient wanted), the result is kept until something that it depends on
     changes; results for several adapters, or lists of classes, are kept beside each other.

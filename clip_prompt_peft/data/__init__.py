@@ -9,13 +9,14 @@ from .known_datasets import KnownDataset, known_datasets, load_known_dataset
 from .loading import load_image_dataset
 from .splits import base_new_names, hold_out, keep_classes, split_base_new
 from .standardize import standardize
-from .transforms import RandomResizedCropFlip, with_pixel_values
+from .transforms import RandomResizedCropFlip, UnreadableImageError, with_pixel_values
 from .zhou_split import load_zhou_split
 
 
 __all__ = [
     "KnownDataset",
     "RandomResizedCropFlip",
+    "UnreadableImageError",
     "base_new_names",
     "cache_image_embeds",
     "class_names_of",

@@ -11,7 +11,7 @@ from ..class_encoder.adapter_settings import adapter_settings
 from ..dual_encoder import embed_width, image_side
 from ..evaluation import evaluating
 from .standardize import IMAGE, LABEL
-from .transforms import PixelTransform
+from .transforms import PixelTransform, decode, undecoded
 
 
 DTYPES = ("float32", "float16")
@@ -51,7 +51,8 @@ def cache_image_embeds(
         gives tensors.
 
     Raises:
-        ValueError: the image tower is trained; `num_views` or `dtype` of another kind.
+        ValueError: the image tower is trained; `num_views` or `dtype` of another kind; an image that cannot be read
+            (`UnreadableImageError`).
 
     Example:
 
@@ -70,7 +71,7 @@ def cache_image_embeds(
         labels=dataset.features[LABEL],
     )
     with evaluating(base):
-        embedded = dataset.select_columns([IMAGE, LABEL]).map(
+        embedded = undecoded(dataset.select_columns([IMAGE, LABEL])).map(
             embed,
             batched=True,
             batch_size=max(1, batch_size // (num_views or 1)),
@@ -108,7 +109,7 @@ class _EmbedImages:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        images = [image.convert("RGB") for image in batch[IMAGE] for _ in range(self.num_views or 1)]
+        images = [image for image in map(decode, batch[IMAGE]) for _ in range(self.num_views or 1)]
         inputs = self.transform.inputs(images).to(self.model.device, self.model.dtype)  # floating point ones only
         embeds = self.model.get_image_features(**inputs).pooler_output.float().cpu()  # (B K, E)
         if self.num_views is not None:

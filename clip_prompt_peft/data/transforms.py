@@ -6,6 +6,7 @@ import math
 
 import torch
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import BatchFeature
 
@@ -13,6 +14,10 @@ from .standardize import IMAGE, LABEL
 
 
 NUM_TRIES = 10
+
+
+class UnreadableImageError(ValueError):
+    """An image of a data set is damaged, or no image at all."""
 
 
 class RandomResizedCropFlip:
@@ -94,9 +99,30 @@ def with_pixel_values(dataset: Dataset, image_processor, augment: bool = False) 
         augment: for training: [`RandomResizedCropFlip`] in place of the processor's own scaling and cropping.
 
     Returns:
-        The same rows, lazily transformed. The Trainer needs `remove_unused_columns=False` to let `image` through.
+        The same rows, lazily transformed; reading one raises `UnreadableImageError` if its image is damaged. The
+        Trainer needs `remove_unused_columns=False` to let `image` through.
     """
-    return dataset.with_transform(PixelTransform(image_processor, augment), columns=[IMAGE, LABEL])
+    return undecoded(dataset).with_transform(PixelTransform(image_processor, augment), columns=[IMAGE, LABEL])
+
+
+def undecoded(dataset: Dataset) -> Dataset:
+    """The data set with images as they are in their files, for [`decode`]."""
+    return dataset.cast_column(IMAGE, ImageFeature(decode=False))
+
+
+def decode(image: dict) -> Image.Image:
+    """An RGB image from its `path` or `bytes`, as `datasets` decodes it.
+
+    Raises:
+        UnreadableImageError: names the file, which the error of `datasets` does not, and says what to do.
+    """
+    try:
+        return ImageFeature().decode_example(image).convert("RGB")
+    except Exception as error:  # broken files raise whatever they happen to
+        name = repr(image["path"]) if image["path"] else f"an image of {len(image['bytes'] or ())} bytes"
+        raise UnreadableImageError(
+            f"Cannot read {name}: it is damaged, or no image ({error}). Replace the file, or remove it."
+        ) from error
 
 
 class PixelTransform:
@@ -107,7 +133,7 @@ class PixelTransform:
         self.augmentation = RandomResizedCropFlip(_input_size(image_processor)) if augment else None
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        images = [image.convert("RGB") for image in batch[IMAGE]]
+        images = [decode(image) for image in batch[IMAGE]]
         return {name: list(values) for name, values in self.inputs(images).items()} | {"labels": batch[LABEL]}
 
     def inputs(self, images: list[Image.Image]) -> BatchFeature:

@@ -172,7 +172,7 @@ def _processor_of(classifier):
             "The preprocessing is written beside the graph, and this model has no name_or_path to load an image "
             "processor from; pass image_processor=..."
         )
-    return AutoImageProcessor.from_pretrained(classifier.name_or_path)
+    return AutoImageProcessor.from_pretrained(classifier.name_or_path, trust_remote_code=False)
 
 
 def _remove_graphs(path: Path) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import set_seed
+from transformers import BatchFeature, set_seed
 
 from ..presets import PRESETS
 from ..prompt_ensemble import load_templates, template_ensemble
@@ -159,6 +159,6 @@ def _logits_of_pixels(backbone: Backbone, model, images: ImageSet) -> np.ndarray
     model.eval()
     logits = []
     for batch in images.pixels(backbone.image_processor).iter(batch_size=64):
-        pixel_values = torch.stack(list(batch["pixel_values"])).to(model.device, model.dtype)
-        logits.append(model(pixel_values=pixel_values).logits)
+        inputs = BatchFeature({name: torch.stack(list(batch[name])) for name in batch if name != "labels"})
+        logits.append(model(**inputs.to(model.device, model.dtype)).logits)
     return torch.cat(logits).float().cpu().numpy()

@@ -17,6 +17,7 @@ from .. import plots
 from ..comparison import Comparison
 from ..environment import environment_versions
 from ..interpret import nearest_words
+from ..markdown import printable
 
 
 MAX_IMAGES = 18  # in a grid
@@ -48,7 +49,10 @@ def write_report(
         from jinja2 import Environment
     except ImportError as error:
         raise ImportError('A report needs jinja2: pip install "clip_prompt_peft[report]".') from error
-    template = Environment(autoescape=True).from_string((files(__package__) / "report.html.j2").read_text())
+    environment = Environment(
+        autoescape=True, finalize=lambda value: printable(value) if isinstance(value, str) else value
+    )
+    template = environment.from_string((files(__package__) / "report.html.j2").read_text())
     html = template.render(
         title=title,
         facts={**_facts(model, comparison), **(facts or {})},

@@ -6,15 +6,48 @@ from peft import PromptTuningInit
 
 from ..class_prompts import check_class_names, check_template
 from ..losses import build_regularizer
+from ..problem_type import PROBLEM_TYPES
+
+
+MAX_TOKENS = 1000  # the literature has up to 200; a file must not ask for any amount of memory
+STRINGS = ("base_model_name_or_path", "peft_version", "regularizer", "revision", "tokenizer_name_or_path")
+FLAGS = ("class_specific", "image_conditioned", "inference_mode", "vision_prompts_from_text")
+PATTERNS, LISTS = ("target_modules", "exclude_modules"), ("modules_to_save",)
+DICTS = ("auto_mapping", "regularizer_weights")
 
 
 def check_config(config) -> None:
     """Raises `ValueError` for a bad value, or for values that do not go together."""
+    _check_types(config)
     _check_numbers(config)
     _check_texts(config)
     _check_text_prompts(config)
     _check_vision_prompts(config)
     _check_regularizer(config)
+
+
+def _check_types(config) -> None:
+    # a configuration may come from a file, and a value of another type would fail somewhere deep in other libraries
+    for names, kind, is_of_kind in (
+        (STRINGS, "a string", lambda value: value is None or isinstance(value, str)),
+        (FLAGS, "True or False", lambda value: isinstance(value, bool)),
+        (PATTERNS, "a list of strings, or a string", lambda value: value is None or _is_strings(value, or_one=True)),
+        (LISTS, "a list of strings", lambda value: value is None or _is_strings(value)),
+        (DICTS, "a dictionary", lambda value: value is None or isinstance(value, dict)),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            if not is_of_kind(value):
+                raise ValueError(f"{name} must be {kind}, got {value!r}.")
+    ids = config.init_token_ids
+    if ids is not None and not (isinstance(ids, list) and all(_is_int_from(0, i) for i in ids)):
+        raise ValueError(f"init_token_ids must be a list of token ids, got {ids!r}.")
+
+
+def _is_strings(value, or_one: bool = False) -> bool:
+    if isinstance(value, str):
+        return or_one
+    return isinstance(value, (list, tuple, set)) and all(isinstance(item, str) and item for item in value)
 
 
 def check_resolved(config) -> None:
@@ -54,6 +87,9 @@ def _check_numbers(config) -> None:
         raise ValueError(
             f"num_vision_virtual_tokens must be an integer of at least 0, got {config.num_vision_virtual_tokens!r}."
         )
+    for name in ("num_virtual_tokens", "num_vision_virtual_tokens"):
+        if (getattr(config, name) or 0) > MAX_TOKENS:
+            raise ValueError(f"{name} must be at most {MAX_TOKENS}, got {getattr(config, name)}.")
     for name in ("text_prompt_depth", "vision_prompt_depth"):
         depth = getattr(config, name)
         if depth is not None and not _is_int_from(1, depth):
@@ -65,6 +101,10 @@ def _check_texts(config) -> None:
         check_template(config.prompt_template)
     if config.class_names is not None:
         config.class_names = check_class_names(config.class_names)
+    if config.problem_type not in (None, *PROBLEM_TYPES):
+        raise ValueError(
+            f"problem_type must be None or one of {', '.join(map(repr, PROBLEM_TYPES))}, got {config.problem_type!r}."
+        )
     if config.prompt_tuning_init_text is None:
         return
     if config.prompt_tuning_init is not PromptTuningInit.TEXT:
@@ -148,7 +188,7 @@ def _check_regularizer(config) -> None:
             if getattr(config, name) is not None:
                 raise ValueError(f"{name}={getattr(config, name)!r} needs a regularizer; name one.")
     if config.teacher_templates is not None:
-        if isinstance(config.teacher_templates, str) or not config.teacher_templates:
+        if not isinstance(config.teacher_templates, (list, tuple)) or not config.teacher_templates:
             raise ValueError(f"teacher_templates must be a list of templates, got {config.teacher_templates!r}.")
         for template in config.teacher_templates:
             check_template(template)

@@ -74,6 +74,8 @@ class CLIPPromptTuningConfig(PeftConfig):
             First replaced position. By default the one behind the begin token: 1, or 0 where the tokenizer has none.
         class_names (`list[str]`, *optional*):
             Filled in from the classifier, so that the adapter alone makes a classifier.
+        problem_type (`str`, *optional*):
+            Filled in from the classifier's config: `"multi_label_classification"` if an image has several labels.
         class_specific (`bool`, defaults to `False`):
             Vectors of their own for every class, (C, n, D), tied to these `class_names` (CoOp's CSC).
         class_token_position (`"end"`, `"middle"` or `"front"`, defaults to `"end"`):
@@ -141,6 +143,9 @@ class CLIPPromptTuningConfig(PeftConfig):
     )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Class names, filled in from the classifier."}
+    )
+    problem_type: str | None = field(
+        default=None, metadata={"help": "One label per image or several, filled in from the classifier."}
     )
     class_specific: bool = field(default=False, metadata={"help": "Vectors of their own for every class."})
     class_token_position: ClassTokenPosition | str = field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
@@ -15,7 +16,7 @@ from .coupling import CLIPVectorsLayer
 from .deep_prompts import CLIPDeepPrompts
 from .layer import CLIPTextLearnableEmbeddings
 from .prompt_layer import CLIPPromptLayer
-from .resolve import adopt_class_names, check_fits, check_towers, chosen_towers, resolve
+from .resolve import adopt_task, check_fits, check_towers, chosen_towers, resolve
 from .saved_weights import PREFIX, check_tensors, expected_tensors, rename_to_expected
 from .towers import Tower
 from .vision_prompts import CLIPVisionLearnableEmbeddings
@@ -55,7 +56,7 @@ class CLIPPromptTuningModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: CLIPPromptTuningConfig, model_config: dict):
         check_towers(peft_config, self.model)
         if peft_config._loaded:
-            adopt_class_names(peft_config, self.model)
+            adopt_task(peft_config, self.model)
         else:
             resolve(peft_config, self.model)
         check_fits(peft_config, self.model)
@@ -123,6 +124,7 @@ class CLIPPromptTuningModel(BaseTuner):
         return next(tower.like.shape[-1] for _, tower in self._text_targets.values())
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        _check_name(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].vision_prompts_from_text:
             self._connect_towers(adapter_name)
@@ -189,7 +191,7 @@ class CLIPPromptTuningModel(BaseTuner):
         expected = expected_tensors(model, adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         state_dict = rename_to_expected(state_dict, expected)
-        check_tensors(state_dict, expected, config)
+        check_tensors(state_dict, expected, config, adapter_name)
         return state_dict
 
 
@@ -204,6 +206,14 @@ def _targets(towers: list[Tower], depth: int) -> dict[str, tuple[int, Tower]]:
 
 def _wrapped(target: nn.Module, layer_class: type[CLIPVectorsLayer], adapter_name: str, **options) -> CLIPVectorsLayer:
     return target if isinstance(target, layer_class) else layer_class(target, adapter_name, **options)
+
+
+def _check_name(adapter_name: str) -> None:
+    if not adapter_name or re.search(r"[./\\\x00]", adapter_name):
+        raise ValueError(
+            f"An adapter cannot be named {adapter_name!r}: a module and a folder are named after it, so it must not "
+            "be empty nor hold '.', '/' or a backslash."
+        )
 
 
 def _check_known(adapter_names: list[str], peft_config: dict) -> None:

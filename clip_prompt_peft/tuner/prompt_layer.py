@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ..adapter_files import check_values
 from .config import CLIPPromptTuningConfig
 
 
@@ -57,16 +58,22 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
                     yield name, parameter
 
     def _check_weights(self, adapter_name: str) -> None:
-        """Raises `ValueError` if weights were to be loaded and were not: transformers' `load_adapter` only warns when
-        a file lacks them."""
+        """Raises `ValueError` if weights were to be loaded and were not, of which transformers' `load_adapter` only
+        warns, or if they hold NaN."""
         placeholders = self._placeholders.get(adapter_name)
-        if placeholders and any(placeholders.get(key) is value for key, value in self.parameters_of(adapter_name)):
+        if not placeholders:
+            return
+        tensors = dict(self.parameters_of(adapter_name))
+        if any(placeholders.get(key) is value for key, value in tensors.items()):
             raise ValueError(
                 f"The configuration of adapter {adapter_name!r} belongs to saved weights, but none were loaded: the "
                 "file is damaged, belongs to another model, or has the text tower at another path (then "
                 "PeftModel.from_pretrained finds it). To start a new adapter, make a CLIPPromptTuningConfig without "
                 "replaced_token_ids."
             )
+        if not torch.compiler.is_compiling():  # which cannot look at values
+            check_values(tensors)
+            del self._placeholders[adapter_name]  # all is well for good
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -107,7 +114,8 @@ def random_vectors(shape: tuple[int, ...], like: torch.Tensor, draw: bool = True
         like: for device and dtype.
         draw: `False` if values are about to be loaded; nothing is drawn from the random number generator then.
     """
-    vectors = torch.zeros(shape, dtype=trainable_dtype(like), device=like.device)
+    # Not zeros: what is never written to takes no memory, should a file ask for more vectors than it has.
+    vectors = torch.empty(shape, dtype=trainable_dtype(like), device=like.device)
     return vectors.normal_(std=RANDOM_STD) if draw else vectors
 
 

@@ -29,7 +29,7 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     given = config.to_dict()
     if config.prompt_template is None:
         config.prompt_template = config_value(model, "prompt_template") or DEFAULT_TEMPLATE
-    adopt_class_names(config, model)
+    adopt_task(config, model)
     _resolve_depths(config, model)
     tokenizer = _tokenizer_for(config, model)
     num_begin = count_begin_tokens(tokenizer)
@@ -53,11 +53,13 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     config._filled_in = {name: getattr(config, name) for name, value in given.items() if value is None}
 
 
-def adopt_class_names(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
-    """Takes the classifier's class names if the configuration has none."""
+def adopt_task(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    """Takes the classifier's class names and problem type if the configuration has none."""
     names = config_value(model, "class_names")
     if config.class_names is None and names is not None:
         config.class_names = check_class_names(names)
+    if config.problem_type is None:
+        config.problem_type = config_value(model, "problem_type")
 
 
 def config_value(model: nn.Module, name: str):
@@ -149,7 +151,7 @@ def _tokenizer_for(config, model):
             f"The tokenizer is needed to find the template's tokens, but this {type(model).__name__} has no "
             "name_or_path to load it from; set tokenizer_name_or_path in CLIPPromptTuningConfig."
         )
-    return AutoTokenizer.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def _check_next_to_class(config, class_position: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..adapter_files import check_values
 from .config import CLIPPromptTuningConfig
 from .prompt_layer import CLIPPromptLayer
 
@@ -29,8 +30,11 @@ def rename_to_expected(state_dict: dict, expected: dict) -> dict:
     return {_key_at_other_path(key, expected): value for key, value in state_dict.items()}
 
 
-def check_tensors(state_dict: dict, expected: dict[str, torch.Tensor], config: CLIPPromptTuningConfig) -> None:
-    """Raises `ValueError` if a tensor is missing or has another shape than the model and the configuration ask for."""
+def check_tensors(
+    state_dict: dict, expected: dict[str, torch.Tensor], config: CLIPPromptTuningConfig, adapter_name: str
+) -> None:
+    """Raises `ValueError` if a tensor is missing or one too many, has another shape than the model and the
+    configuration ask for, or holds what no training gives."""
     for key, parameter in expected.items():
         if key not in state_dict:
             raise ValueError(
@@ -43,6 +47,13 @@ def check_tensors(state_dict: dict, expected: dict[str, torch.Tensor], config: C
                 f"The adapter's {key!r} has shape {shape}, but this model and the adapter's configuration ask for "
                 f"{wanted} (num_virtual_tokens, class_names, hidden sizes). The adapter was trained on "
                 f"{config.base_model_name_or_path!r}; load that base model."
+            )
+    check_values(state_dict)
+    for key in state_dict:
+        if key not in expected and f".modules_to_save.{adapter_name}." not in key:
+            raise ValueError(
+                f"The adapter's weights hold {key!r}, which its configuration does not ask for and which could change "
+                "the frozen model; the file is damaged, or not to be trusted."
             )
 
 

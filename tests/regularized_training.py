@@ -1,9 +1,5 @@
-"""What every process of test_prograd_trainer.py runs: a few steps with a regularizer on the embedded CLIP.
+"""A few steps of training with a regularizer on the embedded CLIP, for test_prograd_trainer.py."""
 
-regularized_worker.py REGULARIZER OUTPUT_DIR BATCH_SIZE_PER_PROCESS ACCUMULATION_STEPS
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -54,7 +50,3 @@ def train(
     trainer = trainer_class(model=get_peft_model(classifier, config), args=args, train_dataset=examples())
     trainer.train()
     trainer.save_model()
-
-
-if __name__ == "__main__":
-    train(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

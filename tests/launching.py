@@ -1,0 +1,25 @@
+"""How tests start several processes."""
+
+import socket
+from pathlib import Path
+
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate_configs"
+
+
+def torchrun(num_processes: int) -> str:
+    return f"torch.distributed.run --standalone --nproc_per_node {num_processes}"
+
+
+def accelerate_launch(num_processes: int) -> str:
+    """`--cpu` would start a single process unless MPI is there, in spite of `--num_processes`; a configuration for
+    GPUs is what makes it start several. The workers themselves ask for the CPU."""
+    processes = f"--num_processes {num_processes} --main_process_port {free_port()}"
+    return f"accelerate.commands.launch --config_file {CONFIGS / 'ddp.yaml'} {processes}"
+
+
+def free_port() -> int:
+    """Found here, since with port 0 the processes of accelerate 1.3 wait for one another for ever."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
