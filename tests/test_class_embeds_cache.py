@@ -1,242 +1,40 @@
-"""While evaluating, class embeddings are computed once, and are never those of an earlier state."""
+"""Class embeddings that are kept are never those of an earlier state."""
 
 import copy
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import CLASS_NAMES, TINY_CLIP
-from datasets import Dataset
+from class_embeds import (
+    LORA,
+    assert_up_to_date,
+    base_of,
+    compute_anew,
+    evaluate,
+    new_classifier,
+    prompt_config,
+    prompted_classifier,
+    sizes_as_in_a_real_model,
+    train_steps,
+    vectors_of,
+)
+from conftest import CLASS_NAMES
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
-from clip_prompt_peft.class_encoder import ClassEncoder
-
-
-CACHE = "clip_prompt_peft.class_encoder.cache"
-LORA = {
-    "r": 2,
-    "target_modules": r"text_model.*(q_proj|fc1)",
-    "init_lora_weights": False,
-}  # changes the outputs at once
+from clip_prompt_peft import CLIPPromptTuningConfig
 
 
 @pytest.fixture(autouse=True, scope="module")
-def sizes_as_in_a_real_model():
-    """The embedded model is so small that all of its weights would be compared whole: now the position table is, and
-    the matrices are not."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{CACHE}.SMALL", 10_000)
+def real_sizes():
+    with sizes_as_in_a_real_model():
         yield
 
 
-def new_classifier():
-    return CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=CLASS_NAMES).eval()
-
-
-def prompt_config():
-    return CLIPPromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="RANDOM")
-
-
 @pytest.fixture
-def prompted(classifier):
-    """With two adapters, "default" being active."""
-    model = get_peft_model(classifier, prompt_config())
-    model.add_adapter("other", prompt_config())
-    return model.eval()
-
-
-@torch.no_grad()
-def evaluate(model):
-    """Class embeddings as an evaluation uses them."""
-    return base_of(model).get_class_embeds()
-
-
-@torch.no_grad()
-def compute_anew(model):
-    classifier = base_of(model)
-    return ClassEncoder(path="plain")(classifier, classifier._class_prompts(), classifier.prompt_layout)
-
-
-def base_of(model):
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def vectors_of(model, name="default"):
-    return base_of(model).text_model.embeddings.learnable_embeddings[name]
-
-
-def assert_up_to_date(model):
-    torch.testing.assert_close(evaluate(model), compute_anew(model), rtol=0, atol=1e-5)
-
-
-def assert_kept(model, runs):
-    """The text tower does not run, and the embeddings are right."""
-    before = runs.count
-    embeds = evaluate(model)
-    assert runs.count == before
-    torch.testing.assert_close(embeds, compute_anew(model), rtol=0, atol=1e-5)
-
-
-def values_compared(model):
-    """About as many as are held with one result: the adapters and the small tensors of the text side."""
-    return sum(p.numel() for p in base_of(model).text_model.parameters() if p.requires_grad or p.numel() <= 10_000)
-
-
-class CountedRuns:
-    """How often the text tower runs within a `with`."""
-
-    def __init__(self, model):
-        self.layer, self.count = base_of(model).text_model.encoder.layers[0], 0
-
-    def __enter__(self):
-        self.hook = self.layer.register_forward_hook(self.counted)
-        return self
-
-    def counted(self, *args):
-        self.count += 1
-
-    def __exit__(self, *error):
-        self.hook.remove()
-
-
-def train_steps(model, **optimizer_arguments):
-    """Two steps on random images, as a Trainer would make them."""
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, **optimizer_arguments)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(pixel_values=torch.randn(4, 3, 48, 48), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
-        optimizer.step()
-    model.eval()
-
-
-class TestKept:
-    def test_an_evaluation_of_many_batches_encodes_the_classes_once(self, prompted, tmp_path):
-        dataset = Dataset.from_dict(
-            {"pixel_values": torch.randn(10, 3, 48, 48).numpy(), "labels": [0, 1, 2, 3, 0] * 2}
-        )
-        args = TrainingArguments(tmp_path, per_device_eval_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True)
-        trainer = Trainer(prompted, args, eval_dataset=dataset.with_format("torch"))
-        evaluate(prompted)  # has asked the tower which path is exact
-        vectors_of(prompted).data.add_(0.1)
-        with CountedRuns(prompted) as runs:
-            trainer.evaluate()
-        assert runs.count == 1
-
-    def test_adapters_that_are_switched_back_and_forth_are_encoded_once_each(self, prompted):
-        with CountedRuns(prompted) as runs:
-            for name in ("default", "other"):
-                prompted.set_adapter(name)
-                evaluate(prompted)
-            first_round = runs.count
-            for name in ("default", "other") * 2:
-                prompted.set_adapter(name)
-                assert_kept(prompted, runs)
-        assert first_round > 0
-
-    def test_class_lists_that_are_switched_back_and_forth_are_encoded_once_each(self, prompted):
-        lists = [["cat", "dog"], ["red car", "blue car", "bus"]]
-        for class_names in lists:
-            base_of(prompted).set_class_names(class_names)
-            evaluate(prompted)
-        with CountedRuns(prompted) as runs:
-            for class_names in lists:
-                base_of(prompted).set_class_names(class_names)
-                assert_kept(prompted, runs)
-
-    def test_a_second_look_at_changed_vectors_does_not_ask_again_which_path_is_exact(self, prompted):
-        evaluate(prompted)
-        base_of(prompted).set_class_names(["cat", "dog"])
-        with CountedRuns(prompted) as runs:
-            evaluate(prompted)
-        assert runs.count == 1
-
-    def test_where_there_is_no_room_for_all_results_the_oldest_goes(self, prompted, monkeypatch):
-        lists = [[f"cat {number}", "dog"] for number in range(30)]
-
-        def evaluate_with(class_names):
-            base_of(prompted).set_class_names(class_names)
-            evaluate(prompted)
-
-        evaluate_with(lists[0])
-        monkeypatch.setattr(f"{CACHE}.MAX_COMPARED", 10 * values_compared(prompted))
-        for class_names in lists[1:]:
-            evaluate_with(class_names)
-        with CountedRuns(prompted) as runs:
-            evaluate_with(lists[-2])
-            assert runs.count == 0
-            evaluate_with(lists[0])
-            assert runs.count == 1
-
-    def test_serving_zero_shot_and_with_lora_encodes_once_too(self, classifier, pixel_values):
-        for model in (classifier, get_peft_model(classifier, LoraConfig(**LORA)).eval()):
-            with torch.no_grad():
-                model(pixel_values=pixel_values)
-                with CountedRuns(model) as runs:
-                    model(pixel_values=pixel_values)
-            assert runs.count == 0
-
-    def test_frozen_embeddings_are_kept_where_gradients_are_recorded(self, classifier, pixel_values):
-        classifier.requires_grad_(False)
-        classifier(pixel_values=pixel_values)
-        with CountedRuns(classifier) as runs:
-            classifier(pixel_values=pixel_values)
-        assert runs.count == 0
-
-    def test_nothing_is_kept_while_training(self, prompted, pixel_values, labels):
-        prompted.train()
-        evaluate(prompted)
-        for context in (torch.no_grad(), torch.enable_grad()):
-            with context, CountedRuns(prompted) as runs:
-                prompted(pixel_values=pixel_values, labels=labels)
-            assert runs.count == 1
-
-    def test_embeddings_that_are_differentiated_are_not_taken_from_what_is_kept(self, prompted):
-        evaluate(prompted)
-        base_of(prompted).get_class_embeds().sum().backward()
-        assert vectors_of(prompted).grad is not None
-
-    def test_embeddings_from_inference_mode_serve_for_gradients_later(self, classifier, pixel_values):
-        classifier.requires_grad_(False)
-        with torch.inference_mode():
-            classifier(pixel_values=pixel_values)
-        image_embeds = torch.randn(2, classifier.config.projection_dim, requires_grad=True)
-        classifier(image_embeds=image_embeds).logits.sum().backward()
-        assert image_embeds.grad is not None
-
-    def test_changing_what_get_class_embeds_gave_changes_nothing_else(self, prompted):
-        evaluate(prompted).zero_()
-        assert_up_to_date(prompted)
-
-    def test_copies_keep_their_own(self, prompted):
-        evaluate(prompted)
-        other = copy.deepcopy(prompted)
-        vectors_of(other).data.zero_()
-        assert_up_to_date(other)
-        assert_up_to_date(prompted)
-
-    def test_a_model_that_is_trained_as_a_whole_is_not_stored_twice(self, classifier, monkeypatch):
-        monkeypatch.setattr(f"{CACHE}.MAX_COMPARED", 1000)
-        evaluate(classifier)
-        with CountedRuns(classifier) as runs:
-            evaluate(classifier)
-        assert runs.count == 1
-
-    def test_embeddings_with_dropout_are_not_kept(self, classifier):
-        model = get_peft_model(classifier, LoraConfig(**LORA, lora_dropout=0.5)).eval()
-        classifier.text_model.train()
-        assert not torch.equal(evaluate(model), evaluate(model))
-
-    def test_kept_embeddings_can_be_dropped(self, classifier):
-        evaluate(classifier)
-        classifier.class_encoder.clear()
-        with CountedRuns(classifier) as runs:
-            evaluate(classifier)
-        assert runs.count == 1
+def prompted():
+    return prompted_classifier()
 
 
 def switch_off_and_on(model):

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TINY_CLIP, golden_base_folder
+from conftest import TINY_CLIP, golden_base_folder, needs_compile
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoTokenizer, CLIPConfig, CLIPModel, Trainer, TrainingArguments
@@ -413,6 +413,7 @@ class TestChunks:
         torch.testing.assert_close(*gradients)
 
 
+@needs_compile
 class TestCompiled:
     def test_a_step_in_chunks_gives_the_loss_and_gradient_of_one_that_is_not(self, labels):
         torch._dynamo.reset()

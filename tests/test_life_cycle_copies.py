@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapters import layer_of, randomize, vectors_of
 from cases import MERGED, TEXTS
+from conftest import needs_compile
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
@@ -141,7 +142,7 @@ def test_a_pickled_model_comes_back(case, is_merged):
         assert torch.equal(layer_of(again).position_embedding.weight, layer_of(model).position_embedding.weight)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6 cannot trace the context manager of peft's forward")
+@needs_compile
 def test_a_compiled_model_is_one_graph_and_follows_the_active_adapter(case):
     torch._dynamo.reset()
     model = case.tuned(num_virtual_tokens=2)
@@ -158,6 +159,7 @@ def test_a_compiled_model_is_one_graph_and_follows_the_active_adapter(case):
     assert not torch.allclose(tuned, base)
 
 
+@needs_compile
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_the_compiled_embeddings_have_the_same_output_and_gradient(tokenizer, clip):
     torch._dynamo.reset()

@@ -213,7 +213,9 @@ ATTRIBUTES = {
 
 
 @pytest.mark.parametrize(
-    "check", {*ATTRIBUTES.values(), active_adapter_of_a_layer, wrapped_names}, ids=lambda f: f.__name__
+    "check",
+    dict.fromkeys([*ATTRIBUTES.values(), active_adapter_of_a_layer, wrapped_names]),
+    ids=lambda check: check.__name__,
 )
 def test_the_attribute_is_what_it_was(check, clip):
     try:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from adapters import layer_of
-from conftest import CLASS_NAMES, TINY_CLIP
+from conftest import CLASS_NAMES, TINY_CLIP, needs_compile
 from peft import PeftModel, get_peft_model
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -115,6 +115,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(classifier, pixel_value
     torch.testing.assert_close(gradients(model, pixel_values, labels), expected, rtol=1e-4, atol=1e-6)
 
 
+@needs_compile
 def test_towers_compile(clip, pixel_values, tokenizer):
     model = prompted(clip, **MAPLE)
     texts = tokenizer(["a photo of a animal."], return_tensors="pt")
