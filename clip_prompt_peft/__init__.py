@@ -6,7 +6,8 @@ Importing the package registers the method with peft, so that `get_peft_model`, 
 
 from .auto import AutoPeftModelForPromptClassification
 from .auto_model import AutoModelForPromptClassification
-from .callbacks import GaussianPromptAveraging
+from .callbacks import GaussianPromptAveraging, StopAtNonFinite
+from .checkpoints import last_whole_checkpoint
 from .class_prompts import build_class_prompts, check_label_names, pad_template
 from .classifier import CLIPForPromptClassification
 from .families import (
@@ -48,9 +49,11 @@ __all__ = [
     "ProGradMixin",
     "ProGradTrainer",
     "PromptClassificationMixin",
+    "StopAtNonFinite",
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",
+    "last_whole_checkpoint",
     "load_templates",
     "pad_template",
     "template_ensemble",

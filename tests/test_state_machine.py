@@ -61,7 +61,7 @@ class AnyOrder(RuleBasedStateMachine):
         AnyOrder.steps[what] += 1
 
     @initialize(
-        kind=st.sampled_from(sorted(KINDS)),
+        kind=st.sampled_from([*sorted(KINDS), *3 * sorted(MERGEABLE)]),  # most operations can follow these
         has_lora=st.booleans(),
         may_compile=st.sampled_from([False] * 5 + [IS_LONG_RUN]),  # which takes seconds
     )
