@@ -62,7 +62,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @initialize(
         kind=st.sampled_from([*sorted(KINDS), *3 * sorted(MERGEABLE)]),  # most operations can follow these
-        has_lora=st.booleans(),
+        has_lora=st.sampled_from([False, False, True]),
         may_compile=st.sampled_from([False] * 5 + [IS_LONG_RUN]),  # which takes seconds
     )
     def start(self, kind, has_lora, may_compile):
@@ -257,21 +257,31 @@ class AnyOrder(RuleBasedStateMachine):
         self.state.is_disabled = not enable
 
     @rule()
-    @precondition(lambda self: self.state.in_effect and not self.state.has_lora)
-    def merge_or_unmerge(self):
-        if self.state.is_merged:
-            self.count("unmerge")
-            self.model.unmerge_adapter()
-            self.state.is_merged = False
-        elif self.state.in_effect.kind in MERGEABLE:
-            self.count("merge")
-            expected = logits_of(self.model)
+    @precondition(lambda self: self.may_merge and self.state.in_effect.kind in MERGEABLE)
+    def merge(self):
+        self.count("merge")
+        expected = logits_of(self.model)
+        self.model.merge_adapter()
+        self.state.is_merged = True
+        torch.testing.assert_close(logits_of(self.model), expected, **self.merged)
+
+    @rule()
+    @precondition(lambda self: self.may_merge and self.state.in_effect.kind not in MERGEABLE)
+    def be_refused_a_merge(self):
+        self.count("refused merge")
+        with pytest.raises(ValueError, match="cannot be merged"):
             self.model.merge_adapter()
-            self.state.is_merged = True
-            torch.testing.assert_close(logits_of(self.model), expected, **self.merged)
-        else:
-            with pytest.raises(ValueError, match="cannot be merged"):
-                self.model.merge_adapter()
+
+    @rule()
+    @precondition(lambda self: self.state.is_merged and not self.state.is_disabled)
+    def unmerge(self):
+        self.count("unmerge")
+        self.model.unmerge_adapter()
+        self.state.is_merged = False
+
+    @property
+    def may_merge(self):
+        return self.state.in_effect and not self.state.has_lora and not self.state.is_merged
 
     @property
     def merged(self):
