@@ -81,6 +81,9 @@ class TestBrokenOffWhileSaving:
             run_here(SCRIPT, *SMALL, "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-3")
 
     def test_on_a_full_disk_it_is_told_what_there_is_to_continue(self, run_here, tmp_path, caplog):
+        run_here(
+            SCRIPT, *CHECKPOINTS, "--output_dir", "before"
+        )  # from here on data and embeddings are in their caches
         with disk_full_at(3000), pytest.raises(RuntimeError):  # the vectors have room, the optimizer has not
             run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "out")
         assert "There is no checkpoint to continue from" in caplog.text
