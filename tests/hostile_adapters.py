@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import json
 import os
@@ -302,7 +303,8 @@ def change_a_tensor(folder: Path, rng: random.Random) -> str:
     except (SafetensorError, IndexError):
         return "tensors left"
     change = rng.choice(list(TENSOR_CHANGES))
-    with torch.no_grad():
+    # the errors are those of a change that does not go with an earlier one
+    with torch.no_grad(), contextlib.suppress(IndexError, RuntimeError):
         tensors[name] = TENSOR_CHANGES[change](tensors[name].clone()).contiguous()
     save_file(tensors, folder / WEIGHTS)
     return f"{name} {change}"
