@@ -50,7 +50,7 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 def checkpoints_in(output_dir: str | os.PathLike) -> list[str]:
     """All folders that are named like a checkpoint, whole or not, by their number of steps."""
-    folders = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in Path(output_dir).glob("*/")}
+    folders = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in _folders_in(output_dir)}
     steps = {path: int(number) for path, number in folders.items() if number != path.name and number.isdecimal()}
     return [str(path) for path in sorted(steps, key=steps.get)]
 
@@ -63,7 +63,7 @@ def checkpoint_damage(checkpoint: str | os.PathLike) -> str | None:
     """
     folder = Path(checkpoint)
     needed = [TRAINER_STATE_NAME, CONFIG_NAME, WEIGHTS_NAME]
-    if any(any(folder.glob(pattern)) for pattern in OF_TRAINING) and not any(folder.glob("*/")):
+    if any(any(folder.glob(pattern)) for pattern in OF_TRAINING) and not _folders_in(folder):
         needed += OF_TRAINING
     for pattern in needed:
         files = sorted(folder.glob(pattern))
@@ -75,6 +75,10 @@ def checkpoint_damage(checkpoint: str | os.PathLike) -> str | None:
             except (ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
                 return f"{file.name} is damaged ({error})"
     return None
+
+
+def _folders_in(folder: str | os.PathLike) -> list[Path]:
+    return [path for path in Path(folder).glob("*") if path.is_dir()]  # the pattern "*/" gives files, too, in 3.10
 
 
 def _read_json(file: Path) -> None:

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+import transformers
 from adapters import vectors_of
 from cases import load_base
 from conftest import CLASS_NAMES
 from datasets import Dataset
+from packaging import version
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -231,6 +233,9 @@ def test_a_preset_runs_in_deterministic_mode_twice_the_same(preset, pixel_values
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"), reason="5.18 ends with an error, for any model"
+)
 @pytest.mark.parametrize("empty", [[], Dataset.from_dict({"pixel_values": [], "labels": []})], ids=["list", "Dataset"])
 def test_evaluating_on_an_empty_set_reports_no_loss_as_for_any_model_of_transformers(tmp_path, empty):
     trainer = new_trainer(tmp_path)

@@ -390,4 +390,4 @@ def test_any_sequence_of_operations_gives_what_a_new_model_gives(sizes_as_in_a_r
     AnyOrder.steps.clear()
     run_state_machine_as_test(AnyOrder, settings=settings(suppress_health_check=list(HealthCheck), deadline=None))
     print(f"\n{AnyOrder.steps.total()} steps: {dict(AnyOrder.steps.most_common())}")
-    assert AnyOrder.steps["train"]
+    assert len(AnyOrder.steps) >= 10  # kinds of operations

@@ -12,6 +12,7 @@ from clip_prompt_peft import CLIPPromptTuningConfig
 from clip_prompt_peft.export import CLASS_EMBEDS_FILE, ONNX_FILE, export_classifier
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 10), reason="torch 2.6 cannot export its own MultiheadAttention")
 # more of them with ALL_PRESETS=1 in the environment: tracing takes a while
 @pytest.mark.parametrize(
     "name", ["Siglip", *(["MetaClip2", "ChineseCLIP", "AltCLIP"] if os.environ.get("ALL_PRESETS") else [])]
