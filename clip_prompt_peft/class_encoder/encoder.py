@@ -8,6 +8,7 @@ import torch
 from transformers import CLIPModel
 
 from ..class_prompts import ClassPrompts, PromptLayout
+from ..dual_encoder import text_embeddings_of
 from . import sharding
 from .cache import ClassEmbedsCache, trained_parameters
 from .chunks import encode_by_images, encode_in_chunks
@@ -121,7 +122,7 @@ class ClassEncoder:
         return sharding.gather_shares(embeds, num_classes) if is_sharded else embeds
 
     def _encode_for_images(self, model, prompts, layout, image_embeds) -> torch.Tensor:
-        vectors = model.text_model.base_model.embeddings.row_vectors(image_embeds)  # (B, n, D)
+        vectors = text_embeddings_of(model.text_model).row_vectors(image_embeds)  # (B, n, D)
         chunks = self._chunks_of(model, prompts, layout, range(len(prompts.texts)))
         pairs = [(chunk, vectors.split(max(1, PROMPTS_AT_ONCE // len(chunk.classes)))) for chunk in chunks]
         return encode_by_images(lambda chunk, part: chunk.encode(model, part), pairs)  # (B, C, E)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from ..class_prompts import ClassPrompts, PromptLayout
+from ..dual_encoder import text_embeddings_of
 from .adapter_settings import adapter_settings
 from .rows import PackedRows, PlainRows, additive_mask, backwards, own_vectors, pack_rows, plain_rows, run_encoder
 from .surroundings import Surroundings
@@ -74,7 +75,7 @@ def _states(text_model: nn.Module, row: PlainRows) -> torch.Tensor:
 def _states_by_parts(text_model: nn.Module, row: PlainRows) -> torch.Tensor:
     """(1, tokens of the prompt, D), in the way of packed rows"""
     with own_vectors(text_model, row, _any_image_vectors(text_model)):
-        embeds = text_model.base_model.embeddings(input_ids=row.input_ids)
+        embeds = text_embeddings_of(text_model)(input_ids=row.input_ids)
     visible = backwards(embeds.shape[1], embeds.device)[None]
     states = run_encoder(text_model, embeds, additive_mask(visible, embeds.dtype))
     return states[:, : int(row.attention_mask.sum())]
@@ -82,9 +83,9 @@ def _states_by_parts(text_model: nn.Module, row: PlainRows) -> torch.Tensor:
 
 def _any_image_vectors(text_model: nn.Module) -> torch.Tensor | None:
     """(1, n, D) for an adapter that is conditioned on the image: those that no image has shifted."""
-    layout = getattr(text_model.base_model.embeddings, "prompt_layout", None)
+    layout = getattr(text_embeddings_of(text_model), "prompt_layout", None)
     is_conditioned = layout is not None and layout.image_conditioned
-    return text_model.base_model.embeddings.row_vectors()[None] if is_conditioned else None
+    return text_embeddings_of(text_model).row_vectors()[None] if is_conditioned else None
 
 
 def _with_another_end(row: PlainRows) -> PlainRows:

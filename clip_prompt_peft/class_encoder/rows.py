@@ -14,6 +14,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from ..class_prompts import ClassPrompts
+from ..dual_encoder import text_embeddings_of
 
 
 # Tokens of suffixes in a packed row. With more of them attention costs more, with fewer the prefix is repeated more
@@ -81,7 +82,7 @@ class PackedRows:
         """(B, K, E) normalised class embeddings, equal to those of [`PlainRows`]."""
         num_images = 1 if image_vectors is None else len(image_vectors)
         with own_vectors(model.text_model, self, image_vectors):
-            embeddings = model.text_model.base_model.embeddings
+            embeddings = text_embeddings_of(model.text_model)
             embeds = embeddings(input_ids=self.input_ids.repeat(num_images, 1))  # (B K, L, D)
         tokens = embeds.view(num_images, -1, embeds.shape[-1])  # (B, K L, D)
         packed = tokens.index_select(1, self.token_index.flatten()).view(-1, self.segment.shape[1], embeds.shape[-1])
@@ -181,18 +182,18 @@ def own_vectors(text_model: nn.Module, rows: PlainRows | PackedRows, image_vecto
 
     Nothing, unless the active adapter says that vectors or positions differ between them.
     """
-    layout = getattr(text_model.base_model.embeddings, "prompt_layout", None)
+    layout = getattr(text_embeddings_of(text_model), "prompt_layout", None)
     if layout is None or not (layout.has_row_vectors or layout.has_row_positions):
         return nullcontext()
     vectors, positions, num_images = None, rows.positions, 1
     if layout.class_specific:
-        vectors = text_model.base_model.embeddings.row_vectors()[rows.classes]  # (K, n, D)
+        vectors = text_embeddings_of(text_model).row_vectors()[rows.classes]  # (K, n, D)
     elif layout.image_conditioned:
         num_images = len(image_vectors)
         vectors = image_vectors.repeat_interleave(len(rows.classes), dim=0)  # (B K, n, D)
     if positions is not None:
         positions = positions.repeat(num_images, 1)  # (B K, n)
-    return text_model.base_model.embeddings.rows(vectors, positions)
+    return text_embeddings_of(text_model).rows(vectors, positions)
 
 
 def normalize(embeds: torch.Tensor) -> torch.Tensor:
