@@ -7,17 +7,14 @@ import os
 from peft.utils import CONFIG_NAME
 from transformers.utils import extract_commit_hash
 
-from .adapter_files import WEIGHTS_NAME, fetch, fetch_weights, read_config
-from .auto_model import AutoModelForPromptClassification
+from .adapter_files import fetch, fetch_weights, read_config
+from .auto_model import AutoModelForPromptClassification, FromPretrainedOnly
 from .model_card import is_hub_id
 from .peft_model import PeftModelForPromptClassification
 from .tuner import CLIPPromptTuningConfig
 
 
-__all__ = ["WEIGHTS_NAME", "AutoPeftModelForPromptClassification"]
-
-
-class AutoPeftModelForPromptClassification:
+class AutoPeftModelForPromptClassification(FromPretrainedOnly):
     """
     Builds base model, class names and prompts from an adapter's folder or Hub id.
 
@@ -32,11 +29,6 @@ class AutoPeftModelForPromptClassification:
     >>> model(pixel_values=pixel_values).logits  # (B, C)
     ```
     """
-
-    def __init__(self, *args, **kwargs):
-        raise EnvironmentError(  # noqa: UP024, the type that transformers' auto classes raise
-            f"{type(self).__name__} is made to be used through {type(self).__name__}.from_pretrained(name_or_path)."
-        )
 
     @classmethod
     def from_pretrained(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from .adapter_files import check_folder
+from .adapter_files import check_folder, read_config
 from .classifier import CLIPForPromptClassification
 from .families import (
     AltCLIPForPromptClassification,
@@ -32,7 +30,16 @@ CLASSIFIERS: tuple[type[PromptClassificationMixin], ...] = (
 HUB_SETTINGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class AutoModelForPromptClassification:
+class FromPretrainedOnly:
+    """What auto classes have in common: there are no objects of them."""
+
+    def __init__(self, *args, **kwargs):
+        raise EnvironmentError(  # noqa: UP024, the type that transformers' auto classes raise
+            f"{type(self).__name__} is made to be used through {type(self).__name__}.from_pretrained(name_or_path)."
+        )
+
+
+class AutoModelForPromptClassification(FromPretrainedOnly):
     """
     Picks the classifier of a checkpoint's family by its config.
 
@@ -48,11 +55,6 @@ class AutoModelForPromptClassification:
     'SiglipForPromptClassification'
     ```
     """
-
-    def __init__(self, *args, **kwargs):
-        raise EnvironmentError(  # noqa: UP024, the type that transformers' auto classes raise
-            f"{type(self).__name__} is made to be used through {type(self).__name__}.from_pretrained(name_or_path)."
-        )
 
     @classmethod
     def from_pretrained(
@@ -101,7 +103,7 @@ def _config_of(name_or_path: str | os.PathLike, hub: dict) -> PreTrainedConfig:
     check_folder(name_or_path)  # of an adapter
     adapter = find_adapter_config_file(str(name_or_path), **hub)
     if adapter is not None:
-        base = json.loads(Path(adapter).read_text()).get("base_model_name_or_path")
+        base = read_config(adapter).base_model_name_or_path
         if not base:
             raise ValueError(f"The adapter {str(name_or_path)!r} does not name its base model; load that one first.")
         hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}

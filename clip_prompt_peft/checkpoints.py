@@ -14,10 +14,11 @@ import zipfile
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .adapter_files import WEIGHTS_NAME
 
 
 logger = logging.getLogger(__name__)

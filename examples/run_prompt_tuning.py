@@ -34,7 +34,7 @@ from tables import Results, results_table
 from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_seed
 
 from clip_prompt_peft import AutoModelForPromptClassification, PromptClassificationMixin
-from clip_prompt_peft.auto import WEIGHTS_NAME
+from clip_prompt_peft.adapter_files import WEIGHTS_NAME
 from clip_prompt_peft.callbacks import StopAtNonFinite
 from clip_prompt_peft.card_details import CardDetails, TrainingData
 from clip_prompt_peft.comparison import Answers, Comparison

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from clip_prompt_peft import AutoModelForPromptClassification, CLIPPromptTuningConfig
-from clip_prompt_peft.auto import WEIGHTS_NAME
+from clip_prompt_peft.adapter_files import WEIGHTS_NAME
 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

@@ -296,11 +296,18 @@ def change_header(folder: Path, rng: random.Random) -> str:
     return f"header of {name}: {part} = {entry[part]}, length {length}"
 
 
-def change_a_tensor(folder: Path, rng: random.Random) -> str:
+def any_tensor(folder: Path, rng: random.Random) -> tuple[dict[str, torch.Tensor], str | None]:
+    """All tensors, and the name of one; `None` if an earlier change has left nothing to be read."""
     try:
         tensors = load_file(folder / WEIGHTS)
-        name = rng.choice(list(tensors))
+        return tensors, rng.choice(list(tensors))
     except (SafetensorError, IndexError):
+        return {}, None
+
+
+def change_a_tensor(folder: Path, rng: random.Random) -> str:
+    tensors, name = any_tensor(folder, rng)
+    if name is None:
         return "tensors left"
     change = rng.choice(list(TENSOR_CHANGES))
     # the errors are those of a change that does not go with an earlier one
@@ -311,10 +318,8 @@ def change_a_tensor(folder: Path, rng: random.Random) -> str:
 
 
 def rename_a_tensor(folder: Path, rng: random.Random) -> str:
-    try:
-        tensors = load_file(folder / WEIGHTS)
-        name = rng.choice(list(tensors))
-    except (SafetensorError, IndexError):
+    tensors, name = any_tensor(folder, rng)
+    if name is None:
         return "names left"
     frozen = rng.choice(list(FROZEN))
     new = rng.choice(["x", name + ".default", name.replace("text_model", ""), frozen, frozen])
