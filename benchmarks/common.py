@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 
 
-TOKENIZER = Path(__file__).parent.parent / "examples" / "assets" / "tiny_clip"
+TOKENIZER = Path(__file__).parent.parent / "clip_prompt_peft" / "assets" / "tiny_clip"
 SIZES = {
     # the architecture of openai/clip-vit-base-patch32
     "vit-b-32": {

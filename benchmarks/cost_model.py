@@ -13,8 +13,8 @@ import argparse
 
 from common import SIZES, add_prompts, build_classifier, describe_prompts, print_table
 
-from clip_prompt_peft.class_encoder.encoder import CHUNK, MANY_CLASSES
-from clip_prompt_peft.class_encoder.rows import ROW_TOKENS
+from clip_prompt_peft.text.encoder import CHUNK, MANY_CLASSES
+from clip_prompt_peft.text.packing import ROW_TOKENS
 
 
 SAMPLED = 1000  # classes whose names are really tokenized; longer lists have names like these

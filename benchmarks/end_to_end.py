@@ -27,11 +27,12 @@ from transformers.utils import logging
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.data import cache_image_embeds, class_names_of, sample_few_shot, with_pixel_values
-from clip_prompt_peft.metrics import compute_metrics
+from clip_prompt_peft.evaluation.metrics import compute_metrics
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from embedded_data import TINY_CLIP, load_style  # noqa: E402
+from clip_prompt_peft.assets import TINY_CLIP  # noqa: E402
+from clip_prompt_peft.data.known_datasets import load_style  # noqa: E402
 
 
 PARTS = ["image tower", "prompts: forward, backward", "data loading", "Trainer and optimizer", "all"]

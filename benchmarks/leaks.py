@@ -24,7 +24,7 @@ from transformers.utils import logging
 from clip_prompt_peft import PRESETS, CLIPForPromptClassification, CLIPPromptTuningConfig
 
 
-TINY_CLIP = str(Path(__file__).parent.parent / "examples" / "assets" / "tiny_clip")
+TINY_CLIP = str(Path(__file__).parent.parent / "clip_prompt_peft" / "assets" / "tiny_clip")
 CLASS_NAMES = ["animal", "plant", "food", "vehicle"]
 PRESET_NAMES = [name for name in PRESETS if name != "prograd"]  # needs a Trainer of its own
 NUM_COUNTS = 5  # points at which things are counted

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from common import SIZES, add_prompts, build_classifier, print_table, synchronize, time_once
 from torch.nn.parallel import DistributedDataParallel
 
-from clip_prompt_peft.class_encoder import ClassEncoder
+from clip_prompt_peft.text import ClassEncoder
 
 
 WAYS = {"every process encodes all classes": False, "every process encodes its share": True}

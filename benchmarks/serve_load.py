@@ -34,7 +34,7 @@ from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 
 
 ROOT = Path(__file__).parent.parent
-TINY_CLIP = str(ROOT / "examples" / "assets" / "tiny_clip")
+TINY_CLIP = str(ROOT / "clip_prompt_peft" / "assets" / "tiny_clip")
 CLASS_NAMES = {"pets": ["cat", "dog"], "meals": ["cake", "bread", "tea"]}
 COMING_AND_GOING = "extra"
 NUM_PARTS = 5  # memory is read after each

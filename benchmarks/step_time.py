@@ -27,7 +27,7 @@ from common import (
 )
 from peft import TrainableTokensConfig, get_peft_model
 
-from clip_prompt_peft.class_encoder import ClassEncoder
+from clip_prompt_peft.text import ClassEncoder
 
 
 WAYS = {

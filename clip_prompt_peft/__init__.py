@@ -4,27 +4,27 @@ Importing the package registers the method with peft, so that `get_peft_model`, 
 `CLIPModel.load_adapter` understand its adapters.
 """
 
-from .auto import AutoPeftModelForPromptClassification
-from .auto_model import AutoModelForPromptClassification
-from .callbacks import GaussianPromptAveraging, StopAtNonFinite
-from .checkpoints import last_whole_checkpoint
-from .class_prompts import build_class_prompts, check_label_names, pad_template
-from .classifier import CLIPForPromptClassification
+from .assets import load_templates
+from .auto import AutoModelForPromptClassification, AutoPeftModelForPromptClassification
+from .evaluation.ensembles import description_ensemble, template_ensemble
 from .families import (
     AltCLIPForPromptClassification,
     ChineseCLIPForPromptClassification,
+    CLIPForPromptClassification,
     MetaClip2ForPromptClassification,
     Siglip2ForPromptClassification,
     SiglipForPromptClassification,
 )
-from .peft_model import PeftModelForPromptClassification
-from .presets import PRESETS
-from .prograd_trainer import ProGradMixin, ProGradTrainer
-from .prompt_classification import PromptClassificationMixin
-from .prompt_ensemble import description_ensemble, load_templates, template_ensemble
-from .recipes import training_recipe
-from .registration import register
+from .modeling import PromptClassificationMixin
+from .peft_model import PeftModelForPromptClassification, register
+from .templates import check_label_names, pad_template
+from .text.prompts import build_class_prompts
+from .training.callbacks import GaussianPromptAveraging, StopAtNonFinite
+from .training.checkpoints import last_whole_checkpoint
+from .training.prograd import ProGradMixin, ProGradTrainer
+from .training.recipes import training_recipe
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
+from .tuner.presets import PRESETS
 
 
 __version__ = "0.1.0"

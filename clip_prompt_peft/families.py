@@ -1,14 +1,64 @@
-"""The other families of dual encoders in transformers: each class says what differs from CLIP."""
+"""A CLIP that classifies images by the embeddings of its class prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from transformers import AltCLIPModel, ChineseCLIPModel, MetaClip2Model, Siglip2Model, SiglipModel
+from transformers import (
+    AltCLIPModel,
+    ChineseCLIPModel,
+    CLIPModel,
+    MetaClip2Model,
+    PreTrainedConfig,
+    Siglip2Model,
+    SiglipModel,
+)
 from transformers.utils import can_return_tuple
 
 from .loss import PromptClassifierOutput
-from .prompt_classification import PromptClassificationMixin
-from .tokenization import MASKED, READ
+from .modeling import PromptClassificationMixin
+from .text.tokenization import MASKED, READ
+
+
+class CLIPForPromptClassification(PromptClassificationMixin, CLIPModel):
+    """
+    `CLIPModel` with class names: images are scored against the embeddings of one prompt per class.
+
+    Without an adapter it is the zero-shot classifier. With a prompt adapter in it, the prompts are written as the
+    active adapter wants them; any other adapter (LoRA, ...) simply changes the towers. The module paths are those of
+    `CLIPModel`, so checkpoints and adapters fit both. See [`PromptClassificationMixin`] for its methods.
+
+    Build it with [`~CLIPForPromptClassification.from_pretrained`] or [`~CLIPForPromptClassification.from_clip`].
+
+    Example:
+
+    ```py
+    >>> from clip_prompt_peft import CLIPForPromptClassification
+
+    >>> model = CLIPForPromptClassification.from_pretrained(
+    ...     "openai/clip-vit-base-patch32", class_names=["cat", "dog"], prompt_template="a photo of a {}."
+    ... )
+    >>> logits = model(pixel_values=pixel_values).logits  # (B, 2)
+    ```
+    """
+
+    base_class = CLIPModel
+
+    @classmethod
+    def from_clip(
+        cls,
+        clip: CLIPModel,
+        tokenizer=None,
+        class_names: Sequence[str] | None = None,
+        prompt_template: str | None = None,
+    ) -> CLIPForPromptClassification:
+        """A classifier around a `CLIPModel` in memory; another name for `from_base`."""
+        return cls.from_base(clip, tokenizer, class_names, prompt_template)
+
+    def to_clip(self) -> CLIPModel:
+        """The plain `CLIPModel`, sharing the modules of this classifier; another name for `to_base`."""
+        return self.to_base()
 
 
 class MetaClip2ForPromptClassification(PromptClassificationMixin, MetaClip2Model):
@@ -103,3 +153,26 @@ class AltCLIPForPromptClassification(PromptClassificationMixin, AltCLIPModel):
     base_class = AltCLIPModel
     padding = MASKED
     weight_names = {r"encoder\.layer\.": "encoder.layers."}
+
+
+CLASSIFIERS: tuple[type[PromptClassificationMixin], ...] = (
+    CLIPForPromptClassification,
+    MetaClip2ForPromptClassification,
+    SiglipForPromptClassification,
+    Siglip2ForPromptClassification,
+    ChineseCLIPForPromptClassification,
+    AltCLIPForPromptClassification,
+)
+
+
+def classifier_class(config: PreTrainedConfig) -> type[PromptClassificationMixin]:
+    """The classifier for models of this config; `ValueError` with the supported families if there is none."""
+    for classifier in CLASSIFIERS:
+        if type(config) is classifier.config_class:
+            return classifier
+    supported = ", ".join(f"{one.config_class.model_type} ({one.base_class.__name__})" for one in CLASSIFIERS)
+    raise ValueError(
+        f"A {type(config).__name__} (model type {config.model_type!r}) is not of a family that is known to have a "
+        f"text and an image tower with one embedding space. Supported are: {supported}. Checkpoints of open_clip work "
+        "through their weights in transformers' format."
+    )

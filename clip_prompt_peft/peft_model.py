@@ -1,23 +1,179 @@
-"""The PeftModel of the method: mixed batches, the model card, and the way onto the Hub."""
+"""Writing a folder so that a full disk or a killed process never leaves half a file in it."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel, get_peft_model_state_dict
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers.modeling_outputs import ImageClassifierOutput
 
-from .card_details import CardDetails
-from .mixed_batch import mixed_batch_forward
-from .model_card import add_prompt_section, empty_card, is_hub_id
-from .replacing_files import replacing_files
-from .tuner import CLIPPromptTuningConfig
+from .evaluation.model_card import CardDetails, add_prompt_section, empty_card, is_hub_id
+from .modeling import PromptClassificationMixin
+from .towers import image_side
+from .tuner import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig, CLIPPromptTuningModel
+
+
+@contextmanager
+def replacing_files(folder: str | os.PathLike, kept: Sequence[str], last: str) -> Iterator[str]:
+    """Gives a new folder to write into; what is in it then replaces the files of the same names in `folder`.
+
+    If the body raises, `folder` stays as it is. A link in the place of a file is replaced, not followed.
+
+    Args:
+        folder: to change; exists.
+        kept: names of files that the body reads and changes; the new folder has copies of them.
+        last: name of the files without which the others are nothing. They come last, and old ones that differ go
+            first: whoever is killed in between leaves a folder that is refused, and not a mixture of old and new.
+    """
+    with TemporaryDirectory(dir=folder, prefix=".saving-") as new:
+        for name in kept:
+            if os.path.isfile(os.path.join(folder, name)):
+                shutil.copy(os.path.join(folder, name), new)
+        yield new
+        files = sorted((file for file in Path(new).rglob("*") if file.is_file()), key=lambda file: file.name == last)
+        targets = {file: Path(folder) / file.relative_to(new) for file in files}
+        for file, target in targets.items():
+            if file.name == last and target.is_file() and target.read_bytes() != file.read_bytes():
+                target.unlink()
+        for file, target in targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+
+
+BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
+
+
+def mixed_batch_forward(
+    model: PeftModel,
+    adapter_names: Sequence[str],
+    pixel_values: torch.Tensor | None = None,
+    image_embeds: torch.Tensor | None = None,
+    **image_inputs,
+) -> ImageClassifierOutput:
+    """Scores every image against the classes of its own adapter, as `adapter_names` does for LoRA in peft.
+
+    All images go through the image tower together, unless there are prompts (or `modules_to_save`) in the image tower
+    as well: then those of one adapter do. Which adapter is active stays as it is.
+
+    Args:
+        model: a prompt-tuned classifier, in eval mode.
+        adapter_names: B names of loaded prompt adapters, or `"__base__"` for the model without prompts.
+        pixel_values, image_embeds, image_inputs: as for the classifier.
+
+    Returns:
+        `ImageClassifierOutput` whose `logits` are (B, C) where all images have the same classes, otherwise a list of B
+        tensors (C of that adapter,).
+
+    Raises:
+        TypeError: names that are not a list of strings; a base model that is no classifier.
+        ValueError: unknown names, or another number of them than there are images; training mode; merged adapters.
+    """
+    classifier = model.get_base_model()
+    images = pixel_values if pixel_values is not None else image_embeds
+    image_inputs["pixel_values"] = pixel_values
+    _check_model(model, classifier)
+    _check_names(model, adapter_names, images)
+    if image_embeds is None and not _image_tower_is_tuned(model, classifier):
+        image_embeds, image_inputs = classifier.get_image_features(**image_inputs).pooler_output, {}  # (B, E)
+    logits: list[torch.Tensor] = [None] * len(adapter_names)
+    class_lists = []
+    for name, rows in _rows_by_name(adapter_names).items():
+        with _only(model, name):
+            output = classifier(**_rows_of({"image_embeds": image_embeds, **image_inputs}, rows))
+            class_lists.append(classifier.class_names)
+        for row, of_image in zip(rows, output.logits):  # of_image: (C,)
+            logits[row] = of_image
+    same_classes = all(names == class_lists[0] for names in class_lists)
+    return ImageClassifierOutput(logits=torch.stack(logits) if same_classes else logits)
+
+
+def _check_model(model, classifier) -> None:
+    if not isinstance(classifier, PromptClassificationMixin):
+        raise TypeError(
+            f"adapter_names is for images that are scored against class names, but the base model is a "
+            f"{type(classifier).__name__}; make it a classifier (AutoModelForPromptClassification.from_base), or "
+            "switch with set_adapter."
+        )
+    if model.training:
+        raise ValueError("adapter_names is for inference, but the model is in training mode; call model.eval() first.")
+    merged = {name for layer in _tuner_layers(model, classifier) for name in layer.merged_adapters}
+    if merged:
+        raise ValueError(
+            f"adapter_names cannot be used while adapters are merged ({sorted(merged)}); call unmerge_adapter() first."
+        )
+
+
+def _check_names(model, adapter_names, images) -> None:
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise TypeError(f"adapter_names must be a list with one name for each image, got {adapter_names!r}.")
+    loaded = [name for name, config in model.peft_config.items() if isinstance(config, CLIPPromptTuningConfig)]
+    unknown = sorted({*adapter_names} - {*loaded, BASE})
+    if unknown:
+        raise ValueError(
+            f"There is no prompt adapter {unknown[0]!r}; loaded are {sorted(loaded)}, and {BASE!r} stands for none."
+        )
+    if images is None:
+        raise ValueError("Give either pixel_values or image_embeds, got neither.")
+    if len(adapter_names) != len(images):
+        raise ValueError(
+            f"adapter_names must name one adapter for each image, got {len(adapter_names)} names for {len(images)} "
+            "images."
+        )
+    if not len(images):
+        raise ValueError("The batch is empty; give at least one image.")
+
+
+def _rows_by_name(adapter_names: Sequence[str]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(adapter_names):
+        rows.setdefault(name, []).append(row)
+    return rows
+
+
+def _rows_of(inputs: dict, rows: list[int]) -> dict:
+    """Of tensors those rows, of settings what they are."""
+    return {name: value[rows] if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
+def _tuner_layers(model: PeftModel, part: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    layer_class = model.base_model.tuner_layer_cls
+    return (module for module in part.modules() if isinstance(module, layer_class))
+
+
+def _image_tower_is_tuned(model: PeftModel, classifier: PromptClassificationMixin) -> bool:
+    for part in image_side(classifier):
+        saved = any(isinstance(module, AuxiliaryTrainingWrapper) for module in part.modules())
+        if saved or any(_tuner_layers(model, part)):
+            return True
+    return False
+
+
+@contextmanager
+def _only(model: PeftModel, name: str) -> Iterator[None]:
+    """Makes one adapter the active one for a while; under a name that no layer has, the model is the base model."""
+    tuner = model.base_model
+    active = tuner.active_adapter
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]  # set_adapter changes that
+    tuner.set_adapter(name, inference_mode=True)
+    try:
+        yield
+    finally:
+        tuner.set_adapter(active, inference_mode=True)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 logger = logging.getLogger(__name__)
@@ -194,3 +350,16 @@ def _check_other_methods(model, adapter_name: str) -> None:
             f"The adapter {with_modules[0]!r} in the model has modules_to_save, which peft would switch off as soon "
             "as prompts are put beside it; merge it into the model first, or train it without modules_to_save."
         )
+
+
+def register() -> None:
+    """Enters the method into peft's mappings.
+
+    `peft.utils.register_peft_method` takes only names of the closed enum `PeftType`. The mappings that it fills are
+    plain dicts that accept members of our own enums, so those are filled here.
+    """
+    method = CLIPPromptPeftType.CLIP_PROMPT_TUNING
+    PEFT_TYPE_TO_CONFIG_MAPPING[method] = CLIPPromptTuningConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[method] = CLIPPromptTuningModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[method] = CLIPPromptTuningModel.prefix
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING[CLIPPromptTaskType.PROMPT_CLASSIFICATION] = PeftModelForPromptClassification

@@ -6,10 +6,19 @@ a token table plus a position table; what else they add (token types, a LayerNor
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
 TOKEN_TABLES = ("token_embedding", "word_embeddings")  # as CLIP and as BERT call them
+
+
 POSITION_TABLES = ("position_embedding", "position_embeddings")
 
 
@@ -66,3 +75,97 @@ def _present(model: nn.Module, *names: str) -> tuple[nn.Module, ...]:
 
 def _name_of_table(embeddings, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if isinstance(getattr(embeddings, name, None), nn.Embedding)), None)
+
+
+LAYER_LISTS = ("layers", "layer")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """
+    Attributes:
+        embeddings_key: path of its embeddings.
+        layer_keys: paths of its encoder layers.
+        like: a tensor of the embeddings (..., D), for hidden size, device and dtype.
+    """
+
+    embeddings_key: str
+    layer_keys: list[str]
+    like: torch.Tensor
+
+
+def is_vision_embeddings(module: nn.Module | None) -> bool:
+    """Whether `module` looks like a CLIP's image embeddings: patches plus a position table."""
+    return all(
+        isinstance(getattr(module, name, None), nn.Module) for name in ("patch_embedding", "position_embedding")
+    )
+
+
+def takes_patches(embeddings: nn.Module) -> bool:
+    """Whether image embeddings take patches, with a mask of those that are there, in place of an image (NaFlex)."""
+    return isinstance(embeddings.patch_embedding, nn.Linear)
+
+
+def find_towers(model: nn.Module, kind: str) -> list[Tower]:
+    """
+    Args:
+        model: to search.
+        kind: `"text"` or `"vision"`.
+    """
+    if kind == "text":
+        # by itself, a language model is just that
+        names = TOKEN_TABLES if any(map(is_vision_embeddings, model.modules())) else TOKEN_TABLES[:1]
+        is_embeddings, table_name = (lambda module: is_text_embeddings(module, names)), token_table_name
+    else:
+        is_embeddings, table_name = is_vision_embeddings, position_table_name
+    return [
+        _tower(model, key, getattr(module, table_name(module)).weight)
+        for key, module in model.named_modules()
+        # a tuner layer answers for the module that it wraps
+        if is_embeddings(module) and not key.endswith("base_layer")
+    ]
+
+
+def num_tower_layers(model: nn.Module, kind: str) -> int | None:
+    """The least number of encoder layers among the towers of a kind; `None` without one."""
+    return min((len(tower.layer_keys) for tower in find_towers(model, kind)), default=None)
+
+
+def _tower(model: nn.Module, embeddings_key: str, like: torch.Tensor) -> Tower:
+    path = embeddings_key.rpartition(".")[0]
+    encoder = getattr(model.get_submodule(path), "encoder", None)
+    name = next((name for name in LAYER_LISTS if getattr(encoder, name, None) is not None), None)
+    if name is None:
+        return Tower(embeddings_key, [], like)
+    prefix = f"{path}.encoder.{name}" if path else f"encoder.{name}"
+    return Tower(embeddings_key, [f"{prefix}.{i}" for i in range(len(getattr(encoder, name)))], like)
+
+
+ADAPTERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+def adapter_settings(modules: Iterable[nn.Module]) -> list:
+    """Of each adapter layer among the modules, which adapter is active, disabled or merged, scaling factors, ...:
+    whatever plain values the layer holds."""
+    adapters = [module for module in modules if isinstance(module, ADAPTERS)]
+    return [{name: repr(value) for name, value in vars(adapter).items() if _is_plain(value)} for adapter in adapters]
+
+
+def _is_plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """The model in eval mode; every module goes back to its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

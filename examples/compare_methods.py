@@ -17,15 +17,14 @@ import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
-from arguments import PromptArguments, parse_arguments, plan_runs
-from embedded_data import use_one_thread_if_tiny
 from peft import LoraConfig, get_peft_model
-from run_prompt_tuning import Results, draw, evaluate, load_data, load_model, set_up_logging, tune
 from transformers import TrainingArguments, set_seed
 
 from clip_prompt_peft import PRESETS
+from clip_prompt_peft.commands.arguments import PromptArguments, parse_arguments, plan_runs, use_one_thread_if_tiny
+from clip_prompt_peft.commands.train import Results, draw, evaluate, load_data, load_model, set_up_logging, tune
 from clip_prompt_peft.data import cache_image_embeds, class_names_of, with_pixel_values
-from clip_prompt_peft.recipes import Recipe
+from clip_prompt_peft.training.recipes import Recipe
 
 
 # As CLIP-LoRA (MaxZanella/CLIP-LoRA) sets it: rank 2 on query, key and value of both towers, AdamW with 2e-4. As many

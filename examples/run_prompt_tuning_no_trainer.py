@@ -21,15 +21,16 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
-from embedded_data import STYLES, TINY_CLIP, load_style, use_one_thread_if_tiny
 from epoch_checkpoints import Checkpoints, find_checkpoint
 from peft import get_peft_model
-from tables import results_table
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, EvalPrediction, default_data_collator, get_scheduler
 
 from clip_prompt_peft import AutoModelForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft.assets import TINY_CLIP
+from clip_prompt_peft.commands.arguments import use_one_thread_if_tiny
+from clip_prompt_peft.commands.tables import results_table
 from clip_prompt_peft.data import (
     cache_image_embeds,
     class_names_of,
@@ -38,7 +39,8 @@ from clip_prompt_peft.data import (
     sample_few_shot,
     with_pixel_values,
 )
-from clip_prompt_peft.metrics import compute_metrics
+from clip_prompt_peft.data.known_datasets import STYLES, load_style
+from clip_prompt_peft.evaluation.metrics import compute_metrics
 
 
 def parse_arguments() -> argparse.Namespace:

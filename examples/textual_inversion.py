@@ -23,13 +23,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from embedded_data import STYLES, TINY_CLIP, load_style, use_one_thread_if_tiny
 from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPTextModel
 
 from clip_prompt_peft import CLIPPromptTuningConfig
+from clip_prompt_peft.assets import TINY_CLIP
+from clip_prompt_peft.commands.arguments import use_one_thread_if_tiny
 from clip_prompt_peft.data import cache_image_embeds, class_names_of
+from clip_prompt_peft.data.known_datasets import STYLES, load_style
 
 
 TEMPLATE = "a photo of a X {}."  # X becomes the learned word; what follows is up to the text

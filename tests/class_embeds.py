@@ -8,10 +8,10 @@ from conftest import CLASS_NAMES, TINY_CLIP
 from peft import get_peft_model
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
-from clip_prompt_peft.class_encoder import ClassEncoder
+from clip_prompt_peft.text import ClassEncoder
 
 
-CACHE = "clip_prompt_peft.class_encoder.cache"
+CACHE = "clip_prompt_peft.text.cache"
 LORA = {
     "r": 2,
     "target_modules": r"text_model.*(q_proj|fc1)",

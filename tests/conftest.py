@@ -20,8 +20,8 @@ import clip_prompt_peft  # noqa: E402, F401  (registers the method with peft)
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-TINY_CLIP = str(EXAMPLES / "assets" / "tiny_clip")
-EMOJI = EXAMPLES / "assets" / "emoji"
+TINY_CLIP = str(ROOT / "clip_prompt_peft" / "assets" / "tiny_clip")
+EMOJI = ROOT / "clip_prompt_peft" / "assets" / "emoji"
 GOLDEN = ROOT / "tests" / "golden"
 CLASS_NAMES = ["animal", "plant", "food", "vehicle"]
 

@@ -36,14 +36,10 @@ from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import CLIPModel  # noqa: E402
 
-from clip_prompt_peft import (  # noqa: E402
-    AutoPeftModelForPromptClassification,
-    CLIPForPromptClassification,
-    CLIPPromptTuningConfig,
-)
+from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification, CLIPPromptTuningConfig  # noqa: E402
 
 
-TINY_CLIP = str(Path(__file__).parent.parent / "examples" / "assets" / "tiny_clip")
+TINY_CLIP = str(Path(__file__).parent.parent / "clip_prompt_peft" / "assets" / "tiny_clip")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = {
     "shared": {},

@@ -32,7 +32,7 @@ from transformers import Trainer  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 from clip_prompt_peft import PeftModelForPromptClassification  # noqa: E402
-from clip_prompt_peft.checkpoints import checkpoint_damage, checkpoints_in  # noqa: E402
+from clip_prompt_peft.training.checkpoints import checkpoint_damage, checkpoints_in  # noqa: E402
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

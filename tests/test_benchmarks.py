@@ -98,7 +98,7 @@ def test_cost_model_counts_the_tokens_that_are_packed(tokenizer):
     import common
     import cost_model
 
-    from clip_prompt_peft.class_encoder.rows import pack_rows
+    from clip_prompt_peft.text.packing import pack_rows
 
     for num_classes in (100, 512):
         classifier = common.build_classifier(num_classes, "tiny")

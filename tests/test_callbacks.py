@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, GaussianPromptAveraging
-from clip_prompt_peft.callbacks import gaussian_weights
+from clip_prompt_peft.training.callbacks import gaussian_weights
 
 
 EPOCHS = 4

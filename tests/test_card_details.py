@@ -7,9 +7,9 @@ from huggingface_hub import EvalResult, ModelCard
 from peft import get_peft_model
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
-from clip_prompt_peft.card_details import CardDetails, TrainingData
-from clip_prompt_peft.comparison import Answers, Comparison
-from clip_prompt_peft.interpret import nearest_words
+from clip_prompt_peft.evaluation.comparison import Answers, Comparison
+from clip_prompt_peft.evaluation.interpret import nearest_words
+from clip_prompt_peft.evaluation.model_card import CardDetails, TrainingData
 
 
 LABELS = np.array([0, 0, 1, 1])

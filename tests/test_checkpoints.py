@@ -8,7 +8,7 @@ import torch
 from adapters import tuned
 from transformers import Trainer, TrainingArguments
 
-from clip_prompt_peft.checkpoints import checkpoint_damage, checkpoints_in, last_whole_checkpoint
+from clip_prompt_peft.training.checkpoints import checkpoint_damage, checkpoints_in, last_whole_checkpoint
 
 
 @pytest.fixture

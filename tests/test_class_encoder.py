@@ -13,8 +13,8 @@ from transformers import AttentionInterface, AutoTokenizer, CLIPConfig, CLIPMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
-from clip_prompt_peft.class_encoder.chunks import encode_in_chunks
-from clip_prompt_peft.class_encoder.paths import fastest_exact_path
+from clip_prompt_peft.text.chunks import encode_in_chunks
+from clip_prompt_peft.text.packing import fastest_exact_path
 
 
 # one to many tokens, so that suffixes differ in length

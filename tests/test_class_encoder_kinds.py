@@ -64,7 +64,7 @@ def test_images_a_few_at_a_time_give_the_embeddings_and_gradients_of_all_at_once
     model = get_peft_model(model, CLIPPromptTuningConfig(image_conditioned=True))
     randomize(model)
     expected = embeds_and_gradients(model, "auto")
-    monkeypatch.setattr("clip_prompt_peft.class_encoder.encoder.PROMPTS_AT_ONCE", 2 * len(NAMES))
+    monkeypatch.setattr("clip_prompt_peft.text.encoder.PROMPTS_AT_ONCE", 2 * len(NAMES))
     assert_same(embeds_and_gradients(model, "auto"), expected)
 
 

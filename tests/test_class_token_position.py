@@ -6,7 +6,7 @@ from conftest import CLASS_NAMES
 from peft import get_peft_model
 
 from clip_prompt_peft import CLIPPromptTuningConfig, build_class_prompts
-from clip_prompt_peft.class_token_position import count_name_tokens, move_class_names
+from clip_prompt_peft.text.prompts import count_name_tokens, move_class_names
 
 
 IDS = torch.tensor([[0, 1, 2, 3, 4, 50, 51, 9], [0, 1, 2, 3, 4, 60, 9, 9]])  # begin, 4 of context, name, end

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoImageProcessor
 
 from clip_prompt_peft import CLIPForPromptClassification
-from clip_prompt_peft.comparison import Answers, Comparison, compare_with_zero_shot
 from clip_prompt_peft.data import class_names_of, load_image_dataset, with_pixel_values
+from clip_prompt_peft.evaluation.comparison import Answers, Comparison, compare_with_zero_shot
 
 
 @pytest.fixture(scope="module")

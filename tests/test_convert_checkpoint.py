@@ -9,7 +9,7 @@ from conftest import GOLDEN, TINY_CLIP, GoldenCase
 from transformers import CLIPModel
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification
-from clip_prompt_peft.convert_checkpoint import convert_checkpoint, main, read_checkpoint
+from clip_prompt_peft.commands.convert import convert_checkpoint, main, read_checkpoint
 
 
 BASE = str(GOLDEN / "base")

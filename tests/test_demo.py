@@ -12,11 +12,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor
 
-from clip_prompt_peft import (
-    AutoPeftModelForPromptClassification,
-    CLIPForPromptClassification,
-    CLIPPromptTuningConfig,
-)
+from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification, CLIPPromptTuningConfig
 
 
 pytest.importorskip("gradio")

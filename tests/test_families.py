@@ -7,12 +7,8 @@ import torch
 from families import CLASS_NAMES, FAMILIES, Case
 from peft import PeftModel, get_peft_model
 
-from clip_prompt_peft import (
-    PRESETS,
-    CLIPPromptTuningConfig,
-    template_ensemble,
-)
-from clip_prompt_peft.interpret import nearest_words
+from clip_prompt_peft import PRESETS, CLIPPromptTuningConfig, template_ensemble
+from clip_prompt_peft.evaluation.interpret import nearest_words
 
 
 LABELS = torch.tensor([0, 2, 1, 3])

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification
-from clip_prompt_peft.callbacks import StopAtNonFinite
-from clip_prompt_peft.checkpoints import checkpoints_in, last_whole_checkpoint
 from clip_prompt_peft.data import UnreadableImageError, cache_image_embeds, load_image_dataset, with_pixel_values
+from clip_prompt_peft.training.callbacks import StopAtNonFinite
+from clip_prompt_peft.training.checkpoints import checkpoints_in, last_whole_checkpoint
 
 
 SCRIPT = "run_prompt_tuning.py"

@@ -20,10 +20,9 @@ from clip_prompt_peft import (
     ProGradTrainer,
     build_class_prompts,
 )
-from clip_prompt_peft.class_encoder import normalize
-from clip_prompt_peft.losses import PromptSRCRegularizer
-from clip_prompt_peft.losses.promptsrc import mean_distance, mean_divergence
-from clip_prompt_peft.losses.promptsrc_templates import PROMPTSRC_TEMPLATES
+from clip_prompt_peft.regularizers import PromptSRCRegularizer
+from clip_prompt_peft.regularizers.promptsrc import mean_distance, mean_divergence
+from clip_prompt_peft.text import normalize
 
 
 TEXT, VISION = "text_model.embeddings", "vision_model.embeddings"

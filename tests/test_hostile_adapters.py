@@ -220,7 +220,8 @@ def test_the_service_refuses_a_hostile_adapter_and_goes_on(adapter, monkeypatch,
     pytest.importorskip("fastapi")
     monkeypatch.syspath_prepend(hostile_adapters.Path(TINY_CLIP).parent.parent)
     from fastapi import HTTPException
-    from serve_adapters import AdapterStore
+
+    from clip_prompt_peft.commands.serve import AdapterStore
 
     shutil.copytree(adapter, tmp_path / "hostile")
     name = "base_model.model.logit_scale"

@@ -9,8 +9,8 @@ from conftest import CLASS_NAMES, EMOJI, TINY_CLIP
 from huggingface_hub import ModelCard
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification
-from clip_prompt_peft.class_prompts import check_class_names, check_template
 from clip_prompt_peft.data import load_image_dataset
+from clip_prompt_peft.templates import check_class_names, check_template
 
 
 NAMES = [
@@ -56,8 +56,8 @@ def test_a_card_shows_them_as_code_and_nothing_else_changes(model, tmp_path):
 
 def test_a_report_shows_them_as_text(model, tmp_path):
     pytest.importorskip("matplotlib"), pytest.importorskip("jinja2")
-    from clip_prompt_peft.comparison import Answers, Comparison
-    from clip_prompt_peft.report import write_report
+    from clip_prompt_peft.evaluation.comparison import Answers, Comparison
+    from clip_prompt_peft.evaluation.report import write_report
 
     dataset = load_image_dataset(files={"train": str(EMOJI / "noto-test.parquet")})["train"].select(range(40))
     labels = torch.tensor(dataset["label"]).numpy()
@@ -71,7 +71,7 @@ def test_a_report_shows_them_as_text(model, tmp_path):
 
 def test_a_terminal_gets_one_line_for_each_row(monkeypatch):
     monkeypatch.syspath_prepend(str(EMOJI.parent.parent))
-    from tables import aligned
+    from clip_prompt_peft.evaluation.tables import aligned
 
     lines = aligned([["image", "label"], *([name, name] for name in NAMES)])
     assert len(lines.splitlines()) == 2 + len(NAMES) and not INVISIBLE.search(lines)

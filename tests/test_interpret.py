@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CLIPModel
 
 from clip_prompt_peft import CLIPPromptTuningConfig
-from clip_prompt_peft.interpret import describe_words, nearest_words
+from clip_prompt_peft.evaluation.interpret import describe_words, nearest_words
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import CLIPModel
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
-from clip_prompt_peft.model_card import is_hub_id
+from clip_prompt_peft.evaluation.model_card import is_hub_id
 
 
 @pytest.fixture

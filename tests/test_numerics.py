@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
-from clip_prompt_peft.metrics import compute_metrics
+from clip_prompt_peft.evaluation.metrics import compute_metrics
 
 
 HALF = [torch.float16, torch.bfloat16]

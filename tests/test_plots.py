@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_prompt_peft import plots
+from clip_prompt_peft.evaluation import plots
 
 
 @pytest.fixture(autouse=True)

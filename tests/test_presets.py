@@ -8,14 +8,8 @@ from conftest import TINY_CLIP
 from peft import get_peft_model
 from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments
 
-from clip_prompt_peft import (
-    PRESETS,
-    CLIPPromptTuningConfig,
-    GaussianPromptAveraging,
-    ProGradTrainer,
-    training_recipe,
-)
-from clip_prompt_peft.recipes import SETTINGS, epoch_learning_rate, sgd_with_epoch_cosine
+from clip_prompt_peft import PRESETS, CLIPPromptTuningConfig, GaussianPromptAveraging, ProGradTrainer, training_recipe
+from clip_prompt_peft.training.recipes import SETTINGS, epoch_learning_rate, sgd_with_epoch_cosine
 
 
 # ViT-B/16, computed from the authors' code; with 100 classes for those that have vectors of their own.

@@ -6,12 +6,7 @@ from adapters import tuned
 from conftest import CLASS_NAMES, TINY_CLIP
 from peft import LoraConfig, get_peft_model
 
-from clip_prompt_peft import (
-    CLIPForPromptClassification,
-    description_ensemble,
-    load_templates,
-    template_ensemble,
-)
+from clip_prompt_peft import CLIPForPromptClassification, description_ensemble, load_templates, template_ensemble
 
 
 TEMPLATES = ["a photo of a {}.", "an icon of a {}.", "{}"]

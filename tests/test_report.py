@@ -10,9 +10,9 @@ from conftest import EMOJI, TINY_CLIP
 from transformers import AutoImageProcessor
 
 from clip_prompt_peft import CLIPForPromptClassification
-from clip_prompt_peft.comparison import compare_with_zero_shot
 from clip_prompt_peft.data import class_names_of, load_image_dataset
-from clip_prompt_peft.report import write_report
+from clip_prompt_peft.evaluation.comparison import compare_with_zero_shot
+from clip_prompt_peft.evaluation.report import write_report
 
 
 class Page(HTMLParser):

@@ -19,11 +19,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor
 
-from clip_prompt_peft import (
-    AutoPeftModelForPromptClassification,
-    CLIPForPromptClassification,
-    CLIPPromptTuningConfig,
-)
+from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification, CLIPPromptTuningConfig
 
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -63,8 +59,7 @@ def adapters(tmp_path_factory):
 def url(adapters):
     sys.path.insert(0, str(ROOT / "examples"))
     try:
-        from serve import create_app
-        from serve_adapters import AdapterStore
+        from clip_prompt_peft.commands.serve import AdapterStore, create_app
     finally:
         sys.path.pop(0)
     store = AdapterStore(TINY_CLIP, adapters, max_loaded=2)

@@ -36,7 +36,7 @@ from model_state import (
 from peft import PeftModel, get_peft_model
 
 
-CACHE = "clip_prompt_peft.class_encoder.cache"
+CACHE = "clip_prompt_peft.text.cache"
 NAMES = ["first", "second", "third"]
 CLASSES = [CLASS_NAMES, CLASS_NAMES[::-1], ["red car", "cat", "old wooden house"], ["clock"]]
 TEMPLATES = ["a photo of a {}.", "{}", "a {}, seen from above."]

@@ -9,8 +9,8 @@ from conftest import CLASS_NAMES, ROOT, TINY_CLIP
 from peft import LoraConfig, get_peft_model
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
-from clip_prompt_peft.losses import REGULARIZERS, KgCoOpRegularizer, Regularizer
-from clip_prompt_peft.teacher import without_adapters
+from clip_prompt_peft.regularizers import REGULARIZERS, KgCoOpRegularizer, Regularizer
+from clip_prompt_peft.regularizers.teacher import without_adapters
 
 
 class Probe(Regularizer):
@@ -170,8 +170,8 @@ def test_a_new_regularizer_is_one_class_and_one_entry_in_the_table(classifier, p
     """The example of CONTRIBUTING.md, run as it stands there."""
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     (code,) = re.findall(r"```python\n( +\"\"\"Logits stay.*?)```", guide, flags=re.DOTALL)
-    namespace = {"__name__": "clip_prompt_peft.losses.squared"}
-    exec(textwrap.dedent(code).replace("from .base", "from clip_prompt_peft.losses.base"), namespace)
+    namespace = {"__name__": "clip_prompt_peft.regularizers.squared"}
+    exec(textwrap.dedent(code).replace("from .base", "from clip_prompt_peft.regularizers.base"), namespace)
     monkeypatch.setitem(REGULARIZERS, "squared", namespace["SquaredRegularizer"])
 
     model = prompted(classifier, regularizer="squared", regularizer_weights={"weight": 0.5})

@@ -8,7 +8,7 @@ from transformers import CLIPImageProcessor, Trainer, TrainingArguments
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.data import cache_image_embeds
-from clip_prompt_peft.metrics import compute_metrics
+from clip_prompt_peft.evaluation.metrics import compute_metrics
 
 
 train, test, class_names = load()

@@ -10,7 +10,9 @@ from clip_prompt_peft.data import class_names_of, sample_few_shot
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from embedded_data import TINY_CLIP, load_style, use_one_thread_if_tiny  # noqa: E402
+from clip_prompt_peft.assets import TINY_CLIP  # noqa: E402
+from clip_prompt_peft.commands.arguments import use_one_thread_if_tiny  # noqa: E402
+from clip_prompt_peft.data.known_datasets import load_style  # noqa: E402
 
 
 EPOCHS = int(os.environ.get("EPOCHS", "50"))

@@ -11,16 +11,18 @@ from typing import Literal
 
 import torch
 import yaml
-from embedded_data import STYLES, TINY_CLIP
-from resume import find_checkpoint
 from transformers import CLIPModel, HfArgumentParser, TrainingArguments
 
-from clip_prompt_peft import PRESETS, CLIPPromptTuningConfig, training_recipe
-from clip_prompt_peft.model_card import is_hub_id
-from clip_prompt_peft.recipes import Recipe
+from .. import PRESETS, CLIPPromptTuningConfig, training_recipe
+from ..assets import TINY_CLIP
+from ..data.known_datasets import STYLES
+from ..evaluation.model_card import is_hub_id
+from ..training.recipes import Recipe
+from .resume import find_checkpoint
 
 
 logger = logging.getLogger(__name__)
+
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for data of one's own
 
@@ -268,3 +270,9 @@ def _warn_about_local_base(model_args: ModelArguments) -> None:
             "too, or name where it comes from, with --hub_base_model_id ORGANISATION/NAME.",
             model_args.model_name_or_path,
         )
+
+
+def use_one_thread_if_tiny(model_name_or_path: str) -> None:
+    """The tiny CLIP gains nothing from more threads; on a busy machine their waiting for each other makes it slow."""
+    if model_name_or_path == TINY_CLIP:
+        torch.set_num_threads(1)

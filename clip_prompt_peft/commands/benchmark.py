@@ -24,12 +24,14 @@ from functools import partial
 import datasets
 import transformers
 from datasets import DatasetDict
-from embedded_data import STYLES, TINY_CLIP, load_style, use_one_thread_if_tiny
 from transformers import AutoImageProcessor, HfArgumentParser
 
-from clip_prompt_peft import AutoModelForPromptClassification, load_templates, plots
-from clip_prompt_peft.data import load_image_dataset
-from clip_prompt_peft.protocols import (
+from .. import AutoModelForPromptClassification, load_templates
+from ..assets import TINY_CLIP
+from ..data import load_image_dataset
+from ..data.known_datasets import STYLES, load_style
+from ..evaluation import plots
+from ..protocols import (
     Backbone,
     Benchmark,
     Results,
@@ -45,6 +47,7 @@ from clip_prompt_peft.protocols import (
     transfer,
     transfer_table,
 )
+from .arguments import use_one_thread_if_tiny
 
 
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "expected_calibration_error")

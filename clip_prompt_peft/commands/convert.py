@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 
-from .class_prompts import build_class_prompts
-from .classifier import CLIPForPromptClassification
-from .tuner import CLIPPromptTuningConfig
+from ..families import CLIPForPromptClassification
+from ..text.prompts import build_class_prompts
+from ..tuner import CLIPPromptTuningConfig
 
 
 TEXT, VISION = "text_model", "vision_model"

@@ -18,12 +18,14 @@ from threading import Lock
 
 import gradio as gr
 import torch
-from embedded_data import STYLES, TINY_CLIP, load_style, use_one_thread_if_tiny
 from peft import PeftConfig
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from clip_prompt_peft import AutoModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
+from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
+from ..assets import TINY_CLIP
+from ..data.known_datasets import STYLES, load_style
+from .arguments import use_one_thread_if_tiny
 
 
 DEFAULT_ADAPTERS = Path("outputs/demo")

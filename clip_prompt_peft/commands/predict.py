@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image, ImageOps
-from tables import aligned
 from transformers import AutoImageProcessor
 
-from clip_prompt_peft import AutoPeftModelForPromptClassification
+from .. import AutoPeftModelForPromptClassification
+from ..evaluation.tables import aligned
 
 
 def main() -> None:

@@ -15,14 +15,15 @@ import warnings
 
 import transformers
 from datasets import Dataset
-from embedded_data import STYLES, load_style, use_one_thread_if_tiny
 from transformers import AutoImageProcessor
 
-from clip_prompt_peft import AutoPeftModelForPromptClassification
-from clip_prompt_peft.comparison import compare_with_zero_shot
-from clip_prompt_peft.data import load_image_dataset
-from clip_prompt_peft.interpret import describe_words, nearest_words
-from clip_prompt_peft.report import write_report
+from .. import AutoPeftModelForPromptClassification
+from ..data import load_image_dataset
+from ..data.known_datasets import STYLES, load_style
+from ..evaluation.comparison import compare_with_zero_shot
+from ..evaluation.interpret import describe_words, nearest_words
+from ..evaluation.report import write_report
+from .arguments import use_one_thread_if_tiny
 
 
 def main() -> None:

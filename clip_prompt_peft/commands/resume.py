@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from transformers import TrainingArguments
 
-from clip_prompt_peft.checkpoints import checkpoint_damage, checkpoints_in, last_whole_checkpoint
-from clip_prompt_peft.data import UnreadableImageError
+from ..data import UnreadableImageError
+from ..training.checkpoints import checkpoint_damage, checkpoints_in, last_whole_checkpoint
 
 
 logger = logging.getLogger(__name__)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from clip_prompt_peft.markdown import printable
+from ..evaluation.tables import aligned
 
 
 COLUMNS = {"accuracy": "accuracy", "mean_class_accuracy": "class mean"}
+
 
 Results = Mapping[str, Mapping[str, float]]  # test set -> metric -> value from 0 to 1
 
@@ -33,12 +34,3 @@ def results_table(zero_shot: Results, tuned: Sequence[Results]) -> str:
 def _percent(values: Sequence[float]) -> str:
     values = 100 * np.asarray(values)
     return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Columns of equal width, with a line under the first row; no cell can do anything to the terminal."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)

@@ -24,34 +24,33 @@ from dataclasses import replace
 
 import datasets
 import transformers
-from arguments import parse_arguments, plan_runs
 from datasets import Dataset, DatasetDict
-from embedded_data import STYLES, load_style, use_one_thread_if_tiny
 from huggingface_hub import create_repo
 from peft import get_peft_model
-from resume import explained, find_checkpoint
-from tables import Results, results_table
 from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_seed
 
-from clip_prompt_peft import AutoModelForPromptClassification, PromptClassificationMixin
-from clip_prompt_peft.adapter_files import WEIGHTS_NAME
-from clip_prompt_peft.callbacks import StopAtNonFinite
-from clip_prompt_peft.card_details import CardDetails, TrainingData
-from clip_prompt_peft.comparison import Answers, Comparison
-from clip_prompt_peft.data import (
+from .. import AutoModelForPromptClassification, PromptClassificationMixin
+from ..data import (
     cache_image_embeds,
     class_names_of,
-    content_hash,
     hold_out,
     load_image_dataset,
     sample_few_shot,
     sample_few_shot_splits,
     with_pixel_values,
 )
-from clip_prompt_peft.interpret import nearest_words
-from clip_prompt_peft.metrics import compute_metrics
-from clip_prompt_peft.model_card import is_hub_id
-from clip_prompt_peft.recipes import Recipe
+from ..data import images as content_hash
+from ..data.known_datasets import STYLES, load_style
+from ..evaluation.comparison import Answers, Comparison
+from ..evaluation.interpret import nearest_words
+from ..evaluation.metrics import compute_metrics
+from ..evaluation.model_card import CardDetails, TrainingData, is_hub_id
+from ..training.callbacks import StopAtNonFinite
+from ..training.recipes import Recipe
+from ..tuner.files import WEIGHTS_NAME
+from .arguments import parse_arguments, plan_runs, use_one_thread_if_tiny
+from .resume import explained, find_checkpoint
+from .tables import Results, results_table
 
 
 SHOWN_METRICS = ("accuracy", "mean_class_accuracy")

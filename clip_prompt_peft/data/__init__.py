@@ -1,16 +1,11 @@
 """From any image data set to what the classifier is tuned on."""
 
-from .class_names import class_names_of, clean_class_name
-from .clip_benchmark import load_clip_benchmark, read_clip_benchmark_templates
-from .content_hash import content_hash
-from .few_shot import sample_few_shot, sample_few_shot_splits
-from .image_embeds import cache_image_embeds
+from .columns import class_names_of, clean_class_name
+from .few_shot import base_new_names, hold_out, keep_classes, sample_few_shot, sample_few_shot_splits, split_base_new
+from .formats import load_clip_benchmark, load_zhou_split, read_clip_benchmark_templates
+from .images import RandomResizedCropFlip, UnreadableImageError, cache_image_embeds, content_hash, with_pixel_values
 from .known_datasets import KnownDataset, known_datasets, load_known_dataset
-from .loading import load_image_dataset
-from .splits import base_new_names, hold_out, keep_classes, split_base_new
-from .standardize import standardize
-from .transforms import RandomResizedCropFlip, UnreadableImageError, with_pixel_values
-from .zhou_split import load_zhou_split
+from .sources import load_image_dataset, standardize
 
 
 __all__ = [

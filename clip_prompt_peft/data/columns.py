@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from datasets import ClassLabel, Features, Image, Value
+import re
+from collections.abc import Hashable
+
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
+from ..templates import check_class_names
 
 
 USUAL_LABEL_NAMES = ("label", "labels", "class", "target")
+
+
 READABLE = (Value("string"), Value("binary"))
+
+
 NEEDED = {
     "image": "images, their bytes, or paths to them",
     "label": "a ClassLabel, or strings (numbers alone do not say what the classes are called)",
@@ -80,3 +89,58 @@ def _type_name(feature) -> str:
     if isinstance(feature, ClassLabel):
         return f"ClassLabel of {feature.num_classes}"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
+IMAGE, LABEL = "image", "label"
+
+
+def read_labels(dataset: Dataset, label_column: str) -> list[Hashable]:
+    """All values of a column, without decoding the images beside it."""
+    if label_column not in dataset.column_names:
+        raise ValueError(f"There is no column {label_column!r}; the columns are {', '.join(dataset.column_names)}.")
+    column = dataset.select_columns(label_column).with_format("arrow")
+    return column[:][label_column].to_pylist()
+
+
+def clean_class_name(name: str, split_camel_case: bool = False) -> str:
+    """Writes a label name as words: `_` becomes a space, runs of white space become one. Case is kept.
+
+    Args:
+        name: as the data set has it.
+        split_camel_case: also put a space in front of every capital letter that follows a small one.
+
+    Example:
+
+    ```py
+    >>> clean_class_name("American_bulldog")
+    'American bulldog'
+    >>> clean_class_name("ApplyEyeMakeup", split_camel_case=True)
+    'Apply Eye Makeup'
+    ```
+    """
+    if split_camel_case:
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return " ".join(name.replace("_", " ").split())
+
+
+def class_names_of(dataset: Dataset, label_column: str = "label") -> list[str]:
+    """The class names of a data set, cleaned with [`clean_class_name`], in the order of the labels.
+
+    Args:
+        dataset: with a `ClassLabel` column.
+        label_column: its name.
+
+    Returns:
+        C names; the name of label i stands at i.
+
+    Raises:
+        ValueError: the column is missing or holds no class names, or two names are equal once cleaned.
+    """
+    feature = dataset.features.get(label_column)
+    if not isinstance(feature, ClassLabel):
+        raise ValueError(
+            f"The column {label_column!r} {'is missing' if feature is None else f'is a {feature}'}, but class names "
+            f"are read from a ClassLabel column (columns: {', '.join(dataset.features)}). For a column of strings use "
+            "dataset.class_encode_column(...)."
+        )
+    return check_class_names([clean_class_name(name) for name in feature.names])

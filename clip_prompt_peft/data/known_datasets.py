@@ -10,10 +10,10 @@ from importlib.resources import files
 
 from datasets import ClassLabel, Dataset, DatasetDict
 
-from .class_names import clean_class_name
-from .loading import load_image_dataset
-from .splits import keep_classes
-from .standardize import LABEL
+from ..assets import ASSETS
+from .columns import LABEL, clean_class_name
+from .few_shot import keep_classes
+from .sources import load_image_dataset
 
 
 @dataclass(frozen=True)
@@ -92,3 +92,14 @@ def load_known_dataset(name: str, **load_kwargs) -> DatasetDict:
         entry.hub_id, image_column=entry.image_column, label_column=entry.label_column, **load_kwargs
     )
     return DatasetDict({split: entry.fix_class_names(dataset) for split, dataset in splits.items()})
+
+
+STYLES = ("fluenthc", "noto", "fluent3d")
+
+
+SPLITS = ("train", "test")
+
+
+def load_style(style: str) -> DatasetDict:
+    """Emoji of 12 classes, drawn in one style: about 187 for training (`train`) and 267 others (`test`)."""
+    return load_image_dataset(files={split: str(ASSETS / "emoji" / f"{style}-{split}.parquet") for split in SPLITS})

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import BatchFeature, EvalPrediction, default_data_collator
 from transformers.utils import logging
 
-from .class_prompts import check_label_names
-from .data import class_names_of, with_pixel_values
+from ..data import class_names_of, with_pixel_values
+from ..templates import check_label_names
 from .metrics import compute_metrics, softmax
 
 

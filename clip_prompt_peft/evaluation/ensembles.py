@@ -9,35 +9,17 @@ They go into the classifier with `set_class_embeds`:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 
 import torch
 
-from .class_encoder import normalize
-from .class_prompts import CLASS_SLOT, check_template
-from .dual_encoder import num_positions
-from .evaluation import evaluating
-from .prompt_classification import PromptClassificationMixin
+from ..modeling import PromptClassificationMixin
+from ..templates import CLASS_SLOT, check_template
+from ..text import normalize
+from ..towers import evaluating, num_positions
 
 
 TEXTS_AT_ONCE = 256
-TEMPLATE_FILES = files(__package__) / "templates"
-
-
-def load_templates(name: str = "imagenet") -> list[str]:
-    """Templates that come with the package: `"imagenet"`, the 80 of CLIP's authors, or the 7 of `"imagenet_simple"`.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    known = sorted(
-        entry.name.removesuffix(".json") for entry in TEMPLATE_FILES.iterdir() if entry.name[-5:] == ".json"
-    )
-    if name not in known:
-        raise ValueError(f"There are no templates {name!r}; there are {', '.join(known)}.")
-    return json.loads((TEMPLATE_FILES / f"{name}.json").read_text())["templates"]
 
 
 def template_ensemble(model: PromptClassificationMixin, templates: Sequence[str]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .tuner import CLIPTextLearnableEmbeddings
+from ..tuner import CLIPTextLearnableEmbeddings
 
 
 NUM_SAMPLED = 512  # words whose distance to their nearest neighbour says what is far

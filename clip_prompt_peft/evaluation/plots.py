@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .markdown import printable
+from .tables import printable
 
 
 if TYPE_CHECKING:

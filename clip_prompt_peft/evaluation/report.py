@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from .. import plots
-from ..comparison import Comparison
-from ..environment import environment_versions
-from ..interpret import nearest_words
-from ..markdown import printable
+from . import plots
+from .comparison import Comparison
+from .interpret import nearest_words
+from .model_card import environment_versions
+from .tables import printable
 
 
 MAX_IMAGES = 18  # in a grid

@@ -1,12 +1,18 @@
 """The protocols in which the field compares methods: few-shot curves, base-to-new, transfer to other data sets."""
 
 from .benchmark import Benchmark
-from .methods import METHODS, Method, find_method
-from .results import Predictions, Results
+from .methods import METHODS, Backbone, Method, TrainingSettings, find_method
+from .results import (
+    Predictions,
+    Results,
+    base_new_scores,
+    base_new_table,
+    few_shot_scores,
+    few_shot_table,
+    mean_scores,
+    transfer_table,
+)
 from .runs import Run, base_to_new, few_shot_curve, merge_runs, transfer
-from .settings import TrainingSettings
-from .tables import base_new_scores, base_new_table, few_shot_scores, few_shot_table, mean_scores, transfer_table
-from .training import Backbone
 
 
 __all__ = [

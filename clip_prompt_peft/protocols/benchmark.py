@@ -12,13 +12,12 @@ from transformers import EvalPrediction
 from transformers.utils import logging
 
 from ..data import base_new_names
-from ..data.standardize import LABEL
-from ..metrics import compute_metrics, softmax
+from ..data.columns import LABEL
+from ..evaluation.metrics import compute_metrics, softmax
 from .image_set import ImagePool, ImageSet
-from .methods import find_method
+from .methods import Backbone, find_method
 from .results import Predictions, Results
 from .runs import ALL, BASE, NEW, Run, merge_runs
-from .training import Backbone
 
 
 TRAIN, TEST = "train", "test"

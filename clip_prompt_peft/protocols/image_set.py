@@ -9,7 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset
 
 from ..data import cache_image_embeds, class_names_of, keep_classes, sample_few_shot, with_pixel_values
-from ..data.standardize import LABEL
+from ..data.columns import LABEL
 
 
 ROW = "row"

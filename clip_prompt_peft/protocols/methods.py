@@ -1,22 +1,137 @@
-"""What is compared: one function each, from training images to a function that scores test images."""
+"""How the methods are trained."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import BatchFeature, set_seed
+from transformers import BatchFeature, PrinterCallback, TrainingArguments, set_seed
 
-from ..presets import PRESETS
-from ..prompt_ensemble import load_templates, template_ensemble
+from ..assets import load_templates
+from ..evaluation.ensembles import template_ensemble
+from ..families import CLIPForPromptClassification
+from ..training.recipes import Recipe, training_recipe
 from ..tuner import CLIPPromptTuningConfig
+from ..tuner.presets import PRESETS
 from .image_set import ImageSet
-from .training import Backbone, train_adapter
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """
+    How all adapters are trained, so that they can be compared: AdamW with a cosine schedule, and no augmentation.
+
+    The linear probe is fitted by scikit-learn instead, and presets can be trained as their papers do.
+
+    Attributes:
+        num_train_epochs: rounds over the drawn images.
+        batch_size: images in a step.
+        learning_rate: of prompts.
+        lora_learning_rate: of LoRA.
+        paper_recipes: train presets with the optimizer, the epochs and so on of [`training_recipe`].
+        lora_rank: of LoRA in the query, key and value of both towers.
+        linear_probe_c: scikit-learn's inverse strength of the linear probe's penalty; 0.316 is CLIP's
+            (https://arxiv.org/abs/2103.00020, A.3).
+        prompt_template: of zero-shot, and of the prompts to start from.
+        ensemble: name of the templates of the ensemble, see [`load_templates`].
+        when_fewer: about classes with fewer images than shots, see [`sample_few_shot`].
+    """
+
+    num_train_epochs: int = 50
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    lora_learning_rate: float = 1e-3
+    paper_recipes: bool = False
+    lora_rank: int = 2
+    linear_probe_c: float = 0.316
+    prompt_template: str = "a photo of a {}."
+    ensemble: str = "imagenet"
+    when_fewer: str = "error"
+
+    def fingerprint(self, model: str) -> str:
+        """Of all settings and the model's name: results under another one are not mixed with these."""
+        text = json.dumps({"model": model, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """
+    The CLIP that all methods start from.
+
+    Attributes:
+        model: without adapters. A method may put one in, and takes it out again.
+        image_processor: of the model.
+        settings: of training.
+    """
+
+    model: CLIPForPromptClassification
+    image_processor: object
+    settings: TrainingSettings
+
+
+def train_adapter(
+    model, backbone: Backbone, train: ImageSet, seed: int, trains_image_tower: bool, preset: str | None
+) -> None:
+    """Trains what is trainable in the model.
+
+    Args:
+        model: the backbone's, with an adapter in it.
+        backbone: with the settings.
+        train: the images.
+        seed: of their order.
+        trains_image_tower: whether it has to be run in every step.
+        preset: the published method, if it is one: some need more than a loss.
+    """
+    image_processor, device = backbone.image_processor, backbone.model.device.type
+    dataset = train.pixels(image_processor) if trains_image_tower else train.embedded(backbone.model, image_processor)
+    recipe = _recipe(model, backbone.settings, train, preset, use_cpu=device == "cpu")
+    with TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            seed=seed,
+            dataloader_pin_memory=device != "cpu",
+            remove_unused_columns=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **recipe.arguments,
+        )
+        trainer = recipe.trainer_class(
+            model, args, train_dataset=dataset, optimizers=recipe.optimizers, callbacks=recipe.callbacks
+        )
+        trainer.remove_callback(PrinterCallback)  # there is a progress bar of all runs already
+        trainer.train()
+
+
+def _recipe(model, settings: TrainingSettings, train: ImageSet, preset: str | None, use_cpu: bool) -> Recipe:
+    is_lora = isinstance(model.active_peft_config, LoraConfig)
+    common = {
+        "num_train_epochs": settings.num_train_epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.lora_learning_rate if is_lora else settings.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "dataloader_drop_last": False,
+    }
+    if preset is None:
+        return Recipe({**common, "use_cpu": use_cpu}, (None, None))
+    shots = max(Counter(train.labels).values())
+    if settings.paper_recipes:
+        return training_recipe(preset, model, len(train.rows), shots, use_cpu=use_cpu)
+    own = training_recipe(preset, model, len(train.rows), shots, use_cpu=use_cpu, **common)
+    return replace(own, optimizers=(None, None))  # the Trainer's, as for all others
 
 
 Score = Callable[[ImageSet], "np.ndarray | None"]  # (N, C) logits; None if the method cannot know the classes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..class_encoder import normalize
+from ..text import normalize
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from ..assets import load_templates
 from .base import Prediction, Regularizer
-from .promptsrc_templates import PROMPTSRC_TEMPLATES
 
 
 class PromptSRCRegularizer(Regularizer):
@@ -32,7 +32,7 @@ class PromptSRCRegularizer(Regularizer):
     ```
     """
 
-    teacher_templates = PROMPTSRC_TEMPLATES
+    teacher_templates = tuple(load_templates("promptsrc"))
 
     def __init__(self, text: float = 25.0, image: float = 10.0, logits: float = 1.0) -> None:
         super().__init__()

@@ -10,10 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .class_encoder import normalize
-from .dual_encoder import image_side, text_side
-from .evaluation import evaluating
-from .losses import Prediction
+from ..text import normalize
+from ..towers import evaluating, image_side, text_side
+from . import Prediction
 
 
 ADAPTER_PARTS = (BaseTunerLayer, AuxiliaryTrainingWrapper)

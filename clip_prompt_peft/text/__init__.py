@@ -6,7 +6,7 @@ processes, and `cache` keeps the result while nothing changes.
 """
 
 from .encoder import ClassEncoder
-from .rows import normalize
+from .packing import normalize
 
 
 __all__ = ["ClassEncoder", "normalize"]

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from transformers import CLIPModel
 
-from ..class_prompts import ClassPrompts
-from ..dual_encoder import text_side
-from .adapter_settings import ADAPTERS, adapter_settings
-from .paths import attention_of
-from .surroundings import autocast_state
+from ..towers import ADAPTERS, adapter_settings, text_side
+from .chunks import autocast_state
+from .packing import attention_of
+from .prompts import ClassPrompts
 
 
 # Tensors up to this size, and all of an adapter, are compared by value; of larger ones, frozen, only samples.

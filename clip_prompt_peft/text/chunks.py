@@ -1,15 +1,54 @@
-"""Many classes, chunk by chunk, so that memory does not grow with their number."""
+"""What a computation depends on beside its inputs, kept so that it can be run again."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from .surroundings import Surroundings
+
+class Surroundings:
+    """The state of random number generators and of autocast, where it was made.
+
+    Args:
+        tensor: on the device of the computation.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.device_type = tensor.device.type
+        self.cpu_state = torch.get_rng_state()
+        self.devices, self.device_states = get_device_states(tensor)
+        self.autocasts = autocast_state(tensor.device)
+
+    @contextlib.contextmanager
+    def autocast(self, cache_enabled: bool = True):
+        """Autocast as it was. Without the cache, casts of weights are not kept for later use."""
+        with contextlib.ExitStack() as stack:
+            for device_type, (enabled, dtype) in self.autocasts.items():
+                stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled))
+            yield
+
+    @contextlib.contextmanager
+    def random_state(self):
+        """The generators as they were; on leaving, as they are now."""
+        with torch.random.fork_rng(self.devices, device_type=self.device_type if self.devices else "cuda"):
+            torch.set_rng_state(self.cpu_state)
+            set_device_states(self.devices, self.device_states, device_type=self.device_type)
+            yield
+
+
+def autocast_state(device: torch.device) -> dict[str, tuple[bool, torch.dtype]]:
+    """For the device and the CPU: whether autocast is on, and to which dtype."""
+    return {
+        device_type: (torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+        for device_type in {device.type, "cpu"}
+        if torch.amp.is_autocast_available(device_type)
+    }
 
 
 Chunk = TypeVar("Chunk")
@@ -109,3 +148,42 @@ def _sum(total: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor |
     if total is None or new is None:
         return new if total is None else total
     return total + new  # not in place: autograd may hand out one tensor as the gradient of several
+
+
+def num_processes() -> int:
+    """Processes in the default group; 1 if there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share_of_classes(num_classes: int, rank: int | None = None) -> range:
+    """The classes that a process, by default this one, encodes; shares differ by one class at most."""
+    size, rank = num_processes(), dist.get_rank() if rank is None else rank
+    return range(num_classes * rank // size, num_classes * (rank + 1) // size)
+
+
+def gather_shares(share: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """(C, E) of all classes, from the (C / W, E) that each of the W processes holds. All of them must call it.
+
+    Its gradient, averaged over the processes as DistributedDataParallel and its kin do, is exact: a share gets the
+    gradients of all processes' losses, and averaging divides by W.
+    """
+    return _GatherShares.apply(share, num_classes)
+
+
+class _GatherShares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, share, num_classes):
+        ctx.sizes = [len(share_of_classes(num_classes, rank)) for rank in range(num_processes())]
+        longest = max(ctx.sizes)
+        padded = share.new_zeros(longest, share.shape[1])  # collectives want equal sizes
+        padded[: len(share)] = share
+        parts = [torch.empty_like(padded) for _ in ctx.sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, ctx.sizes)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # (C, E)
+        dist.all_reduce(gradient)
+        return gradient.split(ctx.sizes)[dist.get_rank()], None

@@ -7,13 +7,22 @@ from collections.abc import Hashable
 import torch
 from transformers import CLIPModel
 
-from ..class_prompts import ClassPrompts, PromptLayout
-from ..dual_encoder import text_embeddings_of
-from . import sharding
+from ..towers import text_embeddings_of
+from ..tuner.layout import PromptLayout
 from .cache import ClassEmbedsCache, trained_parameters
-from .chunks import encode_by_images, encode_in_chunks
-from .paths import PATHS, PLAIN, attention_of, build_rows, fastest_exact_path, num_shared_positions, what_decides
-from .rows import PackedRows, PlainRows
+from .chunks import encode_by_images, encode_in_chunks, gather_shares, num_processes, share_of_classes
+from .packing import (
+    PATHS,
+    PLAIN,
+    PackedRows,
+    PlainRows,
+    attention_of,
+    build_rows,
+    fastest_exact_path,
+    num_shared_positions,
+    what_decides,
+)
+from .prompts import ClassPrompts
 
 
 AUTO = "auto"
@@ -113,13 +122,13 @@ class ClassEncoder:
     def _encode(self, model, prompts, layout) -> torch.Tensor:
         num_classes = len(prompts.texts)
         is_sharded = self._is_sharded(model, num_classes)
-        classes = sharding.share_of_classes(num_classes) if is_sharded else range(num_classes)
+        classes = share_of_classes(num_classes) if is_sharded else range(num_classes)
         chunks = self._chunks_of(model, prompts, layout, classes)
         if len(chunks) == 1:
             embeds = chunks[0].encode(model)[0]
         else:
             embeds = encode_in_chunks(lambda chunk: chunk.encode(model)[0], chunks, trained_parameters(model))
-        return sharding.gather_shares(embeds, num_classes) if is_sharded else embeds
+        return gather_shares(embeds, num_classes) if is_sharded else embeds
 
     def _encode_for_images(self, model, prompts, layout, image_embeds) -> torch.Tensor:
         vectors = text_embeddings_of(model.text_model).row_vectors(image_embeds)  # (B, n, D)
@@ -128,7 +137,7 @@ class ClassEncoder:
         return encode_by_images(lambda chunk, part: chunk.encode(model, part), pairs)  # (B, C, E)
 
     def _is_sharded(self, model, num_classes: int) -> bool:
-        if sharding.num_processes() == 1 or num_classes < sharding.num_processes():
+        if num_processes() == 1 or num_classes < num_processes():
             return False
         if self.across_processes != AUTO:
             return self.across_processes

@@ -5,58 +5,14 @@ Shapes: `C` classes, `L` text length (with begin and end token), `n` virtual tok
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
 
 import torch
 
-from .class_token_position import count_name_tokens, move_class_names
-from .tokenization import (
-    IGNORED,
-    EncodedTexts,
-    count_begin_tokens,
-    count_special_tokens,
-    encode_texts,
-    encode_words,
-    structural_ids,
-)
-
-
-DEFAULT_TEMPLATE = "a photo of a {}."
-PLACEHOLDER = "X"  # the word that CoOp writes where a vector will stand
-CLASS_SLOT = "{}"
-
-
-class PromptLayout(Protocol):
-    """What the classifier reads of the active prompt adapter: which texts the vectors expect to stand in.
-
-    An object with these fields is found at `prompt_layout` of the text embedding module; it is `None` there when no
-    prompt adapter is in effect. `class_names` may be assigned: it is saved with the adapter.
-    """
-
-    class_names: list[str] | None
-    problem_type: str | None
-    prompt_template: str
-    padded_template: str
-    start_idx: int
-    num_virtual_tokens: int
-    replaced_token_ids: list[int]
-
-    # kind of context
-    class_specific: bool
-    image_conditioned: bool
-    has_row_vectors: bool  # either of the two
-    has_row_positions: bool  # positions differ from class to class
-    class_token_count: str  # "in_prompt" or "alone"
-    num_vectors_before_class: int
-    num_shared_positions: int | None  # from the begin token on, the same for all classes; None if the texts tell
-
-    num_vision_virtual_tokens: int  # above 0, image embeddings are the adapter's and cannot be made in advance
-    regularizer: str | None
-    regularizer_weights: dict[str, float] | None
-    teacher_templates: list[str] | None
+from ..templates import CLASS_SLOT, check_class_names, check_template
+from ..tuner.layout import PromptLayout
+from .tokenization import IGNORED, EncodedTexts, count_special_tokens, encode_texts, structural_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,148 +47,6 @@ def _same(one, another) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(another, torch.Tensor):
         return torch.equal(one, another)
     return one is another or (not isinstance(one, torch.Tensor) and one == another)
-
-
-def check_template(template: str) -> None:
-    """Raises `ValueError` unless `template` is a string that holds `{}`, the place of the class name, exactly once."""
-    if not isinstance(template, str):
-        raise ValueError(f"A prompt template must be a string such as {DEFAULT_TEMPLATE!r}, got {template!r}.")
-    _check_characters("The prompt template", template)
-    if template.count(CLASS_SLOT) != 1:
-        raise ValueError(
-            f"The prompt template {template!r} holds {{}} {template.count(CLASS_SLOT)} times; it must hold it exactly "
-            f"once, where the class name goes, as in {DEFAULT_TEMPLATE!r}."
-        )
-
-
-def check_class_names(class_names: Sequence[str]) -> list[str]:
-    """Returns the class names as a list.
-
-    Raises:
-        ValueError: if there are none, or one is empty, not a string of characters, or there twice.
-    """
-    if isinstance(class_names, (str, Set, Mapping)) or not isinstance(class_names, Iterable):
-        raise ValueError(f"class_names must be a list of strings in the order of the labels, got {class_names!r}.")
-    class_names = list(class_names)
-    if not class_names:
-        raise ValueError("class_names is empty; a classifier needs at least one class name.")
-    for index, name in enumerate(class_names):
-        if not isinstance(name, str):
-            raise ValueError(f"class_names[{index}] is {name!r} of type {type(name).__name__}; it must be a string.")
-        if not name.strip():
-            raise ValueError(f"class_names[{index}] is empty; every class needs a name.")
-        _check_characters(f"class_names[{index}]", name)
-    repeated = [name for name, count in Counter(class_names).items() if count > 1]
-    if repeated:
-        raise ValueError(f"class_names must differ from each other, but these stand there twice: {repeated[:5]}.")
-    return class_names
-
-
-def _check_characters(what: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # neither a tokenizer nor a file would take it
-        raise ValueError(
-            f"{what} is {text!r}, which is no text: the character at {error.start} is half of a pair of surrogates."
-        ) from None
-
-
-def check_label_names(label_names: Sequence[str], class_names: Sequence[str]) -> None:
-    """Makes sure that the labels of a data set mean the classes of a model: label i is class i.
-
-    A model scores any labels in range, so without this check labels in another order only show as poor accuracy.
-
-    Args:
-        label_names: what the labels 0, 1, ... of the data set are called, such as `dataset.features["label"].names`.
-        class_names: the classes of the model, `model.class_names`.
-
-    Raises:
-        ValueError: if they are not the same names in the same order.
-
-    Example:
-
-    ```py
-    >>> check_label_names(dataset.features["label"].names, model.class_names)
-    ```
-    """
-    label_names, class_names = check_class_names(label_names), check_class_names(class_names)
-    if label_names == class_names:
-        return
-    unknown = [name for name in label_names if name not in class_names]
-    missing = [name for name in class_names if name not in label_names]
-    if not unknown and not missing:
-        first = next(i for i, (label, name) in enumerate(zip(label_names, class_names)) if label != name)
-        raise ValueError(
-            f"The data set and the model have the same classes in another order: label {first} is "
-            f"{label_names[first]!r} in the data set and {class_names[first]!r} in the model. Renumber the data set "
-            "with dataset.align_labels_with_mapping(model.config.label2id, 'label')."
-        )
-    raise ValueError(
-        f"The data set's labels are not the model's classes: {len(unknown)} are unknown to the model "
-        f"({unknown[:5]}), {len(missing)} of the model's are not in the data set ({missing[:5]}). Use the data set "
-        "that the adapter was trained for, or give the model the data set's names with model.set_class_names(...)."
-    )
-
-
-def context_text(template: str) -> str:
-    """The words of `template` in front of the class name: `"a photo of a"` for `"a photo of a {}."`."""
-    check_template(template)
-    return template.split(CLASS_SLOT)[0].strip()
-
-
-def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: int | None = None) -> str:
-    """Makes room in `template` for more virtual tokens than it has words in front of the class name.
-
-    Placeholder words (`X`, as CoOp writes them) are put in at `start_idx`, so that the vectors, once they replace
-    positions `start_idx ... start_idx + num_virtual_tokens - 1`, end right before the class name. Format the result
-    with class names to get the texts for a plain `CLIPModel`. A template that has room is returned as it is.
-
-    Args:
-        template: text with one `{}`.
-        num_virtual_tokens: how many token positions are to be replaced.
-        tokenizer: the tokenizer of the model.
-        start_idx: first replaced position; by default right behind the begin token, which is at 0 if there is one.
-
-    Returns:
-        The template, with placeholder words where they are needed.
-
-    Raises:
-        ValueError: if the tokenizer does not read a placeholder as one token, or `start_idx` lies inside a word.
-
-    Example:
-
-    ```py
-    >>> pad_template("a photo of a {}.", 6, tokenizer)
-    'X X a photo of a {}.'
-    ```
-    """
-    context, num_begin = context_text(template), count_begin_tokens(tokenizer)
-    start_idx = num_begin if start_idx is None else start_idx
-    num_kept = start_idx - num_begin
-    num_missing = num_kept + num_virtual_tokens - len(encode_words(context, tokenizer))
-    if num_missing <= 0:
-        return template
-    if len(encode_words(PLACEHOLDER, tokenizer)) != 1:
-        raise ValueError(
-            f"This tokenizer does not read the placeholder {PLACEHOLDER!r} as one token; write a template with at "
-            f"least {num_virtual_tokens} tokens in front of {{}} instead of {template!r}."
-        )
-    words = context.split()
-    kept = next((k for k in range(len(words) + 1) if _num_tokens(words[:k], tokenizer) == num_kept), None)
-    if kept is None:
-        raise ValueError(
-            f"start_idx={start_idx} is not the beginning of a word of {context!r}, so placeholders cannot be put "
-            "there; choose another start_idx or write the placeholders into the template."
-        )
-    padded = words[:kept] + [PLACEHOLDER] * num_missing + words[kept:]
-    slot = template.index(CLASS_SLOT)
-    # a word of the template keeps its distance from the class name ("pre-{}"), a placeholder must not merge with it
-    gap = template[len(template[:slot].rstrip()) : slot] if kept < len(words) else " "
-    return " ".join(padded) + gap + template[slot:]
-
-
-def _num_tokens(words: list[str], tokenizer) -> int:
-    return len(encode_words(" ".join(words), tokenizer))
 
 
 def build_class_prompts(
@@ -330,3 +144,56 @@ def _move_class_names(class_names, texts, input_ids, tokenizer, layout):
     return move_class_names(
         input_ids, num_name_tokens, layout.start_idx, layout.num_virtual_tokens, layout.num_vectors_before_class
     )
+
+
+def count_name_tokens(
+    class_names: Sequence[str], texts: Sequence[str], name_at: int, first_token: int, tokenizer, alone: bool
+) -> list[int]:
+    """How many tokens, from the end of the context on, are the class name.
+
+    Args:
+        class_names: C names.
+        texts: their prompts, with the name at the end of the context.
+        name_at: index of the name's first character.
+        first_token: index of the name's first token.
+        tokenizer: the tokenizer of the model.
+        alone: count the tokens that the name has on its own, as CoOp's code does. It cuts off the end of a name that
+            merges with what follows it.
+    """
+    if alone:
+        return [len(tokenizer(name, add_special_tokens=False)["input_ids"]) for name in class_names]
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell which tokens of a prompt are the class name; set "
+            "class_token_count='alone', or leave class_token_position at 'end'."
+        )
+    offsets = tokenizer(list(texts), return_offsets_mapping=True)["offset_mapping"]
+    # a token that holds the end of the name together with punctuation behind it counts as the name's
+    return [
+        sum(start < name_at + len(name) and end > name_at for start, end in row[first_token:])
+        for name, row in zip(class_names, offsets)
+    ]
+
+
+def move_class_names(
+    input_ids: torch.LongTensor, num_name_tokens: Sequence[int], start: int, n: int, num_before: int
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Moves each class name in front of those vectors that are to follow it.
+
+    Args:
+        input_ids: (C, L), `n` context tokens at `start` with the class name behind them.
+        num_name_tokens: of each class.
+        start: position of the first vector.
+        n: number of vectors.
+        num_before: how many of them stay before the name.
+
+    Returns:
+        (C, L) token ids in their new order, and (C, n) the positions of the vectors.
+    """
+    split, end = start + num_before, start + n
+    places = list(range(input_ids.shape[1]))
+    orders, positions = [], []
+    for length in num_name_tokens:
+        orders.append(places[:split] + places[end : end + length] + places[split:end] + places[end + length :])
+        positions.append(places[start:split] + places[split + length : end + length])
+    return input_ids.gather(1, torch.tensor(orders)), torch.tensor(positions)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..templates import PROBE, encode_words
+
 
 IGNORED, MASKED, READ = "ignored", "masked", "read"
-PROBE = "a photo of a cat"
 
 
 @dataclass(frozen=True)
@@ -59,27 +60,6 @@ def encode_texts(texts: Sequence[str], tokenizer, max_length: int, padding: str 
     encoded = tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")
     mask = encoded.get("attention_mask", torch.ones_like(encoded["input_ids"]))  # (C, L)
     return EncodedTexts(encoded["input_ids"], mask, lengths)
-
-
-def encode_words(text: str, tokenizer) -> list[int]:
-    """Token ids of `text` without special tokens."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-
-def count_begin_tokens(tokenizer) -> int:
-    """How many special tokens the tokenizer puts in front of a text: 1 for CLIP, none for SigLIP.
-
-    Raises:
-        ValueError: if it does not leave the words together.
-    """
-    ids, words = tokenizer(PROBE)["input_ids"], encode_words(PROBE, tokenizer)
-    for start in range(len(ids) - len(words) + 1):
-        if ids[start : start + len(words)] == words:
-            return start
-    raise ValueError(
-        f"The tokenizer reads {PROBE!r} as {ids} with special tokens and as {words} without, so the positions of "
-        "words are not known; prompts need a tokenizer that puts special tokens only in front of a text and behind it."
-    )
 
 
 def count_special_tokens(tokenizer) -> int:

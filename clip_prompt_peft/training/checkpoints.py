@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .adapter_files import WEIGHTS_NAME
+from ..tuner.files import WEIGHTS_NAME
 
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import Trainer
 
-from .losses import project_gradient
+from ..regularizers import project_gradient
 
 
 class ProGradMixin:

@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
+from ..tuner.presets import PRESETS
 from .callbacks import GaussianPromptAveraging
-from .presets import PRESETS
-from .prograd_trainer import ProGradTrainer
+from .prograd import ProGradTrainer
 
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4

@@ -12,10 +12,9 @@
 """
 
 from .config import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig
-from .deep_prompts import CLIPDeepPrompts
 from .layer import CLIPTextLearnableEmbeddings
 from .model import CLIPPromptTuningModel
-from .vision_prompts import CLIPVisionLearnableEmbeddings
+from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 
 
 __all__ = [

@@ -1,18 +1,62 @@
-"""What a configuration leaves to the model: filled in, and checked, when an adapter is injected."""
+"""From a configuration and a model to the layout of the prompts."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 from peft import PromptTuningInit
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import AutoTokenizer
 
-from ..class_prompts import DEFAULT_TEMPLATE, check_class_names, context_text, pad_template
-from ..dual_encoder import is_text_embeddings, num_positions, token_table_name
-from ..tokenization import count_begin_tokens, encode_words
-from .checks import check_coupled_depths
-from .config import CLIPPromptTuningConfig
-from .towers import Tower, find_towers, is_vision_embeddings, takes_patches
+from ..templates import (
+    DEFAULT_TEMPLATE,
+    check_class_names,
+    context_text,
+    count_begin_tokens,
+    encode_words,
+    pad_template,
+)
+from ..towers import (
+    Tower,
+    find_towers,
+    is_text_embeddings,
+    is_vision_embeddings,
+    num_positions,
+    takes_patches,
+    token_table_name,
+)
+from .config import CLIPPromptTuningConfig, check_coupled_depths
+
+
+class PromptLayout(Protocol):
+    """What the classifier reads of the active prompt adapter: which texts the vectors expect to stand in.
+
+    An object with these fields is found at `prompt_layout` of the text embedding module; it is `None` there when no
+    prompt adapter is in effect. `class_names` may be assigned: it is saved with the adapter.
+    """
+
+    class_names: list[str] | None
+    problem_type: str | None
+    prompt_template: str
+    padded_template: str
+    start_idx: int
+    num_virtual_tokens: int
+    replaced_token_ids: list[int]
+
+    # kind of context
+    class_specific: bool
+    image_conditioned: bool
+    has_row_vectors: bool  # either of the two
+    has_row_positions: bool  # positions differ from class to class
+    class_token_count: str  # "in_prompt" or "alone"
+    num_vectors_before_class: int
+    num_shared_positions: int | None  # from the begin token on, the same for all classes; None if the texts tell
+
+    num_vision_virtual_tokens: int  # above 0, image embeddings are the adapter's and cannot be made in advance
+    regularizer: str | None
+    regularizer_weights: dict[str, float] | None
+    teacher_templates: list[str] | None
 
 
 def chosen_towers(config: CLIPPromptTuningConfig, model: nn.Module, kind: str) -> list[Tower]:

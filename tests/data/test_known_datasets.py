@@ -5,8 +5,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image as PILImage
 
-from clip_prompt_peft.class_prompts import check_template
 from clip_prompt_peft.data import known_datasets, load_known_dataset
+from clip_prompt_peft.templates import check_template
 
 
 NAMES = list(known_datasets())
@@ -56,7 +56,7 @@ def test_a_set_is_loaded_with_its_columns_and_names(monkeypatch):
         asked.append((args, kwargs))
         return DatasetDict(train=dataset(["AnnualCrop", "SeaLake"]), test=dataset(["AnnualCrop", "SeaLake"]))
 
-    monkeypatch.setattr("clip_prompt_peft.data.loading.load_dataset", load_dataset)
+    monkeypatch.setattr("clip_prompt_peft.data.sources.load_dataset", load_dataset)
     splits = load_known_dataset("eurosat", revision="abc")
     assert asked == [((known_datasets()["eurosat"].hub_id, None), {"revision": "abc"})]
     assert splits["test"].features["label"].names == ["Annual Crop Land", "Sea or Lake"]

@@ -13,8 +13,7 @@ from transformers import AutoImageProcessor, CLIPModel
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.data import class_names_of, load_image_dataset, with_pixel_values
-from clip_prompt_peft.export import CLASS_EMBEDS_FILE, INT8_FILE, ONNX_FILE, export_classifier
-from clip_prompt_peft.export.int8 import write_int8
+from clip_prompt_peft.export import CLASS_EMBEDS_FILE, INT8_FILE, ONNX_FILE, export_classifier, write_int8
 
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -160,7 +159,7 @@ def test_a_graph_that_gives_other_logits_is_an_error_and_the_older_export_stays(
     exported, dataset, monkeypatch, tmp_path
 ):
     (tmp_path / ONNX_FILE).write_text("older")
-    monkeypatch.setattr("clip_prompt_peft.export.classifier.TOLERANCE", 0.0)
+    monkeypatch.setattr("clip_prompt_peft.export.TOLERANCE", 0.0)
     with pytest.raises(RuntimeError, match="other logits than the model"):
         export_classifier(exported.model, tmp_path)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(ONNX_FILE, "older")]
@@ -169,7 +168,7 @@ def test_a_graph_that_gives_other_logits_is_an_error_and_the_older_export_stays(
 def test_an_8_bit_variant_that_loses_accuracy_is_not_kept(
     exported, dataset, pixel_values, monkeypatch, tmp_path, caplog
 ):
-    monkeypatch.setattr("clip_prompt_peft.export.int8.run_onnx", lambda file, batches: np.zeros((100, 12)))
+    monkeypatch.setattr("clip_prompt_peft.export.run_onnx", lambda file, batches: np.zeros((100, 12)))
     logits = logits_of(exported.model, pixel_values).numpy()
     report = write_int8(exported.path / ONNX_FILE, tmp_path / INT8_FILE, [pixel_values], logits.argmax(axis=1), logits)
     assert report.float_accuracy == 1 and report.accuracy < 0.5
@@ -207,6 +206,6 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(classifier, clip, to
 
 
 def test_missing_packages_are_named(classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr("clip_prompt_peft.export.onnx.find_spec", lambda name: None if name == "onnxscript" else True)
+    monkeypatch.setattr("clip_prompt_peft.export.find_spec", lambda name: None if name == "onnxscript" else True)
     with pytest.raises(ImportError, match=r"needs onnxscript, .* pip install 'clip_prompt_peft\[export\]'"):
         export_classifier(classifier, tmp_path / "new")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from clip_prompt_peft.losses import (
+from clip_prompt_peft.regularizers import (
     REGULARIZERS,
     KgCoOpRegularizer,
     Prediction,
@@ -14,7 +14,7 @@ from clip_prompt_peft.losses import (
     build_regularizer,
     project_gradient,
 )
-from clip_prompt_peft.losses.promptsrc import mean_distance, mean_divergence
+from clip_prompt_peft.regularizers.promptsrc import mean_distance, mean_divergence
 
 
 IMAGES = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # (B, E)

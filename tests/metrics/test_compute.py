@@ -8,7 +8,8 @@ from sklearn.calibration import calibration_curve
 from transformers import EvalPrediction
 
 import clip_prompt_peft.metrics
-from clip_prompt_peft.metrics import (
+from clip_prompt_peft.evaluation import metrics as harmonic_mean
+from clip_prompt_peft.evaluation.metrics import (
     Accuracy,
     ExpectedCalibrationError,
     MacroF1,
@@ -17,7 +18,6 @@ from clip_prompt_peft.metrics import (
     TopKAccuracy,
     compute_metrics,
     compute_multi_label_metrics,
-    harmonic_mean,
     softmax,
 )
 

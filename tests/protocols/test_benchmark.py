@@ -215,7 +215,7 @@ def test_published_methods_are_run_by_name_with_what_they_need(open_benchmark, b
 
 def test_published_methods_can_be_trained_as_their_papers_do(styles, backbone, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("clip_prompt_peft.recipes.Trainer.train", lambda self: seen.append(self))
+    monkeypatch.setattr("clip_prompt_peft.training.recipes.Trainer.train", lambda self: seen.append(self))
     settings = TrainingSettings(num_train_epochs=7, when_fewer="all", paper_recipes=True)
     paper = Backbone(backbone.model, backbone.image_processor, settings)
     benchmark = Benchmark(lambda: paper, styles, Results(tmp_path, settings.fingerprint("tiny")))

@@ -6,7 +6,7 @@ from conftest import CLASS_NAMES, TINY_CLIP
 from peft import PeftModel, get_peft_model
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
-from clip_prompt_peft.class_encoder import encoder
+from clip_prompt_peft.text import encoder
 
 
 def prompted(base, **fields):

@@ -1,4 +1,4 @@
-"""Writes a tuned classifier as files for deployment."""
+"""From a tuned classifier to files that run without this library, without peft and without PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,19 +16,150 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoImageProcessor
 
-from ..prompt_classification import PromptClassificationMixin
-from ..tuner.towers import find_towers, takes_patches
-from .int8 import INT8_FILE, Int8Report, write_int8
-from .onnx import BakedClassifier, check_packages, run_onnx, write_onnx
+from .modeling import PromptClassificationMixin
+from .text import normalize
+from .towers import find_towers, takes_patches
+
+
+INPUT, OUTPUTS = "pixel_values", ["logits", "image_embeds"]
+
+
+NEEDED_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+MAX_BYTES_IN_ONE_FILE = 1.9e9  # an ONNX file is a protocol buffer, which ends at 2 GiB
+
+
+MAX_BATCH = 2**20  # without a bound, old versions of torch.export find the size not free
+
+
+NUM_TRACED = 2  # a batch of 1 would be taken for a constant
+
+
+def check_packages() -> None:
+    """Raises `ImportError` unless the packages of the `export` extra are installed."""
+    missing = [name for name in NEEDED_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"Exporting needs {', '.join(missing)}, not installed here: pip install 'clip_prompt_peft[export]'."
+        )
+
+
+class BakedClassifier(nn.Module):
+    """The classifier for fixed classes: pixel values in, logits and normalised image embeddings out."""
+
+    def __init__(self, classifier: PromptClassificationMixin, class_embeds: torch.Tensor):
+        super().__init__()
+        self.vision_model = classifier.vision_model
+        self.visual_projection = getattr(classifier, "visual_projection", nn.Identity())
+        self.register_buffer("class_embeds", class_embeds)  # (C, E)
+        self.register_buffer("scale", classifier.logit_scale.detach().exp())
+        bias = getattr(classifier, "logit_bias", torch.zeros_like(self.scale))
+        self.register_buffer("bias", bias.detach().clone())
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pooled = self.vision_model(pixel_values=pixel_values).pooler_output
+        image_embeds = normalize(self.visual_projection(pooled))  # (B, E)
+        return self.scale * image_embeds @ self.class_embeds.T + self.bias, image_embeds  # (B, C), (B, E)
+
+
+def write_onnx(module: BakedClassifier, image_size: int, num_channels: int, file: str | os.PathLike) -> None:
+    """Writes the graph, for batches of any size."""
+    like = module.class_embeds
+    example = torch.zeros(NUM_TRACED, num_channels, image_size, image_size, dtype=like.dtype, device=like.device)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    torch.onnx.export(
+        module.eval(),
+        (example,),
+        file,
+        input_names=[INPUT],
+        output_names=OUTPUTS,
+        dynamic_shapes={INPUT: {0: torch.export.Dim("batch", max=MAX_BATCH)}},
+        external_data=size > MAX_BYTES_IN_ONE_FILE,
+        dynamo=True,
+        optimize=True,
+        verbose=False,
+    )
+
+
+def run_onnx(file: str | os.PathLike, batches: list[torch.Tensor]) -> np.ndarray:
+    """(images of all batches, C) logits, by onnxruntime on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(OUTPUTS[:1], {INPUT: batch.cpu().numpy()})[0] for batch in batches])
+
+
+INT8_FILE = "model_int8.onnx"
+
+
+MAX_LOSS = 0.01  # of accuracy
+
+
+@dataclass(frozen=True)
+class Int8Report:
+    """
+    How the 8-bit variant compares on the images that were given.
+
+    Attributes:
+        accuracy, float_accuracy: shares of correct predictions, 8-bit and 32-bit.
+        agreement: share of images with the same prediction.
+        is_kept: whether accuracy was kept, to within a point; the file is there only then.
+    """
+
+    accuracy: float
+    float_accuracy: float
+    agreement: float
+    is_kept: bool
+
+
+def write_int8(
+    float_file: Path, file: Path, batches: list[torch.Tensor], labels: np.ndarray, float_logits: np.ndarray
+) -> Int8Report:
+    """Quantises the weights dynamically, compares, and removes the file again if accuracy was lost."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = onnx.load(float_file)
+    del graph.graph.value_info[:]  # shapes in between, which older versions of the tool do not bring up to date
+    quantize_dynamic(
+        graph,
+        file,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        op_types_to_quantize=["MatMul"],  # not every runtime has convolutions of signed bytes
+        use_external_data_format=Path(f"{float_file}.data").exists(),
+    )
+    predictions = run_onnx(file, batches).argmax(axis=1)
+    float_predictions = float_logits.argmax(axis=1)
+    accuracy, float_accuracy = (float((p == labels).mean()) for p in (predictions, float_predictions))
+    report = Int8Report(
+        accuracy=accuracy,
+        float_accuracy=float_accuracy,
+        agreement=float((predictions == float_predictions).mean()),
+        is_kept=accuracy >= float_accuracy - MAX_LOSS,
+    )
+    if not report.is_kept:
+        for part in file.parent.glob(f"{file.name}*"):
+            os.remove(part)
+    return report
 
 
 logger = logging.getLogger(__name__)
 
+
 ONNX_FILE, CLASS_EMBEDS_FILE = "model.onnx", "class_embeds.safetensors"
+
+
 LABELS_FILE, REPORT_FILE = "labels.json", "export.json"
+
+
 TOLERANCE = 1e-3  # of logits, which go up to 100; what is found is reported
+
+
 BATCH_SIZE = 16
 
 

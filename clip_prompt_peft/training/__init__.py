@@ -1,0 +1,1 @@
+"""Training of prompts with the Trainer: recipes of the papers, callbacks, checkpoints."""
