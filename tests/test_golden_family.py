@@ -247,7 +247,7 @@ def test_a_name_cut_in_other_places_by_the_full_stop_stays_whole_unless_it_is_co
 @pytest.mark.parametrize("name", ["promptsrc_ctxinit", "promptsrc_random_n2"])
 def test_promptsrc_compares_with_the_authors_teacher_term_by_term(name, golden_base):
     case = GoldenCase(name)
-    assert tuple(case.info["teacher_templates"]) == PROMPTSRC_TEMPLATES
+    assert tuple(case.info["teacher_templates"]) == PromptSRCRegularizer.teacher_templates
     model = prompted_model(golden_base, case)
     classifier = model.get_base_model()
     seen = {}

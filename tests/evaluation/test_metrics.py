@@ -7,7 +7,7 @@ import sklearn.metrics
 from sklearn.calibration import calibration_curve
 from transformers import EvalPrediction
 
-import clip_prompt_peft.metrics
+import clip_prompt_peft.evaluation.metrics
 from clip_prompt_peft.evaluation import metrics as harmonic_mean
 from clip_prompt_peft.evaluation.metrics import (
     Accuracy,
@@ -22,7 +22,7 @@ from clip_prompt_peft.evaluation.metrics import (
 )
 
 
-FOLDER = Path(clip_prompt_peft.metrics.__file__).parent
+FOLDER = Path(clip_prompt_peft.evaluation.metrics.__file__).parent
 
 
 def test_accuracy_counts_images_and_mean_class_accuracy_counts_classes():

@@ -35,7 +35,7 @@ from clip_prompt_peft import (
 )
 
 
-TINY_CLIP = str(Path(__file__).parent.parent / "clip_prompt_peft" / "assets" / "tiny_clip")
+TINY_CLIP = str(Path(__file__).parents[2] / "clip_prompt_peft" / "assets" / "tiny_clip")
 NAMES = ["cat", "red car", "old wooden house", "food", "arrow", "hand with a pen", "clock"]  # no multiple of 2 or 3
 GLOBAL_BATCH = 12
 

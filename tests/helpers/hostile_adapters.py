@@ -39,7 +39,7 @@ from transformers import CLIPModel  # noqa: E402
 from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification, CLIPPromptTuningConfig  # noqa: E402
 
 
-TINY_CLIP = str(Path(__file__).parent.parent / "clip_prompt_peft" / "assets" / "tiny_clip")
+TINY_CLIP = str(Path(__file__).parents[2] / "clip_prompt_peft" / "assets" / "tiny_clip")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = {
     "shared": {},

@@ -27,7 +27,7 @@ from clip_prompt_peft import (
 
 
 BASE = "clips/tiny-clip"  # on the stand-in
-LOCAL_BASE = str(Path(__file__).parent.parent / "clip_prompt_peft" / "assets" / "tiny_clip")
+LOCAL_BASE = str(Path(__file__).parents[2] / "clip_prompt_peft" / "assets" / "tiny_clip")
 CLASS_NAMES = ["cat", "dog", "red_car"]
 PIXEL_VALUES = torch.randn(6, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 

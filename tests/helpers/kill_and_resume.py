@@ -35,7 +35,7 @@ from clip_prompt_peft import PeftModelForPromptClassification  # noqa: E402
 from clip_prompt_peft.training.checkpoints import checkpoint_damage, checkpoints_in  # noqa: E402
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMON = ["--num_seeds", "1", "--save_strategy", "epoch", "--disable_tqdm", "true", "--output_dir", "out"]
 TRAININGS = {
     "short": ["--num_train_epochs", "3", "--shots", "2"],

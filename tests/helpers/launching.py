@@ -4,7 +4,7 @@ import socket
 from pathlib import Path
 
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate_configs"
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 
 
 def torchrun(num_processes: int) -> str:

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, ProGradTrainer
 
 
-TINY_CLIP = str(Path(__file__).parent.parent / "clip_prompt_peft" / "assets" / "tiny_clip")
+TINY_CLIP = str(Path(__file__).parents[2] / "clip_prompt_peft" / "assets" / "tiny_clip")
 
 
 def examples():
