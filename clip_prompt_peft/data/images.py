@@ -12,7 +12,7 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
-from ..towers import adapter_settings, embed_width, evaluating, image_side
+from ..towers import adapter_settings, embed_width, eval_mode, image_side
 from .columns import IMAGE, LABEL
 
 
@@ -214,7 +214,7 @@ def cache_image_embeds(
         image_embeds=feature if num_views is None else Sequence(feature, length=num_views),
         labels=dataset.features[LABEL],
     )
-    with evaluating(base):
+    with eval_mode(base):
         embedded = undecoded(dataset.select_columns([IMAGE, LABEL])).map(
             embed,
             batched=True,
