@@ -40,6 +40,7 @@ TOKENWISE_MODULES = (
     "peft.tuners.ln_tuning.",
     "peft.tuners.ia3.",
     "peft.tuners.trainable_tokens.",
+    "peft.tuners._buffer_dict",
     "peft.utils.other",
 )
 TRANSFORMERS_HOOKS = "transformers.utils.output_capturing"  # they only look, for output_hidden_states

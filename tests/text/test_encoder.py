@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoTokenizer, CLIPConfig, CLIPModel, Trainer, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.text.chunks import encode_in_chunks
-from clip_prompt_peft.text.packing import exact_path
 
 
 # one to many tokens, so that suffixes differ in length
@@ -215,11 +216,15 @@ class TestChoiceOfPath:
     """Seen by how many rows, of which length, the text tower runs."""
 
     def rows_of(self, classifier):
-        shapes = []
-        layer = classifier.text_model.encoder.layers[0]
-        hook = layer.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
-        embeds = classifier.get_class_embeds()
-        hook.remove()
+        shapes, forward = [], CLIPEncoder.forward
+
+        def recorded(encoder, inputs_embeds, **kwargs):
+            if encoder is classifier.text_model.encoder:
+                shapes.append(tuple(inputs_embeds.shape[:2]))
+            return forward(encoder, inputs_embeds=inputs_embeds, **kwargs)
+
+        with patch.object(CLIPEncoder, "forward", recorded):  # of the class: a hook would change the path
+            embeds = classifier.get_class_embeds()
         return shapes[-1], embeds
 
     def test_by_default_the_prompts_are_packed(self):
@@ -256,7 +261,7 @@ class TestChoiceOfPath:
         with pytest.raises(ValueError, match="'plain'"):
             classifier.get_class_embeds()
 
-    def test_a_text_model_that_does_more_than_its_parts_gets_cut_rows(self):
+    def test_a_text_model_that_does_more_than_its_parts_gets_plain_rows(self):
         classifier = load(TINY_CLIP)
         forward = classifier.text_model.forward
 
@@ -268,7 +273,7 @@ class TestChoiceOfPath:
         classifier.text_model.forward = scaled
         expected = classifier.get_text_features(**plain_tokens(classifier)).pooler_output
         (rows, length), embeds = self.rows_of(classifier)
-        assert rows == len(NAMES) and length < 77
+        assert (rows, length) == (len(NAMES), 77)
         torch.testing.assert_close(embeds, expected / expected.norm(dim=-1, keepdim=True))
 
     def test_the_path_is_asked_for_again_when_the_attention_changes(self):
@@ -277,13 +282,30 @@ class TestChoiceOfPath:
         classifier.text_model.config.is_causal = False
         assert self.rows_of(classifier)[0] == (len(NAMES), 77)
 
-    def test_dropout_does_not_hide_what_the_tower_does_and_loses_no_random_numbers(self):
+    @pytest.mark.parametrize("place", ["text_model", "text_model.encoder.layers.1.self_attn"])
+    def test_forward_hooks_get_plain_rows_for_as_long_as_they_are_there(self, place):
+        classifier, seen = load(TINY_CLIP), []
+        packed = classifier.get_class_embeds()
+        hook = classifier.get_submodule(place).register_forward_hook(lambda *args: seen.append(args[0]))
+        shape, embeds = self.rows_of(classifier)
+        assert shape == (len(NAMES), 77) and seen
+        torch.testing.assert_close(embeds, packed, atol=1e-6, rtol=0)
+        hook.remove()
+        assert self.rows_of(classifier)[0][0] == 1
+
+    def test_asking_for_hidden_states_leaves_the_prompts_packed(self):
         classifier = load(TINY_CLIP)
-        lora_tuned(classifier, dropout=0.5).train()
-        torch.manual_seed(0)
-        assert exact_path(classifier) == "packed"
-        following = torch.rand(1)
-        assert torch.equal(following, torch.rand(1, generator=torch.Generator().manual_seed(0)))
+        classifier.text_model(**plain_tokens(classifier), output_hidden_states=True, output_attentions=True)
+        assert self.rows_of(classifier)[0][0] == 1
+
+    def test_a_layer_of_an_unknown_class_gets_plain_rows(self):
+        class Unknown(torch.nn.LayerNorm):
+            pass
+
+        classifier = load(TINY_CLIP)
+        norm = classifier.text_model.encoder.layers[0].layer_norm1
+        norm.__class__ = Unknown
+        assert self.rows_of(classifier)[0] == (len(NAMES), 77)
 
     @pytest.mark.parametrize(
         ("setting", "value"), [("path", "fast"), ("batch_size", 0), ("batch_size", "8"), ("across_processes", 2)]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,7 +184,8 @@ def test_neither_the_order_of_the_classes_nor_the_split_into_batches_matters(pre
         parts = [model(pixel_values=part).logits for part in pixel_values.split([1, 3, 1])]
         assert deviation(torch.cat(parts), logits, record_property, f"{preset}, split of a batch") < 1e-5
         if model.active_peft_config.class_specific:  # one vector for each class: they move along
-            model.active_peft_config.class_names = None
+            layouts = model.text_model.embeddings.prompt_layouts
+            layouts["default"] = replace(layouts["default"], class_names=None)
             vectors_of(model).copy_(vectors_of(model)[order].clone())
         model.get_base_model().set_class_names([CLASS_NAMES[index] for index in order])
         moved = model(pixel_values=pixel_values).logits
