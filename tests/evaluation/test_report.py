@@ -53,9 +53,9 @@ def test_shows_numbers_words_and_pictures_and_needs_no_other_file(parts, tmp_pat
     accuracy = comparison.tuned.metrics["accuracy"]
     row = rf"accuracy{100 * comparison.zero_shot.metrics['accuracy']:.1f} %{100 * accuracy:.1f} %"
     assert re.search(row.replace(".", r"\."), page.text)
-    assert "a photo of a {}." in page.text and "Words next to the learned vectors" in page.text
+    assert "a photo of a {}." in page.text and "Vocabulary words nearest to the learned vectors" in page.text
     if len(comparison.lost):
-        assert f"Right only before: {len(comparison.lost)} images" in page.text
+        assert f"Only correct zero-shot: {len(comparison.lost)} images" in page.text
     assert "transformers" in page.text
 
 
