@@ -307,5 +307,5 @@ def _word_lines(words: Sequence[NearestWords]) -> list[str]:
         markdown_table([["position", "in place of", "nearest words, distance"], *rows]),
         "",
         f"The typical distance from a word to its nearest other word is {words[0].typical_distance:.2f}. {far} of "
-        f"{len(words)} vectors are farther than that from every word, so their nearest words say little about them.",
+        f"{len(words)} vectors are farther than that from every word. The nearest words of such vectors say little.",
     ]

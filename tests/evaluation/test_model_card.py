@@ -19,7 +19,7 @@ def squeezed(text):
 
 @pytest.fixture
 def card_for(tmp_path):
-    """Saves an adapter and reads its card."""
+    """Saves an adapter and loads its card."""
 
     def card_for(class_names=("cat", "dog"), base="openai/clip-vit-base-patch16", metrics=None, **config):
         classifier = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=class_names)

@@ -62,7 +62,7 @@ def all_runs():
 
 @pytest.fixture(scope="module")
 def finished(backbone, styles, tmp_path_factory):
-    """All runs done, to be looked at only."""
+    """The results of all runs, for tests that do not change them."""
     folder = tmp_path_factory.mktemp("finished")
     results = Results(folder, SETTINGS.fingerprint("tiny"))
     Benchmark(lambda: backbone, styles, results).run(all_runs())
