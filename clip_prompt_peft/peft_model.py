@@ -191,8 +191,9 @@ class PeftModelForPromptClassification(PeftModel):
     docs/lora_beside_prompts.md.
 
     **Attributes**:
-        - **card_metrics** (`dict[str, float]`): results for the model card, to be set by the user.
-        - **card_details** (`CardDetails`): data, training and results for the model card, to be set by the user.
+        - **card_metrics** (`dict[str, float]`) -- Results by name for the model card. Set by the user.
+        - **card_details** (`CardDetails`) -- Training data, settings and a comparison with the zero-shot model for the
+          model card. Set by the user.
         - **hub_repo_id** (`str`): id of the adapter's repository, for the card's snippet. Set by `push_to_hub`; set it
           yourself before `Trainer.push_to_hub`, which does not tell the model.
     """

@@ -1,4 +1,4 @@
-"""What a tuned classifier is worth, in numbers, pictures and words.
+"""Metrics, plots, reports and model cards for trained classifiers.
 
-Nothing is imported here, so that `import clip_prompt_peft` loads neither `datasets` nor `evaluate`.
+This module imports nothing, so that `import clip_prompt_peft` loads neither `datasets` nor `evaluate`.
 """

@@ -1,7 +1,8 @@
-"""A tuned classifier beside the zero-shot model that it started from."""
+"""Predictions of a classifier, and the comparison of a trained adapter with the zero-shot model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,41 +19,58 @@ from ..templates import check_label_names
 from .metrics import compute_metrics, softmax
 
 
-@dataclass(frozen=True)
-class Answers:
+@dataclass
+class Predictions:
     """
-    What one model answered about N images.
+    The predictions of a classifier for N images.
 
     Attributes:
-        logits: (N, C)
-        labels: (N,)
+        labels (`np.ndarray`):
+            The (N,) indices of the true classes.
+        predicted (`np.ndarray`):
+            The (N,) indices of the predicted classes.
+        confidence (`np.ndarray`):
+            The (N,) probabilities of the predicted classes.
+        class_names (`Sequence[str]`, *optional*):
+            The names of the C classes.
     """
 
-    logits: np.ndarray
     labels: np.ndarray
-
-    @cached_property
-    def predicted(self) -> np.ndarray:
-        """(N,) class indices."""
-        return self.logits.argmax(axis=1)
-
-    @cached_property
-    def confidence(self) -> np.ndarray:
-        """(N,) probability of the predicted class."""
-        return softmax(self.logits.astype(np.float64)).max(axis=1)
+    predicted: np.ndarray
+    confidence: np.ndarray
+    class_names: Sequence[str] = ()
 
     @property
     def is_correct(self) -> np.ndarray:
-        """(N,)"""
+        """A (N,) boolean array that is true where the prediction is correct."""
         return self.predicted == self.labels
+
+
+class Answers(Predictions):
+    """
+    Predictions together with the logits they are computed from.
+
+    Args:
+        logits (`np.ndarray`):
+            The (N, C) logits.
+        labels (`np.ndarray`):
+            The (N,) indices of the true classes.
+        class_names (`Sequence[str]`, *optional*):
+            The names of the C classes.
+    """
+
+    def __init__(self, logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str] = ()) -> None:
+        confidence = softmax(logits.astype(np.float64)).max(axis=1)
+        super().__init__(labels, logits.argmax(axis=1), confidence, class_names)
+        self.logits = logits
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """All of [`compute_metrics`]."""
+        """The metrics of [`compute_metrics`]."""
         return compute_metrics(EvalPrediction(predictions=self.logits, label_ids=self.labels))
 
     def class_accuracy(self, label: int) -> float:
-        """Share of the images of a class that are classified correctly; not a number if there are none."""
+        """Returns the accuracy on the images of one class, or NaN if the class has no images."""
         of_class = self.is_correct[self.labels == label]
         return float(of_class.mean()) if len(of_class) else float("nan")
 
@@ -60,10 +78,15 @@ class Answers:
 @dataclass(frozen=True)
 class Comparison:
     """
+    The predictions with and without an adapter for the same images.
+
     Attributes:
-        class_names: of the C classes.
-        zero_shot: the answers without the adapter.
-        tuned: the answers with it, about the same images.
+        class_names (`list[str]`):
+            The names of the C classes.
+        zero_shot (`Answers`):
+            The predictions without the adapter.
+        tuned (`Answers`):
+            The predictions with the adapter.
     """
 
     class_names: list[str]
@@ -72,29 +95,46 @@ class Comparison:
 
     @property
     def gained(self) -> np.ndarray:
-        """Indices of the images that only the tuned model gets right."""
+        """The indices of the images that only the tuned model classifies correctly."""
         return np.flatnonzero(self.tuned.is_correct & ~self.zero_shot.is_correct)
 
     @property
     def lost(self) -> np.ndarray:
-        """Indices of the images that only the zero-shot model got right."""
+        """The indices of the images that only the zero-shot model classifies correctly."""
         return np.flatnonzero(self.zero_shot.is_correct & ~self.tuned.is_correct)
+
+    def metric_rows(self) -> list[tuple[str, float, float]]:
+        """Returns the name of each metric, its zero-shot value and its tuned value."""
+        return [(name, self.zero_shot.metrics[name], value) for name, value in self.tuned.metrics.items()]
+
+    def class_rows(self) -> list[tuple[str, int, float, float]]:
+        """Returns the name, number of images, zero-shot accuracy and tuned accuracy of each class with images."""
+        rows = []
+        for label, name in enumerate(self.class_names):
+            count = int(np.sum(self.tuned.labels == label))
+            if count:
+                rows.append((name, count, self.zero_shot.class_accuracy(label), self.tuned.class_accuracy(label)))
+        return rows
 
 
 @torch.no_grad()
 def compare_with_zero_shot(model, dataset: Dataset, image_processor, batch_size: int = 64) -> Comparison:
     """Classifies images with an adapter and without it.
 
-    Where the adapter leaves the image tower alone, that runs once for both.
+    The image tower runs only once per image if the adapter does not change it.
 
     Args:
-        model: the `PeftModel` of a classifier.
-        dataset: N examples with the columns `image` and `label`, whose classes are the model's.
-        image_processor: of the model.
-        batch_size: images at a time.
+        model (`PeftModel`):
+            A classifier with an adapter.
+        dataset (`Dataset`):
+            Images in the column `image` and labels in the column `label`, with the classes of the model.
+        image_processor (`BaseImageProcessor`):
+            The image processor of the model.
+        batch_size (`int`, *optional*, defaults to 64):
+            The number of images per batch.
 
     Raises:
-        ValueError: the data set's classes are not the model's.
+        ValueError: If the classes of the data set are not those of the model.
     """
     class_names = class_names_of(dataset)
     check_label_names(class_names, model.class_names)
@@ -112,8 +152,5 @@ def compare_with_zero_shot(model, dataset: Dataset, image_processor, batch_size:
         with model.disable_adapter():
             zero_shot.append(model(**inputs).logits.float().cpu())
     labels = torch.cat(labels).numpy()
-    return Comparison(
-        class_names,
-        Answers(torch.cat(zero_shot).numpy(), labels),
-        Answers(torch.cat(tuned).numpy(), labels),
-    )
+    zero_shot, tuned = (Answers(torch.cat(logits).numpy(), labels) for logits in (zero_shot, tuned))
+    return Comparison(class_names, zero_shot, tuned)

@@ -1,6 +1,6 @@
-"""Zero-shot class embeddings from many texts per class: an ensemble of templates, or descriptions.
+"""Zero-shot class embeddings from several texts per class: template ensembles and descriptions.
 
-They go into the classifier with `set_class_embeds`:
+`set_class_embeds` puts them into the classifier:
 
 ```py
 >>> model.set_class_embeds(template_ensemble(model, load_templates("imagenet")))
@@ -23,17 +23,21 @@ TEXTS_AT_ONCE = 256
 
 
 def template_ensemble(model: PromptClassificationMixin, templates: Sequence[str]) -> torch.Tensor:
-    """The class embeddings of several templates, averaged as CLIP does: normalised, averaged, normalised again.
+    """Computes class embeddings from several templates as CLIP does.
+
+    The text embeddings of a class are normalized and averaged, and the mean is normalized again.
 
     Args:
-        model: its class names are written into the templates.
-        templates: texts with one `{}` each.
+        model (`PromptClassificationMixin`):
+            A classifier with C class names and no active prompt adapter.
+        templates (`Sequence[str]`):
+            Texts with one `{}` each, which the class names replace.
 
     Returns:
-        (C, E), normalised.
+        `torch.Tensor`: The (C, E) normalized class embeddings.
 
     Raises:
-        ValueError: no template, or one without `{}`; a text that is too long; a prompt adapter is active.
+        ValueError: If there is no template, a template has no `{}`, a text is too long or a prompt adapter is active.
     """
     if isinstance(templates, str) or not templates:
         raise ValueError(f"templates must be a list of texts with one {{}} each, got {templates!r}.")
@@ -44,18 +48,20 @@ def template_ensemble(model: PromptClassificationMixin, templates: Sequence[str]
 
 
 def description_ensemble(model: PromptClassificationMixin, descriptions: Mapping[str, Sequence[str]]) -> torch.Tensor:
-    """The class embeddings of several texts about each class, averaged as those of templates.
+    """Computes class embeddings from several texts about each class, averaged as in [`template_ensemble`].
 
     Args:
-        model: with C class names.
-        descriptions: class name to whole sentences, used as they are.
+        model (`PromptClassificationMixin`):
+            A classifier with C class names and no active prompt adapter.
+        descriptions (`Mapping[str, Sequence[str]]`):
+            Complete sentences for each class name.
 
     Returns:
-        (C, E), normalised.
+        `torch.Tensor`: The (C, E) normalized class embeddings.
 
     Raises:
-        ValueError: a class without descriptions, descriptions of a class that the model does not have; a text that is
-            too long; a prompt adapter is active.
+        ValueError: If a class has no descriptions, there are descriptions of an unknown class, a text is too long or
+            a prompt adapter is active.
 
     Example:
 
@@ -69,7 +75,7 @@ def description_ensemble(model: PromptClassificationMixin, descriptions: Mapping
     unknown = [name for name in descriptions if name not in class_names]
     if missing or unknown:
         raise ValueError(
-            f"Every class needs descriptions, and no other: {len(missing)} classes have none ({missing[:5]}), "
+            f"descriptions must have exactly the model's classes: {len(missing)} classes have none ({missing[:5]}), "
             f"{len(unknown)} are no classes of the model ({unknown[:5]})."
         )
     texts = {name: descriptions[name] for name in class_names}
@@ -82,8 +88,8 @@ def description_ensemble(model: PromptClassificationMixin, descriptions: Mapping
 def _class_names(model: PromptClassificationMixin) -> list[str]:
     if model.prompt_layout is not None:
         raise ValueError(
-            "A prompt adapter is active, which puts its vectors into every text. An ensemble is of the model without "
-            "it: use it inside `with model.disable_adapter():`."
+            "An ensemble cannot be computed while a prompt adapter is active; use it inside "
+            "`with model.disable_adapter():`."
         )
     if model.class_names is None:
         raise ValueError("The classifier has no class names; call set_class_names([...]) first.")
@@ -109,8 +115,6 @@ def _encode(model, name: str, sentences: Sequence[str]) -> torch.Tensor:
             f"A text about {name!r} has {longest} tokens, but the text tower has {max_length} positions; shorten "
             f"{max(sentences, key=len)!r}."
         )
-    inputs = {
-        "input_ids": encoded.input_ids.to(model.device),
-        "attention_mask": encoded.attention_mask.to(model.device),
-    }
-    return normalize(model.get_text_features(**inputs).pooler_output)  # (texts, E)
+    input_ids, attention_mask = encoded.input_ids.to(model.device), encoded.attention_mask.to(model.device)
+    embeds = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+    return normalize(embeds)  # (texts, E)

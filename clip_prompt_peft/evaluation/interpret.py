@@ -1,4 +1,4 @@
-"""What was learned: the vocabulary words that lie next to the vectors."""
+"""The vocabulary words nearest to the learned vectors."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ import torch
 from ..tuner import CLIPTextLearnableEmbeddings
 
 
-NUM_SAMPLED = 512  # words whose distance to their nearest neighbour says what is far
-ROWS_AT_ONCE = 64
-NO_LETTER = "\N{REPLACEMENT CHARACTER}"
+NUM_SAMPLED = 512  # words over which the typical distance is computed
+WORDS_AT_ONCE = 64
+INVALID_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
 class NearestWords:
     """
-    The vocabulary words nearest to one learned vector.
+    The vocabulary words nearest to one learned vector. Distances are Euclidean.
 
     Attributes:
-        position: of the vector in the text.
-        class_name: whose vector it is, if every class has its own.
-        replaced: the word in whose place it stands.
-        words: nearest first.
-        distances: of the words, Euclidean.
-        replaced_distance: of the word in whose place it stands.
-        typical_distance: from a word to its nearest other word (median over the vocabulary).
+        position (`int`):
+            The position of the vector in the text.
+        class_name (`str`, *optional*):
+            The class of the vector, if every class has its own vectors.
+        replaced (`str`):
+            The word that the vector replaces.
+        words (`list[str]`):
+            The words, nearest first.
+        distances (`list[float]`):
+            The distance of each word.
+        replaced_distance (`float`):
+            The distance of the word that the vector replaces.
+        typical_distance (`float`):
+            The median distance from a word to its nearest other word.
     """
 
     position: int
@@ -40,11 +47,11 @@ class NearestWords:
 
     @property
     def note(self) -> str:
-        """How much the words say, in words."""
+        """A short text that says whether the nearest words are meaningful."""
         if self.distances[0] > self.typical_distance:
             return "farther from every word than words are from each other: its nearest words say little"
         if self.words[0] == self.replaced:
-            return "still next to the word that it replaces"
+            return "still nearest to the word that it replaces"
         return f"as near to {self.words[0]!r} as words are to each other"
 
 
@@ -52,47 +59,68 @@ class NearestWords:
 def nearest_words(
     model: torch.nn.Module, tokenizer=None, num_words: int = 5, adapter_name: str | None = None
 ) -> list[NearestWords]:
-    """The vocabulary words nearest to each vector of a prompt adapter.
+    """Finds the vocabulary words nearest to each vector of a prompt adapter.
 
-    As CoOp looks at its vectors (https://arxiv.org/abs/2109.01134, table 4), whose authors found few that mean
-    something: vectors are free to leave the places where words are. So each comes with a measure of how far is far.
+    The authors of CoOp inspect their vectors this way and find few meaningful words, because training may move a
+    vector far from every word. The typical distance between words tells whether it did.
 
     Args:
-        model: with a prompt adapter in it.
-        tokenizer: by default the classifier's.
-        num_words: for each vector.
-        adapter_name: by default the active one.
+        model (`torch.nn.Module`):
+            A model with a prompt adapter.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The tokenizer. Defaults to that of the classifier.
+        num_words (`int`, *optional*, defaults to 5):
+            The number of words for each vector.
+        adapter_name (`str`, *optional*):
+            The name of the adapter. Defaults to the active adapter.
 
     Returns:
-        One entry for each vector, class by class if every class has its own; none for an adapter without text vectors.
+        `list[NearestWords]`: One entry for each vector, grouped by class if every class has its own vectors. The list
+        is empty if the adapter has no text vectors.
 
     Raises:
-        ValueError: no prompt adapter, or none of that name; no tokenizer.
+        ValueError: If there is no such prompt adapter or no tokenizer.
+
+    Source: https://arxiv.org/abs/2109.01134, table 4.
     """
-    layer = _text_layer(model)
+    layer = next((module for module in model.modules() if isinstance(module, CLIPTextLearnableEmbeddings)), None)
+    if layer is None:
+        raise ValueError("The model has no prompt adapter, so nothing was learned; load an adapter first.")
     name = adapter_name or layer.active_adapters[0]
     if name not in layer.prompt_configs:
         raise ValueError(f"There is no prompt adapter {name!r}; there are {sorted(layer.prompt_configs)}.")
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise ValueError("Words are read from the tokenizer, and this model has none; pass tokenizer=...")
+        raise ValueError("The model has no tokenizer to decode words with; pass tokenizer=...")
     if name not in layer.learnable_embeddings:
         return []
     config, table = layer.prompt_configs[name], layer.token_table.weight.float()  # (V, D)
-    is_word = torch.ones(len(table), dtype=torch.bool, device=table.device)
-    is_word[[index for index in tokenizer.all_special_ids if index < len(table)]] = False
+    is_special = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+    is_special[[index for index in tokenizer.all_special_ids if index < len(table)]] = True
     vectors = layer.learnable_embeddings[name].float()  # (n, D), or (C, n, D)
-    by_class = [(None, vectors)] if vectors.ndim == 2 else list(zip(config.class_names, vectors))
-    typical = _typical_distance(table[is_word])
-    return [
-        _describe(vector, index, class_name, config, table, is_word, tokenizer, num_words, typical)
-        for class_name, of_class in by_class
-        for index, vector in enumerate(of_class)
-    ]
+    by_class = [(None, vectors)] if vectors.ndim == 2 else zip(config.class_names, vectors)
+    typical_distance = _typical_distance(table[~is_special])
+    entries = []
+    for class_name, class_vectors in by_class:
+        for index, (replaced_id, vector) in enumerate(zip(config.replaced_token_ids, class_vectors)):
+            distances = torch.cdist(vector[None], table)[0]  # (V,)
+            nearest = _nearest(distances.masked_fill(is_special, torch.inf), tokenizer, num_words)
+            entries.append(
+                NearestWords(
+                    position=config.start_idx + index,
+                    class_name=class_name,
+                    replaced=_word(tokenizer, replaced_id),
+                    words=list(nearest.values()),
+                    distances=[float(distances[token_id]) for token_id in nearest],
+                    replaced_distance=float(distances[replaced_id]),
+                    typical_distance=typical_distance,
+                )
+            )
+    return entries
 
 
 def describe_words(entries: Sequence[NearestWords]) -> str:
-    """A table of them for the terminal."""
+    """Formats the result of [`nearest_words`] for the terminal, one line per vector."""
     lines = []
     for entry in entries:
         of_class = f" of {entry.class_name!r}" if entry.class_name else ""
@@ -101,48 +129,27 @@ def describe_words(entries: Sequence[NearestWords]) -> str:
     return "\n".join(lines)
 
 
-def _describe(vector, index, class_name, config, table, is_word, tokenizer, num_words, typical) -> NearestWords:
-    distances = torch.cdist(vector[None], table)[0]  # (V,)
-    replaced_id = config.replaced_token_ids[index]
-    words = _nearest(distances.masked_fill(~is_word, torch.inf), tokenizer, num_words)
-    return NearestWords(
-        position=config.start_idx + index,
-        class_name=class_name,
-        replaced=_word(tokenizer, replaced_id),
-        words=[word for word, _ in words],
-        distances=[distance for _, distance in words],
-        replaced_distance=float(distances[replaced_id]),
-        typical_distance=typical,
-    )
-
-
-def _nearest(distances: torch.Tensor, tokenizer, num_words: int) -> list[tuple[str, float]]:
-    """Words and distances, nearest first, without the pieces of letters that the vocabulary of bytes holds too."""
-    found: list[tuple[str, float]] = []
+def _nearest(distances: torch.Tensor, tokenizer, num_words: int) -> dict[int, str]:
+    """Returns the nearest words by token id, without tokens that are only a part of a UTF-8 character."""
+    found = {}
     for token_id in distances.argsort().tolist():
         word = _word(tokenizer, token_id)
-        if word.isprintable() and NO_LETTER not in word:
-            found.append((word, float(distances[token_id])))
+        if word.isprintable() and INVALID_CHARACTER not in word:
+            found[token_id] = word
         if len(found) == num_words:
             break
     return found
 
 
 def _typical_distance(words: torch.Tensor) -> float:
-    """Median distance from a row of (V, D) to its nearest other row, over rows spread evenly."""
-    sampled = torch.linspace(0, len(words) - 1, min(NUM_SAMPLED, len(words)), device=words.device).long().unique()
+    """Returns the median distance from a row of a (V, D) table to its nearest other row, over an even sample."""
+    sample = torch.linspace(0, len(words) - 1, min(NUM_SAMPLED, len(words)), device=words.device).long().unique()
     nearest = [
-        torch.cdist(words[rows], words).topk(2, largest=False).values[:, 1] for rows in sampled.split(ROWS_AT_ONCE)
-    ]  # the very nearest is the row itself
+        torch.cdist(words[rows], words).topk(2, largest=False).values[:, 1]  # the very nearest is the row itself
+        for rows in sample.split(WORDS_AT_ONCE)
+    ]
     return float(torch.cat(nearest).median())
 
 
 def _word(tokenizer, token_id: int) -> str:
     return tokenizer.decode([token_id]).strip()
-
-
-def _text_layer(model) -> CLIPTextLearnableEmbeddings:
-    layers = [module for module in model.modules() if isinstance(module, CLIPTextLearnableEmbeddings)]
-    if not layers:
-        raise ValueError("There is no prompt adapter in the model, so nothing was learned; load one first.")
-    return layers[0]

@@ -1,4 +1,7 @@
-"""Share of images that are classified correctly."""
+"""Classification metrics as `evaluate.Metric` classes, and functions that compute them for the `Trainer`.
+
+All values are between 0 and 1.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,40 @@ import numpy as np
 from transformers import EvalPrediction
 
 
-class Accuracy(evaluate.Metric):
+TOP_K = 5
+CLASS_INDEX = datasets.Value("int64")
+SCORES = datasets.Sequence(datasets.Value("float64"))  # one per class
+
+
+class ImageMetric(evaluate.Metric):
     """
-    Share of predictions that equal their reference, as `evaluate.load("accuracy")`, which needs the Hub.
+    Base class of the metrics in this module.
+
+    Attributes:
+        summary (`str`):
+            What the metric measures.
+        inputs (`str`):
+            The arguments of `compute`.
+        columns (`dict`):
+            The feature types of `predictions` and `references`.
+    """
+
+    summary: str
+    inputs = "predictions, references: one class index for each image."
+    columns = {"predictions": CLASS_INDEX, "references": CLASS_INDEX}
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.summary,
+            citation="",
+            inputs_description=self.inputs,
+            features=datasets.Features(self.columns),
+        )
+
+
+class Accuracy(ImageMetric):
+    """
+    Share of the images that are classified correctly, as in `evaluate.load("accuracy")` but without the Hub.
 
     Example:
 
@@ -20,24 +54,17 @@ class Accuracy(evaluate.Metric):
     ```
     """
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Share of images that are classified correctly.",
-            citation="",
-            inputs_description="predictions, references: one class index for each image.",
-            features=datasets.Features({name: datasets.Value("int64") for name in ("predictions", "references")}),
-        )
+    summary = "Share of the images that are classified correctly."
 
     def _compute(self, predictions, references):
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
-class MeanClassAccuracy(evaluate.Metric):
+class MeanClassAccuracy(ImageMetric):
     """
-    Mean over the classes of the share of their images that are classified correctly.
+    Accuracy of each class, averaged over the classes. Also called mean per-class recall or balanced accuracy.
 
-    Every class counts the same, however many images it has; also called mean per-class recall or balanced accuracy.
-    Classes without images are not counted.
+    Every class has the same weight, no matter how many images it has. Classes without images are ignored.
 
     Example:
 
@@ -47,26 +74,20 @@ class MeanClassAccuracy(evaluate.Metric):
     ```
     """
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Accuracy of each class, averaged over the classes.",
-            citation="",
-            inputs_description="predictions, references: one class index for each image.",
-            features=datasets.Features({name: datasets.Value("int64") for name in ("predictions", "references")}),
-        )
+    summary = "Accuracy of each class, averaged over the classes."
 
     def _compute(self, predictions, references):
-        predictions, references = np.asarray(predictions), np.asarray(references)
-        is_correct = predictions == references
+        references = np.asarray(references)
+        is_correct = np.asarray(predictions) == references
         accuracies = [is_correct[references == label].mean() for label in np.unique(references)]
         return {"mean_class_accuracy": float(np.mean(accuracies))}
 
 
-class MacroF1(evaluate.Metric):
+class MacroF1(ImageMetric):
     """
-    Mean over the classes of the harmonic mean of precision and recall.
+    F1 score (harmonic mean of precision and recall) of each class, averaged over the classes.
 
-    Classes without images are not counted, as in Dassl's evaluator:
+    Classes without images are ignored, as in Dassl's evaluator:
     `sklearn.metrics.f1_score(references, predictions, average="macro", labels=np.unique(references))`.
 
     Example:
@@ -77,13 +98,7 @@ class MacroF1(evaluate.Metric):
     ```
     """
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="F1 of each class, averaged over the classes.",
-            citation="",
-            inputs_description="predictions, references: one class index for each image.",
-            features=datasets.Features({name: datasets.Value("int64") for name in ("predictions", "references")}),
-        )
+    summary = "F1 of each class, averaged over the classes."
 
     def _compute(self, predictions, references):
         predictions, references = np.asarray(predictions), np.asarray(references)
@@ -94,9 +109,9 @@ class MacroF1(evaluate.Metric):
         return {"macro_f1": float(np.mean(f1))}
 
 
-class TopKAccuracy(evaluate.Metric):
+class TopKAccuracy(ImageMetric):
     """
-    Share of images whose class has one of the `k` highest scores. Of equal scores, those of the first classes count.
+    Share of the images whose class has one of the `k` highest scores. Ties are won by the class with the lower index.
 
     Example:
 
@@ -106,15 +121,9 @@ class TopKAccuracy(evaluate.Metric):
     ```
     """
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Share of images whose class has one of the k highest scores.",
-            citation="",
-            inputs_description="predictions: (N, C) scores. references: one class index for each image. k: 5.",
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("float64")), "references": datasets.Value("int64")}
-            ),
-        )
+    summary = "Share of the images whose class has one of the k highest scores."
+    inputs = "predictions: (N, C) scores. references: one class index for each image. k: 5."
+    columns = {"predictions": SCORES, "references": CLASS_INDEX}
 
     def _compute(self, predictions, references, k=5):
         scores, references = np.asarray(predictions), np.asarray(references)  # (N, C), (N,)
@@ -124,12 +133,13 @@ class TopKAccuracy(evaluate.Metric):
         return {f"top{k}_accuracy": float(np.mean((best == references[:, None]).any(axis=1)))}
 
 
-class ExpectedCalibrationError(evaluate.Metric):
+class ExpectedCalibrationError(ImageMetric):
     """
-    Mean distance between confidence and accuracy, over bins of predictions of like confidence.
+    Mean absolute difference between confidence and accuracy over bins of equal width, weighted by their image counts.
 
-    The confidence is the probability of the predicted class; the bins are equally wide and weigh as much as they hold
-    (https://arxiv.org/abs/1706.04599, equation 3).
+    The confidence is the probability of the predicted class.
+
+    Source: https://arxiv.org/abs/1706.04599, equation 3.
 
     Example:
 
@@ -139,22 +149,16 @@ class ExpectedCalibrationError(evaluate.Metric):
     ```
     """
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Mean distance between confidence and accuracy, over bins of predictions of like confidence.",
-            citation="",
-            inputs_description="predictions: (N, C) probabilities. references: (N,) class indices. num_bins: 15.",
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("float64")), "references": datasets.Value("int64")}
-            ),
-        )
+    summary = "Mean absolute difference between confidence and accuracy over bins of equal width."
+    inputs = "predictions: (N, C) probabilities. references: (N,) class indices. num_bins: 15."
+    columns = {"predictions": SCORES, "references": CLASS_INDEX}
 
     def _compute(self, predictions, references, num_bins=15):
         probabilities, references = np.asarray(predictions), np.asarray(references)  # (N, C), (N,)
         if num_bins < 1:
             raise ValueError(f"num_bins must be 1 or more, got {num_bins}.")
         if probabilities.min() < 0 or probabilities.max() > 1 + 1e-6:
-            raise ValueError("Calibration is about probabilities from 0 to 1; apply a softmax to logits first.")
+            raise ValueError("predictions must be probabilities from 0 to 1; apply a softmax to logits first.")
         confidence = probabilities.max(axis=1)
         is_correct = probabilities.argmax(axis=1) == references
         bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
@@ -162,12 +166,12 @@ class ExpectedCalibrationError(evaluate.Metric):
         return {"expected_calibration_error": float(np.abs(gaps).sum() / len(references))}
 
 
-class MeanAveragePrecision(evaluate.Metric):
+class MeanAveragePrecision(ImageMetric):
     """
-    Mean over the classes of the area under the steps of the precision-recall curve.
+    Average precision of each class, averaged over the classes, for multi-label classification.
 
-    As `sklearn.metrics.average_precision_score(references, predictions, average="macro")`, but classes without
-    positive images are not counted (where scikit-learn warns and counts 0).
+    Equal to `sklearn.metrics.average_precision_score(references, predictions, average="macro")`, except that classes
+    without positive images are ignored, where scikit-learn warns and counts 0.
 
     Example:
 
@@ -177,32 +181,20 @@ class MeanAveragePrecision(evaluate.Metric):
     ```
     """
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Average precision of each class, averaged over the classes.",
-            citation="",
-            inputs_description="predictions: (N, C) scores. references: (N, C), 1 where the class is in the image.",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float64")),
-                    "references": datasets.Sequence(datasets.Value("int64")),
-                }
-            ),
-        )
+    summary = "Average precision of each class, averaged over the classes."
+    inputs = "predictions: (N, C) scores. references: (N, C), 1 where the class is in the image."
+    columns = {"predictions": SCORES, "references": datasets.Sequence(CLASS_INDEX)}
 
     def _compute(self, predictions, references):
         scores, present = np.asarray(predictions), np.asarray(references) > 0  # (N, C) both
-        precisions = [
-            _average_precision(scores[:, label], present[:, label])
-            for label in range(scores.shape[1])
-            if present[:, label].any()
-        ]
-        if not precisions:
+        labels = np.flatnonzero(present.any(axis=0))
+        if not len(labels):
             raise ValueError("No image has any label, so there is no average precision.")
+        precisions = [_average_precision(scores[:, label], present[:, label]) for label in labels]
         return {"mean_average_precision": float(np.mean(precisions))}
 
 
-def _average_precision(scores, present):
+def _average_precision(scores: np.ndarray, present: np.ndarray) -> float:
     order = np.argsort(-scores, kind="stable")
     scores, present = scores[order], present[order]
     found = np.cumsum(present)
@@ -213,31 +205,36 @@ def _average_precision(scores, present):
 
 
 def harmonic_mean(base: float, new: float) -> float:
-    """H of base-to-new generalisation: `2 base new / (base + new)`, 0 if both are 0.
+    """Returns H of base-to-new generalization: `2 * base * new / (base + new)`, or 0 if both are 0.
 
-    As the field reports it (https://arxiv.org/abs/2203.05557): over several data sets, take the harmonic mean of the
-    two averages, not the average of harmonic means.
+    For several data sets, papers report the harmonic mean of the two averages, not the average of harmonic means.
+
+    Args:
+        base (`float`):
+            Accuracy on the base classes.
+        new (`float`):
+            Accuracy on the new classes.
 
     Raises:
-        ValueError: a negative value.
+        ValueError: If a value is negative.
+
+    Source: https://arxiv.org/abs/2203.05557
     """
     if base < 0 or new < 0:
-        raise ValueError(f"Accuracies are 0 or more, got {base} and {new}.")
+        raise ValueError(f"Accuracies must be 0 or more, got {base} and {new}.")
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
-TOP_K = 5
-
-
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """All metrics of single-label classification, for `Trainer(compute_metrics=compute_metrics)`.
+    """Computes all metrics of single-label classification, for `Trainer(compute_metrics=compute_metrics)`.
 
     Args:
-        prediction: `predictions` (N, C) logits and `label_ids` (N,).
+        prediction (`EvalPrediction`):
+            The (N, C) logits in `predictions` and the (N,) labels in `label_ids`.
 
     Returns:
-        `accuracy`, `mean_class_accuracy`, `macro_f1`, `expected_calibration_error` and, of more than 5 classes,
-        `top5_accuracy`, between 0 and 1.
+        `dict[str, float]`: `accuracy`, `mean_class_accuracy`, `macro_f1`, `expected_calibration_error` and, with more
+        than 5 classes, `top5_accuracy`.
     """
     logits, references = np.asarray(prediction.predictions, dtype=np.float64), prediction.label_ids  # (N, C), (N,)
     metrics = {}
@@ -250,20 +247,21 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def compute_multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`mean_average_precision`, for a classifier with `problem_type="multi_label_classification"`.
+    """Computes `mean_average_precision`, for a classifier with `problem_type="multi_label_classification"`.
 
     Args:
-        prediction: `predictions` (N, C) logits and `label_ids` (N, C), 1 where the class is in the image.
+        prediction (`EvalPrediction`):
+            The (N, C) logits in `predictions`, and `label_ids` of shape (N, C) with 1 where the class is in the image.
     """
     return _compute(MeanAveragePrecision, prediction.predictions, prediction.label_ids.astype(int))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """(N, C) logits to (N, C) probabilities."""
+    """Returns the (N, C) probabilities of (N, C) logits."""
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-def _compute(metric, predictions, references, **settings) -> dict[str, float]:
-    # in memory: several processes may get here at the same time, and cache files would be shared
+def _compute(metric: type[ImageMetric], predictions, references, **settings) -> dict[str, float]:
+    # in memory, because processes that evaluate at the same time would share the cache files
     return metric(keep_in_memory=True).compute(predictions=predictions, references=references, **settings)

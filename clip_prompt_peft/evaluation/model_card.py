@@ -1,59 +1,61 @@
-"""The versions that results were made with."""
+"""The model card of a prompt adapter: its section in README.md and its metadata."""
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard
-
-from .tables import inline_code, table, table_cell
-
-
-if TYPE_CHECKING:  # importing the package is not to load `datasets` and `evaluate`
-    from .comparison import Comparison
-    from .interpret import NearestWords
-import os
-import re
-
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from .tables import inline_code, markdown_table, table_cell
+
+
+if TYPE_CHECKING:  # these modules import `datasets` and `evaluate`, which importing the package must not do
+    from .comparison import Comparison
+    from .interpret import NearestWords
 
 PACKAGES = ("clip_prompt_peft", "peft", "transformers", "torch", "datasets")
-
-
-def environment_versions() -> dict[str, str]:
-    """Python and the packages that matter, by name; those that are not installed are left out."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
+BEGIN, END = "<!-- clip_prompt_peft: begin -->", "<!-- clip_prompt_peft: end -->"
+BASE_TAG = "base_model:adapter:"  # the prefix of the tag by which peft and the Hub link an adapter to its base model
 NUM_CLASSES_SHOWN, NUM_VECTORS_SHOWN = 50, 16
+LOWER_IS_BETTER = {"expected_calibration_error": " (lower is better)"}
+LOADING = """
+```python
+# pip install clip_prompt_peft
+from clip_prompt_peft import AutoPeftModelForPromptClassification
 
+model = AutoPeftModelForPromptClassification.from_pretrained("{repo_id}")
+model.config.id2label  # class names; model(pixel_values=...).logits scores them
+```
 
-LOWER_IS_BETTER = ("expected_calibration_error",)
+To load the adapter with peft (`PeftModel.from_pretrained(clip, ...)`) or transformers (`clip.load_adapter(...)`), \
+run `import clip_prompt_peft` first, which registers the method."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """
-    What an adapter was tuned on.
+    The data that an adapter was trained on.
 
     Attributes:
-        name: of the data set.
-        hub_id: of it, if it is on the Hub.
-        num_images: that were trained on.
-        shots: images per class; `None` if all there are.
-        seed: of the draw.
-        content_hash: see [`~data.content_hash`].
+        name (`str`):
+            The name of the data set.
+        num_images (`int`):
+            The number of training images.
+        hub_id (`str`, *optional*):
+            The Hub id of the data set.
+        shots (`int`, *optional*):
+            The number of images per class, or `None` if all images were used.
+        seed (`int`, *optional*):
+            The seed of the few-shot sample.
+        content_hash (`str`, *optional*):
+            The hash of images and labels, see [`~data.content_hash`].
     """
 
     name: str
@@ -67,14 +69,19 @@ class TrainingData:
 @dataclass(frozen=True)
 class CardDetails:
     """
-    What goes into the model card beside what the adapter itself knows.
+    Facts for the model card that the adapter itself does not store.
 
     Attributes:
-        data: that was trained on.
-        settings: of the training, by name.
-        test_name: what was tested on: a split of the data, or other data.
-        comparison: with the zero-shot model, on the test images.
-        words: nearest to the vectors, see [`nearest_words`].
+        data (`TrainingData`, *optional*):
+            The training data.
+        settings (`Mapping[str, object]`, *optional*):
+            Training settings by name.
+        test_name (`str`, *optional*, defaults to `"test"`):
+            The name of the test set.
+        comparison (`Comparison`, *optional*):
+            The results on the test set, with and without the adapter.
+        words (`Sequence[NearestWords]`, *optional*):
+            The result of [`nearest_words`].
     """
 
     data: TrainingData | None = None
@@ -84,22 +91,81 @@ class CardDetails:
     words: Sequence[NearestWords] = ()
 
 
-def details_section(details: CardDetails) -> list[str]:
-    """The lines of the section."""
-    lines = []
-    if details.data is not None:
-        lines += ["", "### Training", "", *_data_lines(details.data)]
-        lines += [f"- {name}: {inline_code(str(value))}" for name, value in details.settings.items()]
-    if details.comparison is not None:
-        lines += ["", f"### Results on {inline_code(details.test_name)}", "", *_results(details.comparison)]
-    if details.words:
-        lines += ["", "### Words next to the vectors", "", *_words(details.words)]
-    versions = ", ".join(f"{name} {version}" for name, version in environment_versions().items())
-    return [*lines, "", f"Made with {versions}."]
+def environment_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the installed packages that results depend on, by name."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
-def add_metadata(card: ModelCard, details: CardDetails, model_name: str) -> None:
-    """The results in the form that the Hub reads (`model-index`); results on other data that are there stay."""
+def is_hub_id(name: str | None) -> bool:
+    """Returns whether `name` is a valid Hub id and not an existing local path."""
+    if not name or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def empty_card() -> ModelCard:
+    """Returns a card without text."""
+    return ModelCard("---\nlibrary_name: peft\n---\n")
+
+
+def add_prompt_section(
+    card: ModelCard,
+    config,
+    metrics: Mapping[str, float] | None = None,
+    repo_id: str | None = None,
+    details: CardDetails | None = None,
+) -> None:
+    """Adds the section about the prompts to a model card, or replaces it, and updates the metadata.
+
+    Args:
+        card (`ModelCard`):
+            The card to change in place.
+        config (`CLIPPromptTuningConfig`):
+            The configuration of the adapter.
+        metrics (`Mapping[str, float]`, *optional*):
+            Results by name.
+        repo_id (`str`, *optional*):
+            The Hub id of the adapter.
+        details (`CardDetails`, *optional*):
+            The training data, settings and results.
+    """
+    _add_metadata(card, config)
+    if details is not None:
+        _add_results(card, details, model_name=repo_id or "CLIP prompts")
+    section = "\n".join([BEGIN, *_section(config, metrics or {}, repo_id, details), END])
+    if BEGIN in card.text:
+        pattern = re.escape(BEGIN) + ".*" + re.escape(END)  # greedy, because a class name may contain the end marker
+        card.text = re.sub(pattern, lambda _: section, card.text, flags=re.DOTALL)
+    else:
+        card.text = f"{section}\n\n{card.text.strip()}\n"
+
+
+def _add_metadata(card: ModelCard, config) -> None:
+    base = config.base_model_name_or_path
+    card.data["library_name"] = "peft"
+    card.data["pipeline_tag"] = "image-classification"
+    tags = {tag for tag in card.data.get("tags") or [] if not tag.startswith(BASE_TAG)}
+    tags |= {"clip", "prompt-tuning", "clip_prompt_peft"}
+    if is_hub_id(base):
+        card.data["base_model"] = base
+        tags.add(BASE_TAG + base)
+    else:  # peft writes the path of a local folder, which is not a valid model id
+        card.data.base_model = None
+    card.data["tags"] = sorted(tags)
+
+
+def _add_results(card: ModelCard, details: CardDetails, model_name: str) -> None:
+    """Adds the results in the Hub's `model-index` format and keeps existing results on other test sets."""
     data = details.data
     if data is not None and data.hub_id and data.hub_id not in (card.data.datasets or []):
         card.data.datasets = [*(card.data.datasets or []), data.hub_id]
@@ -107,11 +173,12 @@ def add_metadata(card: ModelCard, details: CardDetails, model_name: str) -> None
         return
     name = data.name if data is not None else details.test_name
     dataset_type = (data.hub_id if data is not None else None) or name
-    same = (dataset_type, details.test_name)
+    test_set = (dataset_type, details.test_name)
     results = card.data.eval_results or []
-    others = [result for result in results if (result.dataset_type, result.dataset_split) != same]
     card.data.model_name = model_name
-    card.data.eval_results = others + [
+    card.data.eval_results = [
+        result for result in results if (result.dataset_type, result.dataset_split) != test_set
+    ] + [
         EvalResult(
             task_type="image-classification",
             dataset_type=dataset_type,
@@ -126,7 +193,75 @@ def add_metadata(card: ModelCard, details: CardDetails, model_name: str) -> None
     ]
 
 
-def _data_lines(data: TrainingData) -> list[str]:
+def _section(config, metrics: Mapping[str, float], repo_id: str | None, details: CardDetails | None) -> list[str]:
+    lines = ["## Learned prompts for CLIP", "", *_prompt_lines(config)]
+    if metrics:
+        rows = [[table_cell(name), f"{value:.4g}"] for name, value in metrics.items()]
+        lines += ["", markdown_table([["metric", "value"], *rows])]
+    if details is not None:
+        if details.data is not None:
+            lines += ["", "### Training", "", *_training_lines(details.data, details.settings)]
+        if details.comparison is not None:
+            lines += ["", f"### Results on {inline_code(details.test_name)}", "", *_result_lines(details.comparison)]
+        if details.words:
+            lines += ["", "### Nearest vocabulary words", "", *_word_lines(details.words)]
+        versions = ", ".join(f"{name} {version}" for name, version in environment_versions().items())
+        lines += ["", f"Made with {versions}."]
+    return [*lines, LOADING.format(repo_id=repo_id or "ID_OF_THIS_REPOSITORY")]
+
+
+def _prompt_lines(config) -> list[str]:
+    names = config.class_names or []
+    shown = ", ".join(inline_code(name) for name in names[:NUM_CLASSES_SHOWN])
+    if len(names) > NUM_CLASSES_SHOWN:
+        shown += f", ... ({len(names) - NUM_CLASSES_SHOWN} more)"
+    facts = {
+        "Base model": _base_model(config),
+        "Vectors": _text_prompts(config),
+        "Vision prompts": _vision_prompts(config),
+        "Trained with the regularizer": config.regularizer,
+        "Template": inline_code(config.padded_template or config.prompt_template),
+        "Initialized from": config.prompt_tuning_init.value,
+        f"Classes ({len(names)})": shown or "none saved",
+    }
+    return [f"- {name}: {value}" for name, value in facts.items() if value]
+
+
+def _base_model(config) -> str:
+    base = config.base_model_name_or_path
+    if is_hub_id(base):
+        name = inline_code(base)
+    else:
+        # only the name of a local folder is shown, because its full path is private
+        folder = f"{inline_code(os.path.basename(os.path.normpath(base)))}, a folder" if base else "unknown"
+        name = f"{folder} (not on the Hub: pass `base_model_name_or_path` when loading)"
+    return name + (f" at revision {inline_code(config.revision)}" if config.revision else "")
+
+
+def _text_prompts(config) -> str:
+    if not config.num_virtual_tokens:
+        return "none in the text"
+    parts = [f"{config.num_virtual_tokens}, replacing the tokens from position {config.start_idx}"]
+    if config.class_specific:
+        parts.append("separate ones for each class")
+    if config.image_conditioned:
+        parts.append("shifted by a small network that reads the image embedding")
+    if config.class_token_position.value != "end":
+        parts.append(f"class token position: {config.class_token_position.value}")
+    if config.text_prompt_depth != 1:
+        parts.append(f"new ones in each of the first {config.text_prompt_depth} layers")
+    return "; ".join(parts)
+
+
+def _vision_prompts(config) -> str | None:
+    if not config.num_vision_virtual_tokens:
+        return None
+    depth = f", in {config.vision_prompt_depth} layers" if config.vision_prompt_depth != 1 else ""
+    origin = ", linear maps of the text vectors" if config.vision_prompts_from_text else ""
+    return f"{config.num_vision_virtual_tokens} after the image patches{depth}{origin}"
+
+
+def _training_lines(data: TrainingData, settings: Mapping[str, object]) -> list[str]:
     facts = {
         "Data set": data.hub_id or data.name,
         "Images": data.num_images,
@@ -134,35 +269,31 @@ def _data_lines(data: TrainingData) -> list[str]:
         "Seed": data.seed,
         "Hash of images and labels": data.content_hash,
     }
-    return [f"- {name}: {inline_code(str(value))}" for name, value in facts.items() if value is not None]
+    facts = {name: value for name, value in facts.items() if value is not None} | dict(settings)
+    return [f"- {name}: {inline_code(str(value))}" for name, value in facts.items()]
 
 
-def _results(comparison: Comparison) -> list[str]:
-    before, after = comparison.zero_shot.metrics, comparison.tuned.metrics
-    rows = [
-        [
-            name.replace("_", " ") + (" (lower is better)" if name in LOWER_IS_BETTER else ""),
-            f"{before[name]:.4f}",
-            f"{after[name]:.4f}",
-        ]
-        for name in after
+def _result_lines(comparison: Comparison) -> list[str]:
+    metrics = [
+        [name.replace("_", " ") + LOWER_IS_BETTER.get(name, ""), f"{zero_shot:.4f}", f"{tuned:.4f}"]
+        for name, zero_shot, tuned in comparison.metric_rows()
     ]
-    lines = table(["metric", "zero-shot", "tuned"], rows)
-    gained, lost = len(comparison.gained), len(comparison.lost)
-    lines += ["", f"{gained} of {len(comparison.tuned.labels)} images were gained, {lost} lost."]
     classes = [
-        [
-            table_cell(name),
-            str(int((comparison.tuned.labels == label).sum())),
-            f"{comparison.zero_shot.class_accuracy(label):.2f}",
-            f"{comparison.tuned.class_accuracy(label):.2f}",
-        ]
-        for label, name in enumerate(comparison.class_names[:NUM_CLASSES_SHOWN])
+        [table_cell(name), str(count), f"{zero_shot:.2f}", f"{tuned:.2f}"]
+        for name, count, zero_shot, tuned in comparison.class_rows()[:NUM_CLASSES_SHOWN]
     ]
-    return [*lines, "", *table(["class", "images", "accuracy, zero-shot", "accuracy, tuned"], classes)]
+    gained, lost = len(comparison.gained), len(comparison.lost)
+    return [
+        markdown_table([["metric", "zero-shot", "tuned"], *metrics]),
+        "",
+        f"{gained} of {len(comparison.tuned.labels)} images are classified correctly only with the adapter, and "
+        f"{lost} only without it.",
+        "",
+        markdown_table([["class", "images", "accuracy, zero-shot", "accuracy, tuned"], *classes]),
+    ]
 
 
-def _words(words: Sequence[NearestWords]) -> list[str]:
+def _word_lines(words: Sequence[NearestWords]) -> list[str]:
     rows = [
         [
             str(entry.position) + (f" of {table_cell(entry.class_name)}" if entry.class_name else ""),
@@ -173,144 +304,8 @@ def _words(words: Sequence[NearestWords]) -> list[str]:
     ]
     far = sum(entry.distances[0] > entry.typical_distance for entry in words)
     return [
-        *table(["position", "in place of", "nearest words, distance"], rows),
+        markdown_table([["position", "in place of", "nearest words, distance"], *rows]),
         "",
-        f"From a word to its nearest other word it is typically {words[0].typical_distance:.2f}: {far} of "
-        f"{len(words)} vectors are farther than that from every word, and what words are nearest to them says little.",
-    ]
-
-
-BEGIN, END = "<!-- clip_prompt_peft: begin -->", "<!-- clip_prompt_peft: end -->"
-
-
-BASE_TAG = "base_model:adapter:"  # how peft, and the Hub, tag an adapter with its base model
-
-
-NUM_CLASSES_SHOWN = 50
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether `name` can be a Hub id, and is not a folder of this machine."""
-    if not name or os.path.exists(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def empty_card() -> ModelCard:
-    """A card without text."""
-    return ModelCard("---\nlibrary_name: peft\n---\n")
-
-
-def add_prompt_section(
-    card: ModelCard,
-    config,
-    metrics: Mapping[str, float] | None = None,
-    repo_id: str | None = None,
-    details: CardDetails | None = None,
-) -> None:
-    """Adds, or replaces, what the card says about the prompts: base model, classes, template, how to load it.
-
-    Args:
-        card: the card to change.
-        config: the adapter's [`CLIPPromptTuningConfig`].
-        metrics: results by name.
-        repo_id: where the adapter is pushed to, if that is known.
-        details: of data, training and results.
-    """
-    card.data["library_name"] = "peft"
-    card.data["pipeline_tag"] = "image-classification"
-    tags = {tag for tag in card.data.get("tags") or [] if not tag.startswith(BASE_TAG)}
-    if is_hub_id(config.base_model_name_or_path):
-        card.data["base_model"] = config.base_model_name_or_path
-        tags.add(BASE_TAG + config.base_model_name_or_path)
-    else:  # peft writes the path of a local folder, which is not a valid model id
-        card.data.base_model = None
-    card.data["tags"] = sorted({*tags, "clip", "prompt-tuning", "clip_prompt_peft"})
-    if details is not None:
-        add_metadata(card, details, model_name=repo_id or "CLIP prompts")
-    section = f"{BEGIN}\n{_section(config, metrics, repo_id, details)}\n{END}"
-    if BEGIN in card.text:
-        pattern = re.escape(BEGIN) + ".*" + re.escape(END)  # to the last: a class may be named like the marker
-        card.text = re.sub(pattern, lambda _: section, card.text, flags=re.DOTALL)
-    else:
-        card.text = f"{section}\n\n{card.text.strip()}\n"
-
-
-def _section(config, metrics, repo_id, details) -> str:
-    names = config.class_names or []
-    shown = ", ".join(inline_code(name) for name in names[:NUM_CLASSES_SHOWN])
-    if len(names) > NUM_CLASSES_SHOWN:
-        shown += f", ... ({len(names) - NUM_CLASSES_SHOWN} more)"
-    lines = [
-        "## Learned prompts for CLIP",
-        "",
-        f"- Base model: {_base_model(config.base_model_name_or_path)}{_revision(config)}",
-        f"- Vectors: {_text_vectors(config)}",
-        *_other_prompts(config),
-        f"- Template: {inline_code(config.padded_template or config.prompt_template)}",
-        f"- Initialised from: {config.prompt_tuning_init.value}",
-        f"- Classes ({len(names)}): {shown or 'none saved'}",
-    ]
-    if metrics:
-        lines += ["", "| metric | value |", "|---|---|"]
-        lines += [f"| {table_cell(name)} | {value:.4g} |" for name, value in metrics.items()]
-    if details is not None:
-        lines += details_section(details)
-    return "\n".join([*lines, "", *_snippet(repo_id)])
-
-
-def _text_vectors(config) -> str:
-    if not config.num_virtual_tokens:
-        return "none in the text"
-    parts = [f"{config.num_virtual_tokens}, in place of the tokens from position {config.start_idx} on"]
-    if config.class_specific:
-        parts.append("different ones for each class")
-    if config.image_conditioned:
-        parts.append("shifted by what a small network sees in the image embedding")
-    if config.class_token_position.value != "end":
-        parts.append(f"class name: {config.class_token_position.value}")
-    if config.text_prompt_depth != 1:
-        parts.append(f"fresh ones before each of the first {config.text_prompt_depth} layers")
-    return "; ".join(parts)
-
-
-def _other_prompts(config) -> list[str]:
-    lines = []
-    if config.num_vision_virtual_tokens:
-        origin = ", linear maps of the text vectors" if config.vision_prompts_from_text else ""
-        depth = f", in {config.vision_prompt_depth} layers" if config.vision_prompt_depth != 1 else ""
-        lines.append(f"- Vision prompts: {config.num_vision_virtual_tokens} behind the patches{depth}{origin}")
-    if config.regularizer:
-        lines.append(f"- Trained with the regularizer: {config.regularizer}")
-    return lines
-
-
-def _base_model(base: str | None) -> str:
-    if is_hub_id(base):
-        return inline_code(base)
-    # the last part only: where it lies is nobody's business
-    name = inline_code(os.path.basename(os.path.normpath(base))) + ", a folder" if base else "unknown"
-    return f"{name} (not on the Hub: pass `base_model_name_or_path` when loading)"
-
-
-def _revision(config) -> str:
-    return f" at revision {inline_code(config.revision)}" if config.revision else ""
-
-
-def _snippet(repo_id) -> list[str]:
-    return [
-        "```python",
-        "# pip install clip_prompt_peft",
-        "from clip_prompt_peft import AutoPeftModelForPromptClassification",
-        "",
-        f'model = AutoPeftModelForPromptClassification.from_pretrained("{repo_id or "ID_OF_THIS_REPOSITORY"}")',
-        "model.config.id2label  # class names; model(pixel_values=...).logits scores them",
-        "```",
-        "",
-        "With peft alone, `import clip_prompt_peft` first: that makes the method known to "
-        "`PeftModel.from_pretrained(clip, ...)` and, in transformers, `load_adapter(...)` of the base model.",
+        f"The typical distance from a word to its nearest other word is {words[0].typical_distance:.2f}. {far} of "
+        f"{len(words)} vectors are farther than that from every word. The nearest words of such vectors say little.",
     ]

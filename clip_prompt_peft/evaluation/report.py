@@ -1,12 +1,10 @@
-"""Writes the report: tables from the numbers, pictures drawn and embedded, one file without links to others."""
+"""Writes an evaluation report as a single HTML file with embedded plots."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
 import os
-from collections.abc import Sequence
 from importlib.resources import files
 
 import numpy as np
@@ -32,18 +30,24 @@ def write_report(
     title: str,
     facts: dict[str, str] | None = None,
 ) -> None:
-    """Writes a report on an adapter as one HTML file that needs no other.
+    """Writes a report on an adapter as one self-contained HTML file.
 
     Args:
-        path: of the file.
-        model: the `PeftModel` of a classifier.
-        comparison: of `model`, see [`compare_with_zero_shot`].
-        dataset: the images that were compared on, for the pictures.
-        title: of the page.
-        facts: further lines for the table at the top, such as what it was tuned on.
+        path (`str` or `os.PathLike`):
+            The file to write.
+        model (`PeftModel`):
+            A classifier with an adapter.
+        comparison (`Comparison`):
+            The result of [`compare_with_zero_shot`] for `model`.
+        dataset (`Dataset`):
+            The images of the comparison, some of which are shown.
+        title (`str`):
+            The title of the page.
+        facts (`dict[str, str]`, *optional*):
+            Additional rows for the table at the top, such as the training data.
 
     Raises:
-        ImportError: matplotlib or jinja2 is missing.
+        ImportError: If matplotlib or jinja2 is missing.
     """
     try:
         from jinja2 import Environment
@@ -56,8 +60,8 @@ def write_report(
     html = template.render(
         title=title,
         facts={**_facts(model, comparison), **(facts or {})},
-        metrics=_metrics(comparison),
-        classes=_classes(comparison),
+        metrics=comparison.metric_rows(),
+        classes=comparison.class_rows(),
         words=nearest_words(model),
         pictures=_pictures(model, comparison),
         grids=_grids(comparison, dataset),
@@ -72,88 +76,60 @@ def _facts(model, comparison: Comparison) -> dict[str, str]:
     return {
         "Base model": os.path.basename(os.path.normpath(config.base_model_name_or_path or "unknown")),
         "Template": config.padded_template or config.prompt_template,
-        "Vectors": f"{config.num_virtual_tokens}, started from {config.prompt_tuning_init.value}",
+        "Vectors": f"{config.num_virtual_tokens}, initialized from {config.prompt_tuning_init.value}",
         "Classes": str(len(comparison.class_names)),
         "Test images": str(len(comparison.tuned.labels)),
-        "Changed sides": f"{len(comparison.gained)} images gained, {len(comparison.lost)} lost",
+        "Changed predictions": f"{len(comparison.gained)} images gained, {len(comparison.lost)} lost",
     }
 
 
-def _metrics(comparison: Comparison) -> list[tuple[str, float, float]]:
-    """Name, zero-shot value, tuned value."""
-    before, after = comparison.zero_shot.metrics, comparison.tuned.metrics
-    return [(name.replace("_", " "), before[name], after[name]) for name in after]
-
-
-def _classes(comparison: Comparison) -> list[tuple[str, int, float, float]]:
-    """Name, number of images, accuracy of the zero-shot and of the tuned model."""
-    rows = [
-        (
-            name,
-            int(np.sum(comparison.tuned.labels == label)),
-            comparison.zero_shot.class_accuracy(label),
-            comparison.tuned.class_accuracy(label),
-        )
-        for label, name in enumerate(comparison.class_names)
-    ]
-    return [row for row in rows if not math.isnan(row[2])]
-
-
 @torch.no_grad()
-def _pictures(model, comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Heading, and name and address of the pictures under it."""
+def _pictures(model, comparison: Comparison) -> dict[str, dict[str, str]]:
+    """Returns the embedded plots by heading and caption."""
     names = comparison.class_names
     both = {"zero-shot": comparison.zero_shot, "tuned": comparison.tuned}
-    confusion = [
-        (name, _embed(plots.plot_confusion_matrix(answers.labels, answers.predicted, names)))
-        for name, answers in both.items()
-    ]
-    reliability = [
-        (name, _embed(plots.plot_reliability(answers.confidence, answers.is_correct)))
-        for name, answers in both.items()
-    ]
-    tuned_embeds = _class_embeds(model)
     with model.disable_adapter():
-        zero_shot_embeds = _class_embeds(model)
-    similarity = [
-        (name, _embed(plots.plot_class_similarity(embeds, names)))
-        for name, embeds in (("zero-shot", zero_shot_embeds), ("tuned", tuned_embeds))
-        if embeds is not None
-    ]
-    pictures = [("Confusion", confusion), ("Calibration", reliability), ("Similarity of classes", similarity)]
-    return [(heading, drawn) for heading, drawn in pictures if drawn]
-
-
-def _class_embeds(model) -> np.ndarray | None:
-    """(C, E); `None` if they differ from image to image."""
-    if getattr(model.prompt_layout, "image_conditioned", False):
-        return None
-    return model.get_class_embeds().float().cpu().numpy()
+        embeds = {"zero-shot": model.get_class_embeds()}  # (C, E)
+    if not getattr(model.prompt_layout, "image_conditioned", False):  # else they depend on the image
+        embeds["tuned"] = model.get_class_embeds()
+    drawn = {
+        "Confusion": {
+            kind: plots.plot_confusion_matrix(answers.labels, answers.predicted, names)
+            for kind, answers in both.items()
+        },
+        "Calibration": {
+            kind: plots.plot_reliability(answers.confidence, answers.is_correct) for kind, answers in both.items()
+        },
+        "Similarity of classes": {
+            kind: plots.plot_class_similarity(of_kind.float().cpu().numpy(), names) for kind, of_kind in embeds.items()
+        },
+    }
+    return {heading: {kind: _embed(axes) for kind, axes in by_kind.items()} for heading, by_kind in drawn.items()}
 
 
 def _grids(comparison: Comparison, dataset: Dataset) -> list[tuple[str, int, str]]:
-    """Heading, number of images, and address of the picture that shows some of them."""
-    chosen = (
-        ("Right only when tuned", comparison.gained, comparison.zero_shot),
-        ("Right only before", comparison.lost, comparison.tuned),
+    """Returns the heading, number of images and embedded picture of each group of images."""
+    groups = (
+        ("Only correct when tuned", comparison.gained, comparison.zero_shot.predicted),
+        ("Only correct zero-shot", comparison.lost, comparison.tuned.predicted),
     )
     return [
-        (heading, len(indices), _embed(_grid(indices, wrong.predicted, comparison, dataset)))
-        for heading, indices, wrong in chosen
+        (heading, len(indices), _embed(_grid(indices[:MAX_IMAGES].tolist(), wrong, comparison, dataset)))
+        for heading, indices, wrong in groups
         if len(indices)
     ]
 
 
-def _grid(indices: Sequence[int], wrongly: np.ndarray, comparison: Comparison, dataset: Dataset):
-    shown = [int(index) for index in indices[:MAX_IMAGES]]
-    images = [dataset[index]["image"].convert("RGB") for index in shown]
+def _grid(indices: list[int], wrong: np.ndarray, comparison: Comparison, dataset: Dataset):
+    images = [dataset[index]["image"].convert("RGB") for index in indices]
     for image in images:
         image.thumbnail(THUMBNAIL)
     names, labels = comparison.class_names, comparison.tuned.labels
-    return plots.plot_image_grid(images, [f"{names[labels[index]]}\nnot {names[wrongly[index]]}" for index in shown])
+    return plots.plot_image_grid(images, [f"{names[labels[index]]}\nnot {names[wrong[index]]}" for index in indices])
 
 
 def _embed(drawn) -> str:
+    """Returns axes or a figure as a data URL."""
     buffer = io.BytesIO()
     plots.save_figure(drawn, buffer, dpi=100)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,22 +1,29 @@
-"""Text from anywhere, such as class names, shown as it is: in Markdown, on a page, in a terminal."""
+"""Tables, and text from untrusted sources such as class names, for Markdown and the terminal."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
+
+NO_VALUE = "–"
+
 
 def printable(text: str) -> str:
-    """One line of `text`, with a space in place of every character that is not shown but does something: line breaks,
-    escape sequences of terminals, and the marks that turn the direction of writing around."""
+    """Replaces each character of `text` that has an effect but no glyph with a space.
+
+    These are line breaks, terminal escape sequences and marks that change the writing direction.
+    """
     return "".join(char if char.isprintable() else " " for char in text)
 
 
 def inline_code(text: str) -> str:
-    """One line of Markdown code that shows `text` as it is.
+    """Returns Markdown that shows `text` literally on one line.
 
-    Nothing inside a code span is markup, neither Markdown nor HTML, as long as its fence is longer than any run of
-    backticks in it.
+    Neither Markdown nor HTML is interpreted inside a code span, provided that its fence is longer than every run of
+    backticks in the text.
     """
     text = printable(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
@@ -25,20 +32,48 @@ def inline_code(text: str) -> str:
 
 
 def table_cell(text: str) -> str:
-    """The same, inside of a table."""
-    return inline_code(text).replace("|", r"\|")  # a cell ends at a bar even inside of code
+    """Returns `text` as inline code for a cell of a Markdown table, where `|` ends the cell even inside code."""
+    return inline_code(text).replace("|", r"\|")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table whose columns are padded, so that its source is readable too.
 
-
-def aligned(rows: list[list[str]]) -> str:
-    """Columns of equal width, with a line under the first row; no cell can do anything to the terminal."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    Args:
+        rows (`Sequence[Sequence[str]]`):
+            The header row, followed by the other rows.
+    """
+    rows = _pad(rows)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, f"|{'|'.join('-' * (len(cell) + 2) for cell in rows[0])}|")
     return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table for the terminal. Control characters in its cells are replaced.
+
+    Args:
+        rows (`Sequence[Sequence[str]]`):
+            The header row, followed by the other rows.
+    """
+    rows = _pad([[printable(cell) for cell in row] for row in rows])
+    rows.insert(1, ["-" * len(cell) for cell in rows[0]])
+    return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+def percent(values: Sequence[float] | None) -> str:
+    """Returns the mean of `values` in percent and, for several values, their standard deviation: `"70.0 ± 10.0"`.
+
+    Args:
+        values (`Sequence[float]`, *optional*):
+            Values from 0 to 1, one per seed. Without values, a dash is returned.
+    """
+    if not values:
+        return NO_VALUE
+    values = 100 * np.asarray(values)
+    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+
+
+def _pad(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]

@@ -1,7 +1,7 @@
-"""The protocols in which the field compares methods: few-shot curves, base-to-new, transfer to other data sets."""
+"""Benchmark protocols of few-shot CLIP papers: few-shot curves, base-to-new generalization and transfer."""
 
 from .benchmark import Benchmark
-from .methods import METHODS, Backbone, Method, TrainingSettings, find_method
+from .methods import METHODS, Backbone, FittedMethod, Method, TrainingSettings, find_method
 from .results import (
     Predictions,
     Results,
@@ -10,6 +10,7 @@ from .results import (
     few_shot_scores,
     few_shot_table,
     mean_scores,
+    methods_table,
     transfer_table,
 )
 from .runs import Run, base_to_new, few_shot_curve, merge_runs, transfer
@@ -19,6 +20,7 @@ __all__ = [
     "METHODS",
     "Backbone",
     "Benchmark",
+    "FittedMethod",
     "Method",
     "Predictions",
     "Results",
@@ -33,6 +35,7 @@ __all__ = [
     "find_method",
     "mean_scores",
     "merge_runs",
+    "methods_table",
     "transfer",
     "transfer_table",
 ]

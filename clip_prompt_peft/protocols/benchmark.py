@@ -1,4 +1,4 @@
-"""Runs what the protocols ask for and is not there yet."""
+"""Runs the protocols and skips the runs that already have results."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from functools import cached_property
 
 import numpy as np
 from datasets import DatasetDict
-from transformers import EvalPrediction
 from transformers.utils import logging
 
 from ..data import base_new_names
 from ..data.columns import LABEL
-from ..evaluation.metrics import compute_metrics, softmax
+from ..evaluation.comparison import Answers
 from .image_set import ImagePool, ImageSet
 from .methods import Backbone, find_method
-from .results import Predictions, Results
+from .results import Results
 from .runs import ALL, BASE, NEW, Run, merge_runs
 
 
@@ -25,12 +24,15 @@ TRAIN, TEST = "train", "test"
 
 class Benchmark:
     """
-    Data sets and a CLIP, on which the runs of protocols are done.
+    Trains and tests methods on a CLIP and several data sets.
 
     Args:
-        load_backbone: makes the CLIP; called only if there is something to do.
-        datasets: by name, each with the splits `train` and `test` and the columns `image` and `label`.
-        results: where to write, and what is done already.
+        load_backbone (`Callable[[], Backbone]`):
+            Loads the CLIP. It is called only if a run has to be done.
+        datasets (`Mapping[str, DatasetDict]`):
+            The data sets by name, each with the splits `train` and `test` and the columns `image` and `label`.
+        results (`Results`):
+            The existing results, to which new ones are added.
 
     Example:
 
@@ -59,14 +61,16 @@ class Benchmark:
         return self._load_backbone()
 
     def run(self, runs: Sequence[Run]) -> None:
-        """Does those of the runs that have no results yet.
+        """Does the runs that have no results yet.
 
         Raises:
-            ValueError: a data set that is not there, before any work.
+            ValueError: If a data set or split does not exist. This is checked before the first run.
         """
         runs = merge_runs(runs)
         for run in runs:
-            self._check(run)
+            self._pool(run.source, TRAIN)
+            for test in run.tests:
+                self._pool(run.source if run.classes == BASE else test, TEST)
         to_do = [run for run in runs if self.results.missing_tests(run)]
         with logging.tqdm(total=len(runs), initial=len(runs) - len(to_do), desc="Runs") as progress:
             for run in to_do:
@@ -75,41 +79,34 @@ class Benchmark:
                 progress.update()
 
     def test_set(self, run: Run, test: str) -> ImageSet:
-        """The images that a test of the run is about."""
-        if test in (BASE, NEW) and run.classes == BASE:
+        """Returns the images of one of the tests of a run."""
+        if run.classes == BASE and test in (BASE, NEW):
             pool = self._pool(run.source, TEST)
             return pool.classes(_halves(pool)[test])
-        return self._pool(test, TEST).all()
+        return self._pool(test, TEST).classes()
 
     def _train_set(self, run: Run) -> ImageSet:
         pool = self._pool(run.source, TRAIN)
         label_names = None if run.classes == ALL else _halves(pool)[BASE]
         if not run.shots:
-            return pool.all() if label_names is None else pool.classes(label_names)
+            return pool.classes(label_names)
         return pool.few_shot(run.shots, run.seed, self.backbone.settings.when_fewer, label_names)
 
     def _do(self, run: Run) -> None:
         start = time.perf_counter()
         metrics = {}
-        with find_method(run.method).fit(self.backbone, self._train_set(run), run.seed) as score:
+        with find_method(run.method).fit(self.backbone, self._train_set(run), run.seed) as fitted:
             for test in self.results.missing_tests(run):
                 images = self.test_set(run, test)
-                logits = score(images)  # (N, C)
-                metrics[test] = None if logits is None else self._evaluate(run, test, images, logits)
-        self.results.add(run, metrics, time.perf_counter() - start)
-
-    def _evaluate(self, run: Run, test: str, images: ImageSet, logits: np.ndarray) -> dict[str, float]:
-        labels, probabilities = np.asarray(images.labels), softmax(logits.astype(np.float64))
-        predictions = Predictions(
-            labels, probabilities.argmax(axis=1), probabilities.max(axis=1), list(images.class_names)
-        )
-        self.results.save_predictions(run, test, predictions)
-        return compute_metrics(EvalPrediction(predictions=logits, label_ids=labels))
-
-    def _check(self, run: Run) -> None:
-        self._pool(run.source, TRAIN)
-        for test in run.tests:
-            self._pool(run.source if run.classes == BASE else test, TEST)
+                logits = fitted.score(images)  # (N, C)
+                if logits is None:
+                    metrics[test] = None
+                    continue
+                answers = Answers(logits, np.asarray(images.labels), images.class_names)
+                self.results.save_predictions(run, test, answers)
+                metrics[test] = answers.metrics
+        seconds = time.perf_counter() - start
+        self.results.add(run, metrics, seconds, fitted.num_trainable, fitted.num_bytes)
 
     def _pool(self, name: str, split: str) -> ImagePool:
         if (name, split) not in self._pools:

@@ -1,79 +1,88 @@
-"""Finished runs in a file, a json line each, so that a benchmark goes on where it was stopped."""
+"""The results of finished runs: storage in a file, so that a benchmark can be resumed, and tables."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..evaluation import metrics as harmonic_mean
-from .runs import BASE, NEW, Run
+from ..evaluation.comparison import Predictions
+from ..evaluation.metrics import harmonic_mean
+from ..evaluation.tables import NO_VALUE, markdown_table, percent
+from .runs import BASE, KEY, NEW, Run
 
 
 Metrics = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """
-    What was answered about each test image.
-
-    Attributes:
-        labels: (N,)
-        predicted: (N,)
-        confidence: (N,) probability of the predicted class.
-        class_names: of labels and predictions.
-    """
-
-    labels: np.ndarray
-    predicted: np.ndarray
-    confidence: np.ndarray
-    class_names: list[str]
+FewShotScores = dict[str, dict[int, list[float]]]  # method -> shots -> one value for each seed
+TestScores = dict[str, dict[str, list[float]]]  # method -> test -> one value for each seed
 
 
 class Results:
     """
-    The results of a folder: `results.jsonl`, and `predictions/` beside it.
+    The results in a folder: one JSON line per run in `results.jsonl`, and the predictions in `predictions/`.
 
-    A line is written in one piece when its run is finished. One that was cut off when a process was killed is taken
-    out when the file is opened, and its run counts as not done.
+    A line that was only partly written when the process was killed is removed when the file is opened, so that its
+    run is done again.
 
     Args:
-        folder: made if need be.
-        fingerprint: of the settings; lines under another one stay in the file and are not looked at.
+        folder (`str` or `os.PathLike`):
+            The folder, which is created if it does not exist.
+        fingerprint (`str`):
+            The result of [`TrainingSettings.fingerprint`]. Lines with another fingerprint are kept but ignored.
     """
 
     def __init__(self, folder: str | os.PathLike, fingerprint: str) -> None:
         self.folder, self.fingerprint = Path(folder), fingerprint
         self.path = self.folder / "results.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._metrics: dict[tuple, Metrics | None] = {}  # by run and test
+        self._metrics: dict[tuple, Metrics | None] = {}  # by run key and test
+        self._sizes: dict[tuple, tuple[int | None, int | None]] = {}  # by run key
         for line in self._read():
             self._remember(line)
 
     def missing_tests(self, run: Run) -> tuple[str, ...]:
-        """Those tests of the run that have no result yet."""
+        """Returns the tests of the run that have no result yet."""
         return tuple(test for test in run.tests if (*run.key, test) not in self._metrics)
 
     def metrics(self, run: Run, test: str) -> Metrics | None:
-        """Of one test; `None` if it was not done, or if the method cannot know the classes."""
+        """Returns the metrics of one test, or `None` if it was not done or the method cannot predict its classes."""
         return self._metrics.get((*run.key, test))
 
-    def add(self, run: Run, metrics: Mapping[str, Metrics | None], seconds: float) -> None:
-        """Writes down a finished run: metrics by test."""
-        method, source, classes, shots, seed = run.key
+    def size(self, run: Run) -> tuple[int | None, int | None]:
+        """Returns the number of trained parameters and of bytes of the adapter, or `None` for each that is unknown."""
+        return self._sizes.get(run.key, (None, None))
+
+    def add(
+        self,
+        run: Run,
+        metrics: Mapping[str, Metrics | None],
+        seconds: float,
+        num_trainable: int | None = None,
+        num_bytes: int | None = None,
+    ) -> None:
+        """Appends a finished run to the file.
+
+        Args:
+            run (`Run`):
+                The run.
+            metrics (`Mapping[str, Metrics]`):
+                The metrics by test, with `None` for a test whose classes the method cannot predict.
+            seconds (`float`):
+                The duration of the run.
+            num_trainable (`int`, *optional*):
+                The number of trained parameters.
+            num_bytes (`int`, *optional*):
+                The size of the saved adapter in bytes, 0 if there is none.
+        """
         line = {
-            "method": method,
-            "source": source,
-            "classes": classes,
-            "shots": shots,
-            "seed": seed,
+            **dict(zip(KEY, run.key)),
             "settings": self.fingerprint,
             "seconds": round(seconds, 2),
+            "num_trainable": num_trainable,
+            "num_bytes": num_bytes,
             "tests": dict(metrics),
         }
         with self.path.open("a") as file:
@@ -83,7 +92,7 @@ class Results:
         self._remember(line)
 
     def save_predictions(self, run: Run, test: str, predictions: Predictions) -> None:
-        """To be called before `add`, so that every finished run has its predictions."""
+        """Saves the predictions of a test. Call it before `add`, so that every finished run has its predictions."""
         path = self._predictions_path(run, test)
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_suffix(".part")
@@ -98,11 +107,13 @@ class Results:
         unfinished.replace(path)
 
     def predictions(self, run: Run, test: str) -> Predictions:
-        """Raises `OSError` if the run was not tested on it."""
+        """Loads the predictions of a test.
+
+        Raises:
+            OSError: If there are none.
+        """
         with np.load(self._predictions_path(run, test)) as saved:
-            return Predictions(
-                saved["labels"], saved["predicted"], saved["confidence"], [str(name) for name in saved["class_names"]]
-            )
+            return Predictions(saved["labels"], saved["predicted"], saved["confidence"], saved["class_names"].tolist())
 
     def _predictions_path(self, run: Run, test: str) -> Path:
         name = "_".join(str(part).replace(os.sep, "-") for part in (*run.key, test))
@@ -122,22 +133,14 @@ class Results:
     def _remember(self, line: dict) -> None:
         if line["settings"] != self.fingerprint:
             return
-        key = tuple(line[name] for name in ("method", "source", "classes", "shots", "seed"))
+        key = tuple(line[name] for name in KEY)
+        self._sizes[key] = line.get("num_trainable"), line.get("num_bytes")  # older files have neither
         for test, metrics in line["tests"].items():
             self._metrics[(*key, test)] = metrics
 
 
-UNKNOWN = "–"  # a method that cannot know the classes
-
-
-FewShotScores = dict[str, dict[int, list[float]]]  # method -> shots -> one value for each seed
-
-
-TestScores = dict[str, dict[str, list[float]]]  # method -> test -> one value for each seed
-
-
 def few_shot_scores(results: Results, runs: Sequence[Run], metric: str = "accuracy") -> FewShotScores:
-    """What the runs, of a few-shot curve, reached on the data set they were trained on."""
+    """Returns the scores of few-shot runs on the data set they were trained on."""
     scores: FewShotScores = {}
     for run in runs:
         metrics = results.metrics(run, run.source)
@@ -147,7 +150,10 @@ def few_shot_scores(results: Results, runs: Sequence[Run], metric: str = "accura
 
 
 def scores_by_test(results: Results, runs: Sequence[Run], metric: str = "accuracy") -> TestScores:
-    """What the runs, of one number of shots, reached on each of their tests."""
+    """Returns the scores of runs with one number of shots on each of their tests.
+
+    The list of a test is empty if the method cannot predict its classes.
+    """
     scores: TestScores = {}
     for run in runs:
         for test in run.tests:
@@ -159,7 +165,7 @@ def scores_by_test(results: Results, runs: Sequence[Run], metric: str = "accurac
 
 
 def base_new_scores(results: Results, runs: Sequence[Run], metric: str = "accuracy") -> dict[str, dict[str, float]]:
-    """Means over seeds, on base and new classes, and their harmonic mean `"H"`, if the method knows new classes."""
+    """Returns the mean scores on base and new classes and, if both exist, their harmonic mean `"H"`."""
     means = mean_scores(results, runs, metric)
     for tests in means.values():
         if {BASE, NEW} <= set(tests):
@@ -168,7 +174,7 @@ def base_new_scores(results: Results, runs: Sequence[Run], metric: str = "accura
 
 
 def mean_scores(results: Results, runs: Sequence[Run], metric: str = "accuracy") -> dict[str, dict[str, float]]:
-    """Method to test to the mean over seeds; tests that a method cannot know are left out."""
+    """Returns the mean score over seeds for each method and test, without tests that a method cannot predict."""
     return {
         method: {test: float(np.mean(values)) for test, values in tests.items() if values}
         for method, tests in scores_by_test(results, runs, metric).items()
@@ -176,48 +182,56 @@ def mean_scores(results: Results, runs: Sequence[Run], metric: str = "accuracy")
 
 
 def few_shot_table(results: Results, runs: Sequence[Run], metric: str = "accuracy") -> str:
-    """A row for each method, a column for each number of shots."""
+    """Returns a Markdown table with one row for each method and one column for each number of shots."""
     scores = few_shot_scores(results, runs, metric)
     shots = sorted({k for by_shots in scores.values() for k in by_shots})
-    header = ["method", *("no training" if k == 0 else f"{k} shot{'s' if k > 1 else ''}" for k in shots)]
-    rows = [[method, *(percent(by_shots.get(k)) for k in shots)] for method, by_shots in scores.items()]
-    return markdown([header, *([cell if cell != UNKNOWN else "" for cell in row] for row in rows)])
+    rows = [["method", *("no training" if k == 0 else f"{k} shot{'s' if k > 1 else ''}" for k in shots)]]
+    for method, by_shots in scores.items():
+        rows.append([method, *(percent(by_shots[k]) if k in by_shots else "" for k in shots)])
+    return markdown_table(rows)
 
 
 def base_new_table(results: Results, runs: Sequence[Run], metric: str = "accuracy") -> str:
-    """A row for each method: base classes, new classes, and the harmonic mean of the two means."""
+    """Returns a Markdown table with base classes, new classes and the harmonic mean of the two means."""
     scores, means = scores_by_test(results, runs, metric), base_new_scores(results, runs, metric)
     rows = [["method", BASE, NEW, "H"]]
     for method, tests in scores.items():
         harmonic = [means[method]["H"]] if "H" in means[method] else None
         rows.append([method, percent(tests[BASE]), percent(tests[NEW]), percent(harmonic)])
-    return markdown(rows)
+    return markdown_table(rows)
 
 
 def transfer_table(results: Results, runs: Sequence[Run], metric: str = "accuracy") -> str:
-    """A row for each method: the source, every target, and the mean over the targets."""
-    scores = scores_by_test(results, runs, metric)
+    """Returns a Markdown table with the source, every target and the mean over the targets."""
     source, *targets = runs[0].tests
     rows = [["method", f"{source} (source)", *targets, "mean of targets"]]
-    for method, tests in scores.items():
-        by_target = [tests[target] for target in targets]
-        is_known = targets and all(by_target)
-        mean = np.mean(by_target, axis=0).tolist() if is_known else None
-        rows.append([method, *(percent(tests[test]) for test in (source, *targets)), percent(mean)])
-    return markdown(rows)
+    for method, tests in scores_by_test(results, runs, metric).items():
+        cells = [percent(tests[test]) for test in (source, *targets)]
+        rows.append([method, *cells, percent(_mean_over_tests(tests, targets))])
+    return markdown_table(rows)
 
 
-def percent(values: Sequence[float] | None) -> str:
-    """Mean and, of several, (population) standard deviation of shares, in percent."""
-    if not values:
-        return UNKNOWN
-    values = 100 * np.asarray(values)
-    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+def methods_table(results: Results, runs: Sequence[Run]) -> str:
+    """Returns a Markdown table with the results of transfer runs and the size of each method."""
+    source, *others = runs[0].tests
+    accuracies, class_means = (scores_by_test(results, runs, name) for name in ("accuracy", "mean_class_accuracy"))
+    rows = [["method", "accuracy", "class mean", "other test sets, class mean", "trained", "adapter"]]
+    for method, run in {run.method: run for run in runs}.items():
+        num_trainable, num_bytes = results.size(run)
+        rows.append(
+            [
+                method,
+                percent(accuracies[method][source]),
+                percent(class_means[method][source]),
+                percent(_mean_over_tests(class_means[method], others)),
+                NO_VALUE if num_trainable is None else f"{num_trainable:,}",
+                f"{num_bytes / 1024:.1f} KB" if num_bytes else NO_VALUE,
+            ]
+        )
+    return markdown_table(rows)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the header; columns are padded, so that it can be read as it is."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+def _mean_over_tests(scores: Mapping[str, Sequence[float]], tests: Sequence[str]) -> list[float] | None:
+    """Returns the mean over `tests` for each seed, or `None` if a test has no scores."""
+    by_test = [scores[test] for test in tests]
+    return np.mean(by_test, axis=0).tolist() if by_test and all(by_test) else None

@@ -1,4 +1,4 @@
-"""What the protocols train and test: one run for each method, number of shots and seed."""
+"""The runs of each protocol: one for each method, number of shots and seed."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ from .methods import find_method
 
 
 ALL, BASE, NEW = "all", "base", "new"
+KEY = ("method", "source", "classes", "shots", "seed")
 
 
 @dataclass(frozen=True)
 class Run:
     """
-    One training and what it is tested on.
+    One training and the test sets it is evaluated on.
 
     Attributes:
-        method: name of a method, see [`find_method`].
-        source: the data set that is trained on.
-        classes: `"all"` or only the `"base"` classes of it.
-        shots: images per class; 0 for methods without training.
-        seed: of the draw and of the training; 0 for methods without training.
-        tests: data sets whose test images are classified; `"base"` and `"new"` are those of the source's classes.
+        method (`str`):
+            The name of the method, see [`find_method`].
+        source (`str`):
+            The name of the data set to train on.
+        classes (`str`):
+            Whether to train on `"all"` classes of the source or only on its `"base"` classes.
+        shots (`int`):
+            The number of training images per class, or 0 for a method without training.
+        seed (`int`):
+            The seed of the few-shot sample and of the training, or 0 for a method without training.
+        tests (`tuple[str, ...]`):
+            The names of the data sets to test on. If `classes` is `"base"`, they are `"base"` and `"new"`, the two
+            halves of the classes of the source.
     """
 
     method: str
@@ -34,8 +42,8 @@ class Run:
 
     @property
     def key(self) -> tuple:
-        """What the training depends on, settings aside."""
-        return self.method, self.source, self.classes, self.shots, self.seed
+        """The values of the fields that the training depends on, in the order of `KEY`."""
+        return tuple(getattr(self, name) for name in KEY)
 
 
 def few_shot_curve(
@@ -44,7 +52,7 @@ def few_shot_curve(
     shots: Sequence[int] = (1, 2, 4, 8, 16),
     seeds: Sequence[int] = (1, 2, 3),
 ) -> list[Run]:
-    """Accuracy on all classes of one data set, against the number of training images per class."""
+    """Returns the runs that train and test on all classes of one data set, for several numbers of shots."""
     return transfer(source, (), methods, shots, seeds)
 
 
@@ -55,10 +63,10 @@ def transfer(
     shots: Sequence[int] = (16,),
     seeds: Sequence[int] = (1, 2, 3),
 ) -> list[Run]:
-    """Trained on one data set, tested on it and on others.
+    """Returns the runs that train on one data set and test on it and on others.
 
-    Others with other classes make it the cross-data-set protocol, the same classes in another style that of domain
-    generalisation.
+    This is the cross-dataset protocol if the targets have other classes, and domain generalization if they have the
+    same classes in another style.
     """
     return _runs(methods, source, ALL, shots, seeds, (source, *targets))
 
@@ -66,17 +74,16 @@ def transfer(
 def base_to_new(
     source: str, methods: Sequence[str], shots: Sequence[int] = (16,), seeds: Sequence[int] = (1, 2, 3)
 ) -> list[Run]:
-    """Trained on the first half of the classes, tested on either half, see [`split_base_new`]."""
+    """Returns the runs that train on the first half of the classes and test on both, see [`split_base_new`]."""
     return _runs(methods, source, BASE, shots, seeds, (BASE, NEW))
 
 
 def merge_runs(runs: Sequence[Run]) -> list[Run]:
-    """Runs that train the same become one, with the tests of all."""
+    """Merges runs with the same training into one run with all of their tests."""
     merged: dict[tuple, Run] = {}
     for run in runs:
-        known = merged.get(run.key)
-        tests = run.tests if known is None else tuple(dict.fromkeys(known.tests + run.tests))
-        merged[run.key] = replace(run, tests=tests)
+        known = merged.get(run.key, run)
+        merged[run.key] = replace(run, tests=tuple(dict.fromkeys(known.tests + run.tests)))
     return list(merged.values())
 
 

@@ -1,4 +1,4 @@
-"""A tuned classifier beside the zero-shot model."""
+"""Comparison of a trained adapter with the zero-shot model."""
 
 import numpy as np
 import pytest

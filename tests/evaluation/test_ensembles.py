@@ -13,7 +13,7 @@ TEMPLATES = ["a photo of a {}.", "an icon of a {}.", "{}"]
 
 
 def mean_of_plain_clip(clip, tokenizer, texts):
-    """As CLIP's authors compute it, one text at a time."""
+    """Computes the ensemble with a plain CLIPModel, one text at a time."""
     with torch.no_grad():
         embeds = [clip.get_text_features(**tokenizer([text], return_tensors="pt")).pooler_output[0] for text in texts]
     mean = torch.stack([embed / embed.norm() for embed in embeds]).mean(dim=0)

@@ -1,4 +1,4 @@
-"""Words next to learned vectors."""
+"""The vocabulary words nearest to learned vectors."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_before_training_the_nearest_word_is_the_one_that_is_replaced(model):
     assert [entry.position for entry in entries] == [1, 2, 3, 4]
     assert [entry.words[0] for entry in entries] == [entry.replaced for entry in entries] == ["a", "photo", "of", "a"]
     assert all(entry.distances[0] == entry.replaced_distance == pytest.approx(0, abs=1e-3) for entry in entries)
-    assert all(entry.note == "still next to the word that it replaces" for entry in entries)
+    assert all(entry.note == "still nearest to the word that it replaces" for entry in entries)
 
 
 def test_a_vector_moved_next_to_a_word_names_it(model, tokenizer):

@@ -1,4 +1,4 @@
-"""Pictures, read back from what was drawn."""
+"""Plots, checked by the artists on their axes."""
 
 import sys
 

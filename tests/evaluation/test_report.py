@@ -16,7 +16,7 @@ from clip_prompt_peft.evaluation.report import write_report
 
 
 class Page(HTMLParser):
-    """Addresses, text, and tags that are not closed."""
+    """Collects the addresses, the text and the tags that are not closed."""
 
     def __init__(self, html):
         super().__init__()
@@ -49,13 +49,13 @@ def test_shows_numbers_words_and_pictures_and_needs_no_other_file(parts, tmp_pat
     page = Page((tmp_path / "report.html").read_text())
     assert not page.open
     assert len(page.addresses) >= 7 and all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert "My <prompts>" in page.text and "<b>pets</b>" in page.text  # shown as they are, not taken for markup
+    assert "My <prompts>" in page.text and "<b>pets</b>" in page.text  # shown literally, not as markup
     accuracy = comparison.tuned.metrics["accuracy"]
     row = rf"accuracy{100 * comparison.zero_shot.metrics['accuracy']:.1f} %{100 * accuracy:.1f} %"
     assert re.search(row.replace(".", r"\."), page.text)
-    assert "a photo of a {}." in page.text and "Words next to the learned vectors" in page.text
+    assert "a photo of a {}." in page.text and "Vocabulary words nearest to the learned vectors" in page.text
     if len(comparison.lost):
-        assert f"Right only before: {len(comparison.lost)} images" in page.text
+        assert f"Only correct zero-shot: {len(comparison.lost)} images" in page.text
     assert "transformers" in page.text
 
 

@@ -1,4 +1,4 @@
-"""Class names and titles from anywhere: shown as they are, on cards, pages, pictures and in terminals."""
+"""Hostile class names and titles are shown literally on cards, reports and plots and in terminals."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Runs on the embedded pictures, and going on where they were stopped."""
+"""Benchmark runs on the embedded images, and resuming them."""
 
 import json
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMOJI, TINY_CLIP
+from peft import LoraConfig, get_peft_model
 from transformers import AutoImageProcessor
 
-from clip_prompt_peft import CLIPForPromptClassification
+from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.data import class_names_of, load_image_dataset, sample_few_shot, with_pixel_values
 from clip_prompt_peft.protocols import (
     Backbone,
@@ -61,7 +62,7 @@ def all_runs():
 
 @pytest.fixture(scope="module")
 def finished(backbone, styles, tmp_path_factory):
-    """All runs done, to be looked at only."""
+    """The results of all runs, for tests that do not change them."""
     folder = tmp_path_factory.mktemp("finished")
     results = Results(folder, SETTINGS.fingerprint("tiny"))
     Benchmark(lambda: backbone, styles, results).run(all_runs())
@@ -159,6 +160,25 @@ def test_lora_changes_both_towers_and_leaves_none_of_it(open_benchmark, backbone
     confidence = [benchmark.results.predictions(run, "noto").confidence for run in (lora, prompts, zero_shot)]
     assert not np.allclose(confidence[0], confidence[2]) and not np.allclose(confidence[1], confidence[2])
     torch.testing.assert_close(dict(backbone.model.state_dict()), before)
+
+
+def test_the_size_is_that_of_the_saved_adapter(open_benchmark, backbone, tmp_path):
+    benchmark = open_benchmark()
+    runs = few_shot_curve("noto", ["zero-shot", "linear-probe", "lora", "coop"], (1,), (1,))
+    benchmark.run(runs)
+    zero_shot, probe, lora, coop = (benchmark.results.size(run) for run in runs)
+    assert zero_shot == (0, 0) and probe == (12 * (backbone.model.config.projection_dim + 1), 0)
+    backbone.model.set_class_names(["cat", "dog"])
+    configs = [
+        LoraConfig(r=SETTINGS.lora_rank, target_modules=["q_proj", "k_proj", "v_proj"]),
+        CLIPPromptTuningConfig.from_preset("coop", model=backbone.model),
+    ]
+    for config, size in zip(configs, (lora, coop)):
+        model = get_peft_model(backbone.model, config)
+        model.save_pretrained(tmp_path / "adapter")
+        num_bytes = (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
+        assert size == (model.get_nb_trainable_parameters()[0], num_bytes)
+        model.unload()
 
 
 def test_other_settings_are_not_mixed_in(finished, styles):

@@ -1,4 +1,6 @@
-"""Tables of results, with numbers that can be counted by hand."""
+"""Tables of results, with numbers that can be computed by hand."""
+
+import json
 
 import pytest
 
@@ -10,6 +12,7 @@ from clip_prompt_peft.protocols import (
     few_shot_curve,
     few_shot_table,
     merge_runs,
+    methods_table,
     transfer,
     transfer_table,
 )
@@ -56,6 +59,33 @@ def test_a_transfer_table_averages_over_the_targets(results):
     header, rows = cells(transfer_table(results, runs))
     assert header == ["method", "a (source)", "b", "c", "mean of targets"]
     assert rows == [["zero-shot", "100.0", "20.0", "40.0", "30.0"]]
+
+
+def test_a_table_of_methods_shows_other_test_sets_and_sizes(results):
+    runs = transfer("a", ["b", "c"], ["zero-shot", "linear-probe", "coop"], seeds=(1, 2))
+    for run, value in zip(runs, (0.2, 0.3, 0.5, 0.4, 0.6)):
+        known = {"accuracy": value, "mean_class_accuracy": value + 0.1}
+        other = None if run.method == "linear-probe" else {"accuracy": 1.0, "mean_class_accuracy": value / 2}
+        size = {"zero-shot": (0, 0), "linear-probe": (1560, 0), "coop": (2048, 8396)}[run.method]
+        results.add(run, {"a": known, "b": other, "c": other}, 0, *size)
+    header, rows = cells(methods_table(Results(results.folder, "f"), runs))
+    assert header == ["method", "accuracy", "class mean", "other test sets, class mean", "trained", "adapter"]
+    assert rows == [
+        ["zero-shot", "20.0", "30.0", "10.0", "0", "–"],
+        ["linear-probe", "40.0 ± 10.0", "50.0 ± 10.0", "–", "1,560", "–"],
+        ["coop", "50.0 ± 10.0", "60.0 ± 10.0", "25.0 ± 5.0", "2,048", "8.2 KB"],
+    ]
+
+
+def test_files_without_sizes_can_be_read(results):
+    (run,) = transfer("a", ["b"], ["zero-shot"])
+    results.add(run, {test: {"accuracy": 0.5, "mean_class_accuracy": 0.5} for test in run.tests}, 0, 0, 0)
+    line = json.loads(results.path.read_text())
+    del line["num_trainable"], line["num_bytes"]
+    results.path.write_text(json.dumps(line) + "\n")
+    again = Results(results.folder, "f")
+    assert again.size(run) == (None, None) and not again.missing_tests(run)
+    assert cells(methods_table(again, [run]))[1] == [["zero-shot", "50.0", "50.0", "50.0", "–", "–"]]
 
 
 def test_runs_that_train_the_same_become_one_with_all_tests():
