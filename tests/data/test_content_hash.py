@@ -1,8 +1,7 @@
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from clip_prompt_peft.data import images as content_hash
-from clip_prompt_peft.data import load_image_dataset
+from clip_prompt_peft.data import content_hash, load_image_dataset
 
 
 def dataset(values, labels, names=("cat", "dog")):

@@ -63,7 +63,7 @@ def test_a_set_is_loaded_with_its_columns_and_names(monkeypatch):
 
 
 def test_what_cannot_be_loaded_is_told():
-    with pytest.raises(ValueError, match="no data set 'pets' in the table; there are imagenet, caltech101"):
+    with pytest.raises(ValueError, match="no dataset 'pets' in the table; there are imagenet, caltech101"):
         load_known_dataset("pets")
     with pytest.raises(ValueError, match="load_clip_benchmark"):
         load_known_dataset("imagenet_a")
