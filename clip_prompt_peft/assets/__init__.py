@@ -17,7 +17,7 @@ def load_templates(name: str = "imagenet") -> list[str]:
 
     Args:
         name (`str`, *optional*, defaults to `"imagenet"`):
-            `"imagenet"` for the 80 templates of CLIP's authors, or `"imagenet_simple"` for the 7 that do nearly as well.
+            `"imagenet"` for the 80 templates of CLIP's authors, `"imagenet_simple"` for the 7 that do nearly as well.
 
     Raises:
         ValueError: If the name is unknown.

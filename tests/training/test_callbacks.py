@@ -108,7 +108,7 @@ def test_a_training_that_stops_early_is_averaged_over_the_epochs_that_it_had(tmp
 
 
 def test_it_does_not_go_with_loading_the_best_model(tmp_path):
-    with pytest.raises(ValueError, match="load_best_model_at_end one of them; leave one of the two out"):
+    with pytest.raises(ValueError, match="load_best_model_at_end selects one of them; leave one of the two out"):
         train(
             tmp_path,
             [GaussianPromptAveraging(1, 1)],
