@@ -183,10 +183,7 @@ def _check_exportable(classifier: PromptClassificationMixin) -> None:
             "them with PyTorch (get_image_features) and compare them with get_class_embeds()."
         )
     if classifier.dtype != torch.float32:
-        raise ValueError(
-            f"The model is in {classifier.dtype}; load it in float32 (dtype=torch.float32) to export it. For smaller "
-            "files use int8=True."
-        )
+        raise ValueError(f"The model is in {classifier.dtype}; load it in float32 (dtype=torch.float32) to export it.")
 
 
 def _check_images(classifier: PromptClassificationMixin, images, labels, int8: bool) -> None:
@@ -201,16 +198,14 @@ def _check_images(classifier: PromptClassificationMixin, images, labels, int8: b
         raise ValueError(f"Expected one label per image, got {len(labels)} labels for {num_images} images.")
     bad = [label for label in labels if not 0 <= label < num_classes]
     if bad:
-        raise ValueError(
-            f"Label {bad[0]} is out of range: the model has {num_classes} classes, 0 to {num_classes - 1}."
-        )
+        raise ValueError(f"Label {bad[0]} is out of range: the model has {num_classes} classes.")
 
 
 def _check_packages() -> None:
     missing = [name for name in NEEDED_PACKAGES if find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"Exporting needs {', '.join(missing)}, not installed here: pip install 'clip_prompt_peft[export]'."
+            f"Exporting needs {', '.join(missing)}, not installed: pip install 'clip_prompt_peft[export]'."
         )
 
 
@@ -339,9 +334,5 @@ def write_int8(
     if not report.is_kept:
         for part in file.parent.glob(f"{file.name}*"):
             part.unlink()
-        logger.warning(
-            "The 8-bit variant is not kept: its accuracy is %.2f %%, that of the 32-bit graph is %.2f %%.",
-            100 * accuracy,
-            100 * float_accuracy,
-        )
+        logger.warning("The 8-bit graph is not kept: its accuracy is %.4f instead of %.4f.", accuracy, float_accuracy)
     return report

@@ -51,14 +51,12 @@ def load_zhou_split(split_file: str | os.PathLike, image_dir: str | os.PathLike)
     >>> splits = load_zhou_split("oxford_pets/split_zhou_OxfordPets.json", "oxford_pets/images")
     ```
     """
+    split_file, image_dir = os.fspath(split_file), os.fspath(image_dir)
     items = _read_zhou_file(split_file)
     features = Features({IMAGE: Image(), LABEL: ClassLabel(names=_zhou_class_names(split_file, items))})
     missing = [path for entries in items.values() for path, _, _ in entries if not _is_inside(image_dir, path)]
     if missing:
-        raise ValueError(
-            f"{len(missing)} images of {str(split_file)!r} are not in the folder {str(image_dir)!r}, such as "
-            f"{missing[0]!r}."
-        )
+        raise ValueError(f"{len(missing)} images of {split_file!r} are not in {image_dir!r}, such as {missing[0]!r}.")
     splits = DatasetDict()
     for name, entries in items.items():
         images = [os.path.join(image_dir, path) for path, _, _ in entries]
@@ -67,46 +65,44 @@ def load_zhou_split(split_file: str | os.PathLike, image_dir: str | os.PathLike)
     return splits
 
 
-def _read_zhou_file(split_file: str | os.PathLike) -> dict[str, list]:
+def _read_zhou_file(split_file: str) -> dict[str, list]:
     check_file(split_file)
     with open(split_file, encoding="utf-8") as file:
         try:
             content = json.load(file)
         except ValueError as error:
-            raise ValueError(f"{str(split_file)!r} is not a json file ({error}).") from error
+            raise ValueError(f"{split_file!r} is not a json file ({error}).") from error
     if not isinstance(content, dict) or "train" not in content:
-        raise ValueError(f"{str(split_file)!r} has no split 'train'; {ZHOU_FORMAT}.")
+        raise ValueError(f"{split_file!r} has no split 'train'; {ZHOU_FORMAT}.")
     items = {name: content[name] for name in ZHOU_SPLITS if name in content}
     for name, entries in items.items():
         for entry in entries:
             if not isinstance(entry, list) or list(map(type, entry)) != [str, int, str]:
-                raise ValueError(f"{str(split_file)!r} has the entry {entry!r} in {name!r}; {ZHOU_FORMAT}.")
+                raise ValueError(f"{split_file!r} has the entry {entry!r} in {name!r}; {ZHOU_FORMAT}.")
     return items
 
 
-def _zhou_class_names(split_file: str | os.PathLike, items: dict[str, list]) -> list[str]:
+def _zhou_class_names(split_file: str, items: dict[str, list]) -> list[str]:
     names: dict[int, str] = {}
     for path, label, name in (entry for entries in items.values() for entry in entries):
         if names.setdefault(label, name) != name:
-            raise ValueError(f"{str(split_file)!r} calls label {label} both {names[label]!r} and {name!r} ({path}).")
+            raise ValueError(f"{split_file!r} calls label {label} both {names[label]!r} and {name!r} ({path}).")
     if sorted(names) != list(range(len(names))):
-        raise ValueError(
-            f"The labels of {str(split_file)!r} must count from 0 without gaps, got {sorted(names)[:10]}."
-        )
+        raise ValueError(f"The labels of {split_file!r} must count from 0 without gaps, got {sorted(names)[:10]}.")
     if len(set(names.values())) < len(names):
-        raise ValueError(f"Two labels of {str(split_file)!r} have the same class name.")
+        raise ValueError(f"Two labels of {split_file!r} have the same class name.")
     return [names[label] for label in range(len(names))]
 
 
-def _is_inside(image_dir: str | os.PathLike, path: str) -> bool:
+def _is_inside(image_dir: str, path: str) -> bool:
     parts = PurePosixPath(path)
     return not parts.is_absolute() and ".." not in parts.parts and os.path.isfile(os.path.join(image_dir, path))
 
 
-def check_file(file: str | os.PathLike) -> None:
+def check_file(file: str) -> None:
     """Raises a `ValueError` if a file does not exist."""
     if not os.path.isfile(file):
-        raise ValueError(f"The file {str(file)!r} does not exist.")
+        raise ValueError(f"The file {file!r} does not exist.")
 
 
 def load_clip_benchmark(folder: str | os.PathLike, **load_kwargs) -> DatasetDict:
@@ -176,13 +172,13 @@ def _with_class_names(name: str, split: Dataset, feature: ClassLabel) -> Dataset
     if LABEL_EXTENSION not in split.column_names:
         raise ValueError(
             f"The split {name!r} has no labels ({LABEL_EXTENSION!r}); its files are {', '.join(split.column_names)}. "
-            "Captions and multiple labels per image are not supported."
+            "Expected one label per image; captions are not supported."
         )
     columns = {find_image_column(split.features): IMAGE, LABEL_EXTENSION: LABEL}
     labels = read_labels(split, LABEL_EXTENSION)
     unnamed = [label for label in labels if not 0 <= label < feature.num_classes]
     if unnamed:
         raise ValueError(
-            f"The split {name!r} has the label {unnamed[0]}, but {CLASS_NAMES_FILE} has {feature.num_classes} names."
+            f"The split {name!r} has label {unnamed[0]}, but {CLASS_NAMES_FILE} has {len(feature.names)} names."
         )
     return split.select_columns(list(columns)).rename_columns(columns).cast_column(LABEL, feature)

@@ -142,10 +142,8 @@ class PixelTransform:
         if augment:
             size = getattr(image_processor, "crop_size", None) or getattr(image_processor, "size", None)
             if size is None:
-                raise ValueError(
-                    f"{type(image_processor).__name__} keeps the size and shape of each image, so there is no size to "
-                    "crop to; use augment=False, or augment the images yourself."
-                )
+                name = type(image_processor).__name__
+                raise ValueError(f"{name} keeps the size and shape of each image; use augment=False.")
             self.augmentation = RandomResizedCropFlip((size["height"], size["width"]))
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:

@@ -134,9 +134,10 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
     train = splits["train"]
     image_column = find_image_column(train.features, image_column)
     label_column = find_label_column(train.features, label_column)
+    trained = set(read_labels(train, label_column))
     label_feature = train.features[label_column]
     if not isinstance(label_feature, ClassLabel):
-        label_feature = ClassLabel(names=sorted(set(read_labels(train, label_column)) - {None}))
+        label_feature = ClassLabel(names=sorted(trained - {None}))
 
     standard = DatasetDict()
     for name, split in splits.items():
@@ -145,11 +146,10 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
         if name != "train" and all(label is None or label == -1 for label in labels):
             logger.warning("The split %r has no labels and is left out.", name)
             continue
-        _check_labels(name, split, labels, label_feature)
+        _check_labels(name, split, labels, label_feature, trained)
         if not isinstance(split.features[LABEL], ClassLabel):
             split = split.cast_column(LABEL, label_feature)
         standard[name] = split
-    _check_train_has_all_classes(standard)
     return standard
 
 
@@ -164,7 +164,7 @@ def _select_columns(name: str, split: Dataset, new_names: dict[str, str]) -> Dat
     return split if isinstance(split.features[IMAGE], Image) else split.cast_column(IMAGE, Image())
 
 
-def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel) -> None:
+def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel, trained: set) -> None:
     feature, known = split.features[LABEL], set(expected.names)
     if isinstance(feature, ClassLabel):
         if feature.names != expected.names:
@@ -179,15 +179,9 @@ def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel)
             f"{len(unknown)} of {len(labels)} examples of the split {name!r} have a label that is no class of "
             f"'train', such as {unknown[0]!r}."
         )
-
-
-def _check_train_has_all_classes(splits: DatasetDict) -> None:
-    names = splits["train"].features[LABEL].names
-    trained = set(read_labels(splits["train"], LABEL))
-    for name, split in splits.items():
-        untrained = sorted(set(read_labels(split, LABEL)) - trained)
-        if untrained:
-            raise ValueError(
-                f"The split {name!r} has images of {len(untrained)} classes that have none in 'train': "
-                f"{', '.join(names[label] for label in untrained[:10])}."
-            )
+    untrained = sorted(set(labels) - trained)
+    if untrained:
+        names = [expected.names[label] if isinstance(label, int) else label for label in untrained[:10]]
+        raise ValueError(
+            f"The split {name!r} has images of {len(untrained)} classes that have none in 'train': {', '.join(names)}."
+        )

@@ -34,10 +34,7 @@ class ProGradMixin:
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "ProGrad needs the gradients of whole parameters, which DeepSpeed and FSDP shard; use plain data "
-                "parallelism."
-            )
+            raise ValueError("ProGrad needs gradients that DeepSpeed and FSDP shard; use plain data parallelism.")
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             self._project()
