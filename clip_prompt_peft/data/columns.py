@@ -80,7 +80,7 @@ def _choose(features: Features, kind: str, name: str | None, found: list[str], f
     else:
         problem = f"No {kind} column; name it with {kind}_column"
     columns = ", ".join(f"{key} ({_type_name(feature)})" for key, feature in features.items())
-    raise ValueError(f"{problem}. Expected a column of {EXPECTED[kind]}; the columns are {columns}.")
+    raise ValueError(f"{problem}. Expected a column of {EXPECTED[kind]}. The columns are: {columns}.")
 
 
 def _type_name(feature) -> str:

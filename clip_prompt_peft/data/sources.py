@@ -101,9 +101,7 @@ def _load_files(files: Mapping[str, str], load_kwargs: dict) -> DatasetDict:
         check_file(file)
     extensions = {os.path.splitext(file)[1].lower() for file in files.values()}
     if len(extensions) > 1 or not extensions <= set(FILE_FORMATS):
-        raise ValueError(
-            f"The files must all be of one format, {' or '.join(FILE_FORMATS)}; got {', '.join(files.values())}."
-        )
+        raise ValueError(f"Files must be of one format, {' or '.join(FILE_FORMATS)}; got {', '.join(files.values())}.")
     builder = FILE_FORMATS[extensions.pop()]
     splits = DatasetDict()
     for split, file in files.items():  # one by one, or `datasets` gives all files the class names of the first
@@ -157,8 +155,7 @@ def _select_columns(name: str, split: Dataset, new_names: dict[str, str]) -> Dat
     missing = [column for column in new_names if column not in split.column_names]
     if missing:
         raise ValueError(
-            f"The split {name!r} has no column {missing[0]!r}, which 'train' has; its columns are "
-            f"{', '.join(split.column_names)}."
+            f"Split {name!r} has no column {missing[0]!r}; its columns are {', '.join(split.column_names)}."
         )
     split = split.select_columns(list(new_names)).rename_columns(new_names)
     return split if isinstance(split.features[IMAGE], Image) else split.cast_column(IMAGE, Image())
@@ -176,8 +173,7 @@ def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel,
     unknown = [label for label in labels if label not in known]
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of {len(labels)} examples of the split {name!r} have a label that is no class of "
-            f"'train', such as {unknown[0]!r}."
+            f"The split {name!r} has {len(unknown)} labels that are no class of 'train', such as {unknown[0]!r}."
         )
     untrained = sorted(set(labels) - trained)
     if untrained:

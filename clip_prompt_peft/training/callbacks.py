@@ -68,10 +68,7 @@ class GaussianPromptAveraging(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.load_best_model_at_end:
-            raise ValueError(
-                "GaussianPromptAveraging averages over epochs, and load_best_model_at_end selects one of them; leave "
-                "one of the two out."
-            )
+            raise ValueError("GaussianPromptAveraging excludes load_best_model_at_end; leave one of the two out.")
         self._sums, self._total = {}, 0.0
         # The Trainer restores callbacks only with restore_callback_states_from_checkpoint, and otherwise says nothing.
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -124,7 +121,6 @@ class StopAtNonFinite(TrainerCallback):
         if broken:
             raise FloatingPointError(
                 f"NaN or Inf in {len(broken)} of the trained tensors ({broken[0]}, ...) after step "
-                f"{state.global_step}: training has diverged, or the images or their embeddings contain NaN. Nothing "
-                "has been saved since. Try a lower learning rate, warm-up steps, max_grad_norm=1, or bf16 or float32 "
-                "instead of fp16."
+                f"{state.global_step}: training has diverged, or the inputs contain NaN. Nothing was saved since. "
+                "Try a lower learning rate, warm-up steps, max_grad_norm=1, or bf16 or float32 instead of fp16."
             )

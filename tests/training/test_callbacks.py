@@ -108,7 +108,7 @@ def test_a_training_that_stops_early_is_averaged_over_its_epochs(tmp_path):
 
 
 def test_loading_the_best_model_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="load_best_model_at_end selects one of them; leave one of the two out"):
+    with pytest.raises(ValueError, match="load_best_model_at_end; leave one of the two out"):
         train(
             tmp_path,
             [GaussianPromptAveraging(1, 1)],
