@@ -1,4 +1,4 @@
-"""Exported classifiers: the files give what the model gives, and what cannot be exported is refused."""
+"""Tests of exported classifiers: the files give the predictions of the model."""
 
 import json
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def pixel_values(dataset):
-    """Of 100 real images."""
+    """The pixel values of 100 real images."""
     examples = with_pixel_values(dataset.shuffle(seed=0), AutoImageProcessor.from_pretrained(TINY_CLIP))
     return torch.stack(examples[:100]["pixel_values"])
 
@@ -45,7 +45,7 @@ def tuned_model(dataset, preset="kgcoop"):
 
 @pytest.fixture(scope="module")
 def exported(dataset, tmp_path_factory):
-    """A text-only adapter, with everything that there is to ask for."""
+    """An exported text-only adapter, with all options."""
     model, path = tuned_model(dataset), tmp_path_factory.mktemp("exported") / "pets" / "v1"
     report = export_classifier(model, path, images=dataset["image"], labels=dataset["label"], int8=True)
     return SimpleNamespace(model=model, path=path, report=report)
@@ -64,7 +64,7 @@ def logits_of(model, pixel_values):
     return logits
 
 
-def test_onnxruntime_gives_the_models_logits_on_100_real_images(exported, pixel_values):
+def test_onnxruntime_gives_the_logits_of_the_model_on_100_real_images(exported, pixel_values):
     logits, _ = run(exported.path / ONNX_FILE, pixel_values)
     torch.testing.assert_close(logits, logits_of(exported.model, pixel_values), rtol=0, atol=1e-4)
     with exported.model.disable_adapter():
@@ -78,7 +78,7 @@ def test_the_batch_may_have_any_size(exported, pixel_values, batch_size):
     torch.testing.assert_close(logits, logits_of(exported.model, pixel_values)[:batch_size], rtol=0, atol=1e-4)
 
 
-def test_the_matrix_of_class_embeddings_gives_the_logits_too(exported, pixel_values):
+def test_the_class_embeddings_file_gives_the_logits(exported, pixel_values):
     with safe_open(exported.path / CLASS_EMBEDS_FILE, framework="pt") as file:
         class_embeds, scale = file.get_tensor("class_embeds"), file.get_tensor("scale")
         assert json.loads(file.metadata()["class_names"]) == exported.model.class_names
@@ -88,14 +88,14 @@ def test_the_matrix_of_class_embeddings_gives_the_logits_too(exported, pixel_val
     torch.testing.assert_close(logits, logits_of(exported.model, pixel_values), rtol=0, atol=1e-4)
 
 
-def test_labels_and_preprocessing_lie_beside_the_graph(exported, dataset, pixel_values):
+def test_labels_and_preprocessing_are_saved_beside_the_graph(exported, dataset, pixel_values):
     assert json.loads((exported.path / "labels.json").read_text()) == class_names_of(dataset)
     processor = AutoImageProcessor.from_pretrained(exported.path)
     image = dataset.shuffle(seed=0)[0]["image"].convert("RGB")
     assert torch.equal(processor(image, return_tensors="pt")["pixel_values"][0], pixel_values[0])
 
 
-def test_the_report_says_what_was_written_and_how_it_compares(exported, dataset):
+def test_the_report_lists_the_files_and_the_differences(exported, dataset):
     report = exported.report
     assert report.num_images == len(dataset)
     assert 0 < report.max_difference < 1e-4
@@ -119,7 +119,7 @@ def test_the_8_bit_variant_is_as_accurate_and_much_smaller(exported, dataset):
     assert exported.report.files[INT8_FILE] < exported.report.files[ONNX_FILE] / 2
 
 
-def test_exporting_leaves_the_model_as_it_was(exported, dataset, pixel_values):
+def test_export_does_not_change_the_model(exported, dataset, pixel_values):
     fresh = tuned_model(dataset)
     assert exported.model.training == fresh.training
     assert torch.equal(logits_of(exported.model, pixel_values), logits_of(fresh, pixel_values))
@@ -135,13 +135,13 @@ def test_deep_prompts_in_both_towers_are_exported(dataset, pixel_values, tmp_pat
         assert (logits - logits_of(model, pixel_values)).abs().max() > 0.1
 
 
-def test_an_adapter_conditioned_on_the_image_is_refused_with_the_reason(dataset, tmp_path):
+def test_an_adapter_conditioned_on_the_image_cannot_be_exported(dataset, tmp_path):
     with pytest.raises(ValueError, match="conditioned on the image: its class embeddings differ"):
         export_classifier(tuned_model(dataset, "cocoop"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_a_lora_in_the_image_tower_is_exported_too_and_replaces_all_of_an_older_export(
+def test_a_lora_in_the_image_tower_is_exported_and_replaces_an_earlier_export(
     exported, dataset, pixel_values, tmp_path
 ):
     (tmp_path / INT8_FILE).write_bytes((exported.path / INT8_FILE).read_bytes())
@@ -152,12 +152,10 @@ def test_a_lora_in_the_image_tower_is_exported_too_and_replaces_all_of_an_older_
     assert report.num_images == 0 and report.int8 is None
     logits, _ = run(tmp_path / ONNX_FILE, pixel_values)
     torch.testing.assert_close(logits, logits_of(model, pixel_values), rtol=0, atol=1e-4)
-    assert not (tmp_path / INT8_FILE).exists()  # of another model
+    assert not (tmp_path / INT8_FILE).exists()  # it belonged to another model
 
 
-def test_a_graph_that_gives_other_logits_is_an_error_and_the_older_export_stays(
-    exported, dataset, monkeypatch, tmp_path
-):
+def test_a_graph_with_other_logits_is_an_error_and_the_earlier_export_stays(exported, dataset, monkeypatch, tmp_path):
     (tmp_path / ONNX_FILE).write_text("older")
     monkeypatch.setattr("clip_prompt_peft.export.TOLERANCE", 0.0)
     with pytest.raises(RuntimeError, match="other logits than the model"):
@@ -185,13 +183,13 @@ def test_an_8_bit_variant_that_loses_accuracy_is_not_kept(
         ({"images": ["image"], "labels": [4]}, "Label 4 is out of range: the model has 4 classes"),
     ],
 )
-def test_images_and_labels_that_do_not_go_together_are_refused(classifier, tmp_path, arguments, message):
+def test_images_and_labels_that_do_not_match_are_errors(classifier, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         export_classifier(classifier, tmp_path / "new", **arguments)
     assert not (tmp_path / "new").exists()
 
 
-def test_what_cannot_be_exported_is_refused_with_the_reason(classifier, clip, tokenizer, tmp_path):
+def test_models_that_cannot_be_exported_are_errors(classifier, clip, tokenizer, tmp_path):
     with pytest.raises(TypeError, match="got a CLIPModel"):
         export_classifier(clip, tmp_path / "new")
     with pytest.raises(ValueError, match="torch.bfloat16; load it in float32"):

@@ -1,4 +1,4 @@
-"""Classifiers of other families are exported too, or refused with the reason."""
+"""Tests of exported classifiers of other model families."""
 
 import os
 
@@ -13,11 +13,11 @@ from clip_prompt_peft.export import CLASS_EMBEDS_FILE, ONNX_FILE, export_classif
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 10), reason="torch 2.6 cannot export its own MultiheadAttention")
-# more of them with ALL_PRESETS=1 in the environment: tracing takes a while
+# ALL_PRESETS=1 in the environment adds more families, whose tracing takes a while
 @pytest.mark.parametrize(
     "name", ["Siglip", *(["MetaClip2", "ChineseCLIP", "AltCLIP"] if os.environ.get("ALL_PRESETS") else [])]
 )
-def test_onnxruntime_gives_the_models_logits_bias_included(name, tmp_path):
+def test_onnxruntime_gives_the_logits_of_the_model_with_its_bias(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     family = FAMILIES[name]
@@ -36,7 +36,7 @@ def test_onnxruntime_gives_the_models_logits_bias_included(name, tmp_path):
     torch.testing.assert_close(by_hand, expected, rtol=0, atol=1e-4)
 
 
-def test_images_of_any_shape_are_refused_with_what_to_do(tmp_path):
+def test_models_of_images_of_any_shape_cannot_be_exported(tmp_path):
     family = FAMILIES["Siglip2"]
     with pytest.raises(ValueError, match="images of any shape.*get_image_features"):
         export_classifier(family.classifier(), tmp_path, image_processor=family.image_processor)

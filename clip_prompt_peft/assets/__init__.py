@@ -1,6 +1,6 @@
-"""What comes with the package as files: a tiny CLIP, icons to tune it on, and templates.
+"""The files that come with the package: a tiny CLIP, icons to train it on, and prompt templates.
 
-ATTRIBUTION.md tells where the model and the icons are from; each file of templates names its source.
+ATTRIBUTION.md states the origin of the model and the icons; each file of templates names its source.
 """
 
 import json
@@ -12,10 +12,15 @@ TINY_CLIP = str(ASSETS / "tiny_clip")
 
 
 def load_templates(name: str = "imagenet") -> list[str]:
-    """Templates that come with the package: `"imagenet"`, the 80 of CLIP's authors, or the 7 of `"imagenet_simple"`.
+    """
+    Loads prompt templates that come with the package.
+
+    Args:
+        name (`str`, *optional*, defaults to `"imagenet"`):
+            `"imagenet"` for the 80 templates of CLIP's authors, `"imagenet_simple"` for the 7 that do nearly as well.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: If the name is unknown.
     """
     known = sorted(file.stem for file in (ASSETS / "templates").glob("*.json"))
     if name not in known:

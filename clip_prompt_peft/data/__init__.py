@@ -1,4 +1,4 @@
-"""From any image data set to what the classifier is tuned on."""
+"""Loading, sampling and preprocessing of the image datasets that the classifier is trained and evaluated on."""
 
 from .columns import class_names_of, clean_class_name
 from .few_shot import base_new_names, hold_out, keep_classes, sample_few_shot, sample_few_shot_splits, split_base_new

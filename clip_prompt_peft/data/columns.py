@@ -1,63 +1,64 @@
-"""Finding the image and the label column of a data set."""
+"""The image column, the label column and the class names of a dataset."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from ..templates import check_class_names
 
 
+IMAGE, LABEL = "image", "label"  # the column names of every dataset that this package returns
+
 USUAL_LABEL_NAMES = ("label", "labels", "class", "target")
-
-
-READABLE = (Value("string"), Value("binary"))
-
-
-NEEDED = {
+READABLE_AS_IMAGE = (Value("string"), Value("binary"))
+EXPECTED = {
     "image": "images, their bytes, or paths to them",
-    "label": "a ClassLabel, or strings (numbers alone do not say what the classes are called)",
+    "label": "type ClassLabel or string (numbers alone do not say what the classes are called)",
 }
 
 
 def find_image_column(features: Features, name: str | None = None) -> str:
-    """The column that holds the images: the one named, otherwise the only one that holds `Image`s or their bytes.
+    """
+    Returns the name of the column that holds the images.
 
-    A named column may also hold paths or plain bytes, which `datasets` can read as images.
+    Args:
+        features (`datasets.Features`):
+            The columns of the dataset.
+        name (`str`, *optional*):
+            The column to use. It may also hold paths or plain bytes, which `datasets` can read as images. By default,
+            the only column of type `Image`, or of records with the bytes of an image.
 
     Raises:
-        ValueError: the named column is missing or holds no images; none, or more than one, is found.
+        ValueError: If the named column is missing or cannot hold images, or if there is not exactly one image column.
     """
-    if name is not None:
-        return _check_named(features, name, "image", lambda feature: _is_image(feature) or feature in READABLE)
-    return _the_only([key for key, feature in features.items() if _is_image(feature)], "image", features)
+    found = [key for key, feature in features.items() if _is_image(feature)]
+    return _choose(features, "image", name, found, lambda feature: _is_image(feature) or feature in READABLE_AS_IMAGE)
 
 
 def find_label_column(features: Features, name: str | None = None) -> str:
-    """The column that holds the labels: the one named, otherwise the only `ClassLabel`, otherwise strings under a
-    usual name.
+    """
+    Returns the name of the column that holds the labels.
 
-    Where there are several of a kind, one named `label`, `labels`, `class` or `target` is preferred.
+    Args:
+        features (`datasets.Features`):
+            The columns of the dataset.
+        name (`str`, *optional*):
+            The column to use. By default, the only `ClassLabel` column or, without one, a string column. Among several
+            candidates, and for string columns always, the name must be `label`, `labels`, `class` or `target`.
 
     Raises:
-        ValueError: the named column is missing or of a type without class names; none, or more than one, is found.
+        ValueError: If the named column is missing or has no class names, or if no label column can be determined.
     """
-    if name is not None:
-        return _check_named(features, name, "label", _has_class_names)
     labels = [key for key, feature in features.items() if isinstance(feature, ClassLabel)]
     usual = [key for key in labels or features if key in USUAL_LABEL_NAMES and _has_class_names(features[key])]
-    return _the_only(usual[:1] or labels, "label", features)
-
-
-def describe(features: Features) -> str:
-    """The columns and their types on one line."""
-    return ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
+    return _choose(features, "label", name, usual[:1] or labels, _has_class_names)
 
 
 def _is_image(feature) -> bool:
-    # parquet files that `datasets` did not write hold images as records of bytes and path
+    # Parquet files that were not written by `datasets` hold images as records of bytes and path.
     return isinstance(feature, Image) or (isinstance(feature, dict) and feature.get("bytes") == Value("binary"))
 
 
@@ -65,24 +66,21 @@ def _has_class_names(feature) -> bool:
     return isinstance(feature, ClassLabel) or feature == Value("string")
 
 
-def _check_named(features: Features, name: str, kind: str, fits) -> str:
-    if name not in features or not fits(features[name]):
-        problem = "does not exist" if name not in features else f"holds {_type_name(features[name])}"
-        raise ValueError(
-            f"The {kind} column {name!r} {problem}; needed is a column of {NEEDED[kind]}. The columns are: "
-            f"{describe(features)}."
-        )
-    return name
-
-
-def _the_only(found: list[str], kind: str, features: Features) -> str:
-    if len(found) != 1:
-        problem = f"More than one column could hold the {kind}s ({', '.join(found)})" if found else f"No {kind} column"
-        raise ValueError(
-            f"{problem}; name it with {kind}_column. Needed is a column of {NEEDED[kind]}. The columns are: "
-            f"{describe(features)}."
-        )
-    return found[0]
+def _choose(features: Features, kind: str, name: str | None, found: list[str], fits: Callable[..., bool]) -> str:
+    """Returns the named column if it fits, or the only one found."""
+    if name is None and len(found) == 1:
+        return found[0]
+    if name in features and fits(features[name]):
+        return name
+    if name is not None:
+        holds = f"holds {_type_name(features[name])}" if name in features else "does not exist"
+        problem = f"The {kind} column {name!r} {holds}"
+    elif found:
+        problem = f"More than one column could hold the {kind}s ({', '.join(found)}); name one with {kind}_column"
+    else:
+        problem = f"No {kind} column; name it with {kind}_column"
+    columns = ", ".join(f"{key} ({_type_name(feature)})" for key, feature in features.items())
+    raise ValueError(f"{problem}. Expected a column of {EXPECTED[kind]}. The columns are: {columns}.")
 
 
 def _type_name(feature) -> str:
@@ -91,23 +89,53 @@ def _type_name(feature) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-IMAGE, LABEL = "image", "label"
-
-
 def read_labels(dataset: Dataset, label_column: str) -> list[Hashable]:
-    """All values of a column, without decoding the images beside it."""
+    """Returns all N values of a column, without decoding the images beside it."""
     if label_column not in dataset.column_names:
         raise ValueError(f"There is no column {label_column!r}; the columns are {', '.join(dataset.column_names)}.")
-    column = dataset.select_columns(label_column).with_format("arrow")
-    return column[:][label_column].to_pylist()
+    return dataset.select_columns(label_column).with_format("arrow")[:][label_column].to_pylist()
+
+
+def class_label_of(dataset: Dataset, label_column: str) -> ClassLabel:
+    """Returns the type of a label column, which must be a `ClassLabel`."""
+    feature = dataset.features.get(label_column)
+    if not isinstance(feature, ClassLabel):
+        raise ValueError(
+            f"The column {label_column!r} {'is missing' if feature is None else f'is a {feature}'}, but class names "
+            f"are read from a ClassLabel column (columns: {', '.join(dataset.features)}). Convert a column of strings "
+            "with dataset.class_encode_column(...)."
+        )
+    return feature
+
+
+def class_names_of(dataset: Dataset, label_column: str = LABEL) -> list[str]:
+    """
+    Returns the class names of a dataset, cleaned with [`clean_class_name`].
+
+    Args:
+        dataset (`datasets.Dataset`):
+            A dataset with a `ClassLabel` column.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            The name of that column.
+
+    Returns:
+        `list[str]`: The C class names, in the order of the labels.
+
+    Raises:
+        ValueError: If the column is missing or has no class names, or if two cleaned names are equal.
+    """
+    return check_class_names([clean_class_name(name) for name in class_label_of(dataset, label_column).names])
 
 
 def clean_class_name(name: str, split_camel_case: bool = False) -> str:
-    """Writes a label name as words: `_` becomes a space, runs of white space become one. Case is kept.
+    """
+    Turns a label name into words by replacing underscores with spaces and collapsing white space. Case is kept.
 
     Args:
-        name: as the data set has it.
-        split_camel_case: also put a space in front of every capital letter that follows a small one.
+        name (`str`):
+            The name used by the dataset.
+        split_camel_case (`bool`, *optional*, defaults to `False`):
+            Whether to insert a space before each uppercase letter that follows a lowercase one.
 
     Example:
 
@@ -121,26 +149,3 @@ def clean_class_name(name: str, split_camel_case: bool = False) -> str:
     if split_camel_case:
         name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     return " ".join(name.replace("_", " ").split())
-
-
-def class_names_of(dataset: Dataset, label_column: str = "label") -> list[str]:
-    """The class names of a data set, cleaned with [`clean_class_name`], in the order of the labels.
-
-    Args:
-        dataset: with a `ClassLabel` column.
-        label_column: its name.
-
-    Returns:
-        C names; the name of label i stands at i.
-
-    Raises:
-        ValueError: the column is missing or holds no class names, or two names are equal once cleaned.
-    """
-    feature = dataset.features.get(label_column)
-    if not isinstance(feature, ClassLabel):
-        raise ValueError(
-            f"The column {label_column!r} {'is missing' if feature is None else f'is a {feature}'}, but class names "
-            f"are read from a ClassLabel column (columns: {', '.join(dataset.features)}). For a column of strings use "
-            "dataset.class_encode_column(...)."
-        )
-    return check_class_names([clean_class_name(name) for name in feature.names])

@@ -1,4 +1,4 @@
-"""The splits that the few-shot literature of CLIP shares: `split_zhou_*.json` of CoOp."""
+"""Readers for the `split_zhou_*.json` files of CoOp and for the folder layout of CLIP_benchmark."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import os
+from collections import Counter
 from pathlib import PurePosixPath
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
@@ -13,26 +14,36 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dat
 from .columns import IMAGE, LABEL, find_image_column, read_labels
 
 
-SPLITS = {"train": "train", "val": "validation", "test": "test"}
+logger = logging.getLogger(__name__)
+
+ZHOU_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+ZHOU_FORMAT = 'expected {"train": [[path, label, class name], ...], "val": [...], "test": [...]}'
+
+CLASS_NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
+LABEL_EXTENSION = "cls"  # of the label files in the shards of CLIP_benchmark
 
 
 def load_zhou_split(split_file: str | os.PathLike, image_dir: str | os.PathLike) -> DatasetDict:
-    """Reads a published split: a json file that names, for `train`, `val` and `test`, image, label and class of each.
+    """
+    Reads a split published with CoOp: a JSON file with the path, label and class name of each image.
 
-    The examples keep the order of the file, on which the few-shot draw depends: with the same seed, `sample_few_shot`
-    draws the images that CoOp draws (https://github.com/KaiyangZhou/CoOp, DATASETS.md has the files). Images are
-    opened when they are read.
+    The examples keep the order of the file, so that [`sample_few_shot`] draws the images that CoOp draws with the same
+    seed. Images are opened only when they are read. The files are listed in DATASETS.md of
+    https://github.com/KaiyangZhou/CoOp.
 
     Args:
-        split_file: `{"train": [[path, label, class name], ...], "val": ..., "test": ...}`.
-        image_dir: the folder that the paths are relative to.
+        split_file (`str` or `os.PathLike`):
+            A file of the form `{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`.
+        image_dir (`str` or `os.PathLike`):
+            The folder that the paths are relative to.
 
     Returns:
-        The splits `train`, `validation` and `test`, as far as they are there, with the columns `image` and `label`.
+        `datasets.DatasetDict`: The splits `train`, `validation` and `test`, if present, with the columns `image` and
+        `label`.
 
     Raises:
-        ValueError: the file is missing or of another form, images are missing or outside of `image_dir`, or labels
-            and class names do not go together.
+        ValueError: If the file is missing or malformed, if images are missing or outside of `image_dir`, or if labels
+            and class names do not match.
 
     Example:
 
@@ -40,128 +51,116 @@ def load_zhou_split(split_file: str | os.PathLike, image_dir: str | os.PathLike)
     >>> splits = load_zhou_split("oxford_pets/split_zhou_OxfordPets.json", "oxford_pets/images")
     ```
     """
-    items = _read(split_file)
-    feature = ClassLabel(names=_class_names(split_file, items))
-    missing = [path for entries in items.values() for path, _, _ in entries if not _is_there(image_dir, path)]
+    split_file, image_dir = os.fspath(split_file), os.fspath(image_dir)
+    items = _read_zhou_file(split_file)
+    features = Features({IMAGE: Image(), LABEL: ClassLabel(names=_zhou_class_names(split_file, items))})
+    missing = [path for entries in items.values() for path, _, _ in entries if not _is_inside(image_dir, path)]
     if missing:
-        raise ValueError(
-            f"{len(missing)} images of {str(split_file)!r} are not in the folder {str(image_dir)!r}, such as "
-            f"{missing[0]!r}."
-        )
-    features = Features({IMAGE: Image(), LABEL: feature})
-    return DatasetDict(
-        {
-            SPLITS[name]: Dataset.from_dict(
-                {
-                    IMAGE: [os.path.join(image_dir, path) for path, _, _ in entries],
-                    LABEL: [label for _, label, _ in entries],
-                },
-                features=features,
-            )
-            for name, entries in items.items()
-        }
-    )
+        raise ValueError(f"{len(missing)} images of {split_file!r} are not in {image_dir!r}, such as {missing[0]!r}.")
+    splits = DatasetDict()
+    for name, entries in items.items():
+        images = [os.path.join(image_dir, path) for path, _, _ in entries]
+        labels = [label for _, label, _ in entries]
+        splits[ZHOU_SPLITS[name]] = Dataset.from_dict({IMAGE: images, LABEL: labels}, features=features)
+    return splits
 
 
-def _read(split_file) -> dict[str, list]:
-    if not os.path.isfile(split_file):
-        raise ValueError(f"The file {str(split_file)!r} does not exist.")
+def _read_zhou_file(split_file: str) -> dict[str, list]:
+    check_file(split_file)
     with open(split_file, encoding="utf-8") as file:
         try:
             content = json.load(file)
         except ValueError as error:
-            raise ValueError(f"{str(split_file)!r} is not a json file ({error}).") from error
-    form = 'needed is {"train": [[path, label, class name], ...], "val": [...], "test": [...]}'
+            raise ValueError(f"{split_file!r} is not a json file ({error}).") from error
     if not isinstance(content, dict) or "train" not in content:
-        raise ValueError(f"{str(split_file)!r} holds no split 'train'; {form}.")
-    items = {name: content[name] for name in SPLITS if name in content}
+        raise ValueError(f"{split_file!r} has no split 'train'; {ZHOU_FORMAT}.")
+    items = {name: content[name] for name in ZHOU_SPLITS if name in content}
     for name, entries in items.items():
         for entry in entries:
             if not isinstance(entry, list) or list(map(type, entry)) != [str, int, str]:
-                raise ValueError(f"{str(split_file)!r} has the entry {entry!r} in {name!r}; {form}.")
+                raise ValueError(f"{split_file!r} has the entry {entry!r} in {name!r}; {ZHOU_FORMAT}.")
     return items
 
 
-def _class_names(split_file, items) -> list[str]:
+def _zhou_class_names(split_file: str, items: dict[str, list]) -> list[str]:
     names: dict[int, str] = {}
-    for entries in items.values():
-        for path, label, name in entries:
-            if names.setdefault(label, name) != name:
-                raise ValueError(
-                    f"{str(split_file)!r} calls label {label} both {names[label]!r} and {name!r} ({path})."
-                )
+    for path, label, name in (entry for entries in items.values() for entry in entries):
+        if names.setdefault(label, name) != name:
+            raise ValueError(f"{split_file!r} calls label {label} both {names[label]!r} and {name!r} ({path}).")
     if sorted(names) != list(range(len(names))):
-        raise ValueError(
-            f"The labels of {str(split_file)!r} must count from 0 without gaps, got {sorted(names)[:10]}."
-        )
+        raise ValueError(f"The labels of {split_file!r} must count from 0 without gaps, got {sorted(names)[:10]}.")
     if len(set(names.values())) < len(names):
-        raise ValueError(f"Two labels of {str(split_file)!r} have the same class name.")
+        raise ValueError(f"Two labels of {split_file!r} have the same class name.")
     return [names[label] for label in range(len(names))]
 
 
-def _is_there(image_dir, path: str) -> bool:
+def _is_inside(image_dir: str, path: str) -> bool:
     parts = PurePosixPath(path)
     return not parts.is_absolute() and ".." not in parts.parts and os.path.isfile(os.path.join(image_dir, path))
 
 
-logger = logging.getLogger(__name__)
-
-
-WDS_LABEL = "cls"
-
-
-CLASS_NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
+def check_file(file: str) -> None:
+    """Raises a `ValueError` if a file does not exist."""
+    if not os.path.isfile(file):
+        raise ValueError(f"The file {file!r} does not exist.")
 
 
 def load_clip_benchmark(folder: str | os.PathLike, **load_kwargs) -> DatasetDict:
-    """Reads a classification data set in the layout of CLIP_benchmark, such as `clip-benchmark/wds_*` of the Hub.
+    """
+    Reads a classification dataset in the layout of CLIP_benchmark, such as `clip-benchmark/wds_*` on the Hub.
 
-        folder/classnames.txt      a class name on each line, in the order of the labels
+        folder/classnames.txt      one class name per line, in the order of the labels
         folder/train/0.tar, ...    images (webp, png or jpg) and their labels (cls)
         folder/test/0.tar, ...
 
     Download one with `hf download --repo-type dataset clip-benchmark/wds_vtab-pets --local-dir pets`.
 
     Args:
-        folder: with the files above.
-        load_kwargs: for `datasets.load_dataset`.
+        folder (`str` or `os.PathLike`):
+            The folder with the files above.
+        load_kwargs (*optional*):
+            Additional keyword arguments passed to `datasets.load_dataset`.
 
     Returns:
-        The splits that are there, with the columns `image` and `label` (a `ClassLabel`).
+        `datasets.DatasetDict`: The splits in the folder, with the columns `image` and `label` (a `ClassLabel`).
 
     Raises:
-        ValueError: no such folder, class names or tar files; no images or labels in them; a label without a name.
+        ValueError: If the class names, tar files, images or labels are missing, or if a label has no name.
     """
-    names = _class_names(folder)
-    shards = {split: [glob.escape(path) for path in paths] for split, paths in _shards(folder).items()}
+    feature = ClassLabel(names=_read_class_names(folder))
+    shards: dict[str, list[str]] = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(str(folder)), "*", "*.tar"))):
+        shards.setdefault(os.path.basename(os.path.dirname(path)), []).append(glob.escape(path))
+    if not shards:
+        raise ValueError(f"There are no tar files in the sub-folders of {str(folder)!r}.")
     splits = load_dataset("webdataset", data_files=shards, **load_kwargs)
-    feature = ClassLabel(names=names)
-    return DatasetDict({name: _standard(name, split, feature) for name, split in splits.items()})
+    return DatasetDict({name: _with_class_names(name, split, feature) for name, split in splits.items()})
 
 
 def read_clip_benchmark_templates(folder: str | os.PathLike) -> list[str]:
-    """The zero-shot templates of the data set, for [`template_ensemble`]; `{c}` becomes `{}`.
+    """
+    Reads the zero-shot templates of a dataset in the layout of CLIP_benchmark, for [`template_ensemble`].
+
+    The placeholder `{c}` is replaced with `{}`.
 
     Raises:
-        ValueError: there are none.
+        ValueError: If the folder has no templates.
     """
-    return [template.replace("{c}", "{}") for template in _lines(folder, TEMPLATES_FILE)]
+    return [template.replace("{c}", "{}") for template in _read_lines(folder, TEMPLATES_FILE)]
 
 
-def _class_names(folder) -> list[str]:
-    names, seen = [], {}
-    for name in _lines(folder, CLASS_NAMES_FILE):
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    repeated = [name for name, count in seen.items() if count > 1]
+def _read_class_names(folder: str | os.PathLike) -> list[str]:
+    names, counts = [], Counter()
+    for name in _read_lines(folder, CLASS_NAMES_FILE):
+        counts[name] += 1
+        names.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
+    repeated = [name for name, count in counts.items() if count > 1]
     if repeated:  # ImageNet has two kinds of missile, and sunglasses twice
-        logger.warning(
-            "Class names must differ from each other; %s are there more than once and get numbers.", repeated
-        )
+        logger.warning("Class names must be unique; %s are there more than once and are numbered.", repeated)
     return names
 
 
-def _lines(folder, file_name: str) -> list[str]:
+def _read_lines(folder: str | os.PathLike, file_name: str) -> list[str]:
     path = os.path.join(folder, file_name)
     if not os.path.isfile(path):
         raise ValueError(f"There is no {file_name} in {str(folder)!r}, so it is not in the layout of CLIP_benchmark.")
@@ -169,26 +168,17 @@ def _lines(folder, file_name: str) -> list[str]:
         return [line.strip() for line in file if line.strip()]
 
 
-def _shards(folder) -> dict[str, list[str]]:
-    shards: dict[str, list[str]] = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(str(folder)), "*", "*.tar"))):
-        shards.setdefault(os.path.basename(os.path.dirname(path)), []).append(path)
-    if not shards:
-        raise ValueError(f"There are no tar files in the sub-folders of {str(folder)!r}.")
-    return shards
-
-
-def _standard(name: str, split, feature: ClassLabel):
-    if WDS_LABEL not in split.column_names:
+def _with_class_names(name: str, split: Dataset, feature: ClassLabel) -> Dataset:
+    if LABEL_EXTENSION not in split.column_names:
         raise ValueError(
-            f"The split {name!r} has no labels ({WDS_LABEL!r}); its files are {', '.join(split.column_names)}. Sets "
-            "of captions, or with several labels per image, are not read."
+            f"The split {name!r} has no labels ({LABEL_EXTENSION!r}); its files are {', '.join(split.column_names)}. "
+            "Expected one label per image; captions are not supported."
         )
-    columns = {find_image_column(split.features): IMAGE, WDS_LABEL: LABEL}
-    labels = read_labels(split, WDS_LABEL)
-    nameless = [label for label in labels if not 0 <= label < feature.num_classes]
-    if nameless:
+    columns = {find_image_column(split.features): IMAGE, LABEL_EXTENSION: LABEL}
+    labels = read_labels(split, LABEL_EXTENSION)
+    unnamed = [label for label in labels if not 0 <= label < feature.num_classes]
+    if unnamed:
         raise ValueError(
-            f"The split {name!r} has the label {nameless[0]}, but {CLASS_NAMES_FILE} has {feature.num_classes} names."
+            f"The split {name!r} has label {unnamed[0]}, but {CLASS_NAMES_FILE} has {len(feature.names)} names."
         )
     return split.select_columns(list(columns)).rename_columns(columns).cast_column(LABEL, feature)

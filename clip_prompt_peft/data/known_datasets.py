@@ -1,4 +1,4 @@
-"""The data sets that the few-shot literature of CLIP compares itself on."""
+"""The datasets that the few-shot literature on CLIP evaluates on, and the icons that come with the package."""
 
 from __future__ import annotations
 
@@ -16,23 +16,37 @@ from .few_shot import keep_classes
 from .sources import load_image_dataset
 
 
+STYLES = ("fluenthc", "noto", "fluent3d")
+
+
 @dataclass(frozen=True)
 class KnownDataset:
     """
-    What is particular about a data set.
+    A dataset of the literature: where to find it, its prompt template and its class names.
 
     Attributes:
-        title: as papers call it.
-        num_classes: that the literature uses.
-        template: CoOp's prompt.
-        hub_id: a copy of it on the Hub.
-        image_column, label_column: of that copy.
-        zhou_split: name of its published split, see [`load_zhou_split`]; `None` if there is none.
-        clip_benchmark: its copy in the layout of [`load_clip_benchmark`]; `None` if there is none.
-        classes_of: the data set whose classes, or some of them, these are.
-        left_out: classes that the literature leaves out.
-        class_names: label names that are to be read otherwise.
-        split_camel_case: whether label names are words written together.
+        title (`str`):
+            The name of the dataset in papers.
+        num_classes (`int`):
+            The number of classes that the literature uses.
+        template (`str`):
+            The prompt template of CoOp.
+        hub_id (`str`):
+            A copy of the dataset on the Hub.
+        image_column, label_column (`str`):
+            The names of the columns of that copy.
+        zhou_split (`str`, *optional*):
+            The name of its published split, see [`load_zhou_split`].
+        clip_benchmark (`str`, *optional*):
+            A copy on the Hub in the layout of [`load_clip_benchmark`].
+        classes_of (`str`, *optional*):
+            The short name of the dataset whose classes, or a subset of them, this dataset shares.
+        left_out (`list[str]`):
+            The classes that the literature leaves out.
+        class_names (`Mapping[str, str]`):
+            Label names and the class names that replace them.
+        split_camel_case (`bool`):
+            Whether label names are words in camel case.
     """
 
     title: str
@@ -49,7 +63,7 @@ class KnownDataset:
     split_camel_case: bool = False
 
     def fix_class_names(self, dataset: Dataset) -> Dataset:
-        """Leaves out what the literature leaves out, and calls the other classes as it does."""
+        """Drops the classes that the literature leaves out and gives the others the class names of the literature."""
         names = [name for name in dataset.features[LABEL].names if name not in self.left_out]
         dataset = keep_classes(dataset, names)
         fixed = [self.class_names.get(name) or clean_class_name(name, self.split_camel_case) for name in names]
@@ -60,33 +74,35 @@ class KnownDataset:
 
 @cache
 def known_datasets() -> Mapping[str, KnownDataset]:
-    """The table, by short name: the eleven sets of CoOp and four variants of ImageNet."""
+    """Returns the eleven datasets of CoOp and four variants of ImageNet, by short name."""
     content = json.loads((files(__package__) / "known_datasets.json").read_text())
     return {name: KnownDataset(**entry) for name, entry in content["datasets"].items()}
 
 
 def load_known_dataset(name: str, **load_kwargs) -> DatasetDict:
-    """Loads a data set of the table from the Hub, with the class names of the literature.
+    """
+    Loads one of [`known_datasets`] from the Hub, with the class names of the literature.
 
     Args:
-        name: one of [`known_datasets`].
-        load_kwargs: for `datasets.load_dataset` (`revision`, `token`, `cache_dir`, ...).
+        name (`str`):
+            The short name of the dataset.
+        load_kwargs (*optional*):
+            Additional keyword arguments passed to `datasets.load_dataset` (`revision`, `token`, `cache_dir`, ...).
 
     Returns:
-        The splits, with the columns `image` and `label`.
+        `datasets.DatasetDict`: The splits, with the columns `image` and `label`.
 
     Raises:
-        ValueError: unknown name; a set for which there is only a copy with numbers for labels.
+        ValueError: If the name is unknown, or if the copy on the Hub has no class names.
     """
     known = known_datasets()
     if name not in known:
-        raise ValueError(f"There is no data set {name!r} in the table; there are {', '.join(known)}.")
+        raise ValueError(f"There is no dataset {name!r} in the table; there are {', '.join(known)}.")
     entry = known[name]
     if entry.hub_id == entry.clip_benchmark:
         raise ValueError(
-            f"The copy of {entry.title} on the Hub, {entry.hub_id!r}, has numbers for labels; download it with "
-            f"`hf download --repo-type dataset {entry.hub_id} --local-dir FOLDER` and read it with "
-            "load_clip_benchmark(FOLDER), which knows the names."
+            f"{entry.hub_id!r}, the copy of {entry.title} on the Hub, has no class names. Download it (`hf download "
+            f"--repo-type dataset {entry.hub_id} --local-dir FOLDER`) and use load_clip_benchmark(FOLDER)."
         )
     splits = load_image_dataset(
         entry.hub_id, image_column=entry.image_column, label_column=entry.label_column, **load_kwargs
@@ -94,12 +110,16 @@ def load_known_dataset(name: str, **load_kwargs) -> DatasetDict:
     return DatasetDict({split: entry.fix_class_names(dataset) for split, dataset in splits.items()})
 
 
-STYLES = ("fluenthc", "noto", "fluent3d")
-
-
-SPLITS = ("train", "test")
-
-
 def load_style(style: str) -> DatasetDict:
-    """Emoji of 12 classes, drawn in one style: about 187 for training (`train`) and 267 others (`test`)."""
-    return load_image_dataset(files={split: str(ASSETS / "emoji" / f"{style}-{split}.parquet") for split in SPLITS})
+    """
+    Loads the icons of 12 classes that come with the package, drawn in one style.
+
+    Args:
+        style (`str`):
+            One of `"fluenthc"`, `"noto"` and `"fluent3d"`.
+
+    Returns:
+        `datasets.DatasetDict`: The splits `train` (about 187 icons) and `test` (267 other icons).
+    """
+    paths = {split: str(ASSETS / "emoji" / f"{style}-{split}.parquet") for split in ("train", "test")}
+    return load_image_dataset(files=paths)

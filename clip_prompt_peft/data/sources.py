@@ -1,4 +1,4 @@
-"""One form for all image data sets: columns `image` and `label`, the same class names in every split."""
+"""Loading of an image dataset from any source into one form: columns `image` and `label`, shared class names."""
 
 from __future__ import annotations
 
@@ -11,101 +11,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .columns import IMAGE, LABEL, find_image_column, find_label_column, read_labels
-from .formats import load_clip_benchmark, load_zhou_split
+from .formats import check_file, load_clip_benchmark, load_zhou_split
 
 
 logger = logging.getLogger(__name__)
 
-
-def standardize(splits: DatasetDict, image_column: str | None = None, label_column: str | None = None) -> DatasetDict:
-    """Renames the image and the label column, drops the others, and gives all splits the same class names.
-
-    Args:
-        splits: `train` and any others.
-        image_column, label_column: by default found, see [`find_image_column`] and [`find_label_column`].
-
-    Returns:
-        The splits, with the columns `image` and `label` (a `ClassLabel`). A split without labels is left out.
-
-    Raises:
-        ValueError: no training split; columns that cannot be found; labels in a split that `train` does not have.
-    """
-    if "train" not in splits:
-        raise ValueError(f"The data set has no split 'train'; its splits are {', '.join(splits)}.")
-    features = splits["train"].features
-    columns = {
-        find_image_column(features, image_column): IMAGE,
-        find_label_column(features, label_column): LABEL,
-    }
-    label_feature = _label_feature(splits["train"], next(key for key, new in columns.items() if new == LABEL))
-    standard = {}
-    for name, split in splits.items():
-        _check_same_columns(name, split, columns)
-        split = split.select_columns(list(columns)).rename_columns(columns)
-        if not isinstance(split.features[IMAGE], Image):
-            split = split.cast_column(IMAGE, Image())
-        if name != "train" and _is_unlabelled(split):
-            logger.warning("The split %r has no labels and is left out.", name)
-            continue
-        standard[name] = _with_labels(name, split, label_feature)
-    _check_train_covers(standard)
-    return DatasetDict(standard)
-
-
-def _check_same_columns(name: str, split: Dataset, columns: Mapping[str, str]) -> None:
-    missing = [column for column in columns if column not in split.column_names]
-    if missing:
-        raise ValueError(
-            f"The split {name!r} has no column {missing[0]!r}, which 'train' has; its columns are "
-            f"{', '.join(split.column_names)}."
-        )
-
-
-def _label_feature(train: Dataset, column: str) -> ClassLabel:
-    feature = train.features[column]
-    if isinstance(feature, ClassLabel):
-        return feature
-    return ClassLabel(names=sorted({label for label in read_labels(train, column) if label is not None}))
-
-
-def _is_unlabelled(split: Dataset) -> bool:
-    return all(label is None or label == -1 for label in read_labels(split, LABEL))
-
-
-def _with_labels(name: str, split: Dataset, feature: ClassLabel) -> Dataset:
-    own = split.features[LABEL]
-    labels = read_labels(split, LABEL)
-    if isinstance(own, ClassLabel):
-        if own.names != feature.names:
-            raise ValueError(
-                f"The split {name!r} has the classes {own.names[:5]}..., but 'train' has {feature.names[:5]}...; they "
-                "must be the same, in the same order."
-            )
-        strange = [label for label in labels if label is None or label < 0]
-    else:
-        known = set(feature.names)
-        strange = [label for label in labels if label not in known]
-    if strange:
-        raise ValueError(
-            f"{len(strange)} of {len(labels)} examples of the split {name!r} have a label that is no class of "
-            f"'train', such as {strange[0]!r}."
-        )
-    return split if isinstance(own, ClassLabel) else split.cast_column(LABEL, feature)
-
-
-def _check_train_covers(splits: Mapping[str, Dataset]) -> None:
-    names = splits["train"].features[LABEL].names
-    trained = set(read_labels(splits["train"], LABEL))
-    for split, dataset in splits.items():
-        untrained = sorted(set(read_labels(dataset, LABEL)) - trained)
-        if untrained:
-            raise ValueError(
-                f"The split {split!r} has images of {len(untrained)} classes that have none in 'train': "
-                f"{', '.join(names[label] for label in untrained[:10])}."
-            )
-
-
-FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
+FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}  # file extension to builder of `datasets`
 
 
 def load_image_dataset(
@@ -122,24 +33,34 @@ def load_image_dataset(
     **load_kwargs,
 ) -> DatasetDict:
     """
-    Reads a data set of the Hub, folders of images, files of rows, a published split, or tar files.
+    Loads a dataset from the Hub, from folders of images, parquet or arrow files, a published split, or tar files.
 
     Args:
-        dataset_name: Hub id, or a folder that `datasets.load_dataset` understands.
-        dataset_config_name: its configuration.
-        folders: split name to folder, with one sub-folder of images per class: `{"train": "pets/train"}`.
-        files: split name to parquet or arrow file.
-        zhou_split, image_dir: a published split and the folder of its images, see [`load_zhou_split`].
-        webdataset_dir: a folder in the layout of CLIP_benchmark, see [`load_clip_benchmark`].
-        image_column, label_column: by default found, see [`find_image_column`] and [`find_label_column`].
-        load_kwargs: for `datasets.load_dataset` (`revision`, `token`, `cache_dir`, ...).
+        dataset_name (`str`, *optional*):
+            A dataset id on the Hub, or a folder that `datasets.load_dataset` can read.
+        dataset_config_name (`str`, *optional*):
+            The configuration of the dataset on the Hub.
+        folders (`Mapping[str, str]`, *optional*):
+            The folder of each split, with one sub-folder of images per class, e.g. `{"train": "pets/train"}`.
+        files (`Mapping[str, str]`, *optional*):
+            The parquet or arrow file of each split.
+        zhou_split, image_dir (`str`, *optional*):
+            A published split and the folder of its images, see [`load_zhou_split`].
+        webdataset_dir (`str`, *optional*):
+            A folder in the layout of CLIP_benchmark, see [`load_clip_benchmark`].
+        image_column, label_column (`str`, *optional*):
+            The names of the columns. By default, they are determined from the column types, see [`find_image_column`]
+            and [`find_label_column`].
+        load_kwargs (*optional*):
+            Additional keyword arguments passed to `datasets.load_dataset` (`revision`, `token`, `cache_dir`, ...).
 
     Returns:
-        The splits, with the columns `image` and `label` (a `ClassLabel`). A split without labels is left out.
+        `datasets.DatasetDict`: The splits with the columns `image` and `label` (a `ClassLabel`), except those without
+        labels.
 
     Raises:
-        ValueError: none or several sources; a missing or empty folder or file; columns that cannot be found; no
-            training split, or labels in another split that it does not have.
+        ValueError: If there is not exactly one source, if a folder or file is missing or empty, if a column cannot be
+            determined, or if `train` is missing or lacks a class of another split.
     """
     if sum(bool(source) for source in (dataset_name, folders, files, zhou_split, webdataset_dir)) != 1:
         raise ValueError("Give exactly one of dataset_name, folders, files, zhou_split and webdataset_dir.")
@@ -160,39 +81,103 @@ def load_image_dataset(
 
 def _load_folders(folders: Mapping[str, str], load_kwargs: dict) -> DatasetDict:
     for folder in folders.values():
-        _check_folder(folder)
+        if not os.path.isdir(folder):
+            raise ValueError(f"The image folder {folder!r} does not exist.")
+        names = (name for _, _, files in os.walk(folder) for name in files)
+        if not any(os.path.splitext(name)[1].lower() in ImageFolder.EXTENSIONS for name in names):
+            raise ValueError(f"There are no images in {folder!r} or its sub-folders.")
     data_files = {split: os.path.join(glob.escape(folder), "**") for split, folder in folders.items()}
     splits = load_dataset("imagefolder", data_files=data_files, **load_kwargs)
     if LABEL not in next(iter(splits.values())).column_names:
         raise ValueError(
-            f"No classes were found in {', '.join(folders.values())}. Needed is one sub-folder for each of at least "
-            "two classes, with the images right inside: FOLDER/cat/1.jpg, FOLDER/dog/1.jpg, ..."
+            f"No classes were found in {', '.join(folders.values())}. Expected at least two classes, each with a "
+            "sub-folder that holds its images directly: FOLDER/cat/1.jpg, FOLDER/dog/1.jpg, ..."
         )
     return splits
 
 
-def _check_folder(folder: str) -> None:
-    if not os.path.isdir(folder):
-        raise ValueError(f"The image folder {folder!r} does not exist.")
-    names = (name for _, _, files in os.walk(folder) for name in files)
-    if not any(os.path.splitext(name)[1].lower() in ImageFolder.EXTENSIONS for name in names):
-        raise ValueError(f"There are no images in {folder!r}, nor in its sub-folders.")
-
-
 def _load_files(files: Mapping[str, str], load_kwargs: dict) -> DatasetDict:
-    missing = [file for file in files.values() if not os.path.isfile(file)]
+    for file in files.values():
+        check_file(file)
+    extensions = {os.path.splitext(file)[1].lower() for file in files.values()}
+    if len(extensions) > 1 or not extensions <= set(FILE_FORMATS):
+        raise ValueError(f"Files must be of one format, {' or '.join(FILE_FORMATS)}; got {', '.join(files.values())}.")
+    builder = FILE_FORMATS[extensions.pop()]
+    splits = DatasetDict()
+    for split, file in files.items():  # one by one, or `datasets` gives all files the class names of the first
+        splits[split] = load_dataset(builder, data_files={split: file}, split=split, **load_kwargs)
+    return splits
+
+
+def standardize(splits: DatasetDict, image_column: str | None = None, label_column: str | None = None) -> DatasetDict:
+    """
+    Renames the image and label columns, drops all others, and gives all splits the class names of `train`.
+
+    Args:
+        splits (`datasets.DatasetDict`):
+            The split `train` and any others.
+        image_column, label_column (`str`, *optional*):
+            The names of the columns. By default, they are determined from the column types, see [`find_image_column`]
+            and [`find_label_column`].
+
+    Returns:
+        `datasets.DatasetDict`: The splits with the columns `image` and `label` (a `ClassLabel`), except those without
+        labels.
+
+    Raises:
+        ValueError: If a column cannot be determined, or if `train` is missing or lacks a class of another split.
+    """
+    if "train" not in splits:
+        raise ValueError(f"The dataset has no split 'train'; its splits are {', '.join(splits)}.")
+    train = splits["train"]
+    image_column = find_image_column(train.features, image_column)
+    label_column = find_label_column(train.features, label_column)
+    trained = set(read_labels(train, label_column))
+    label_feature = train.features[label_column]
+    if not isinstance(label_feature, ClassLabel):
+        label_feature = ClassLabel(names=sorted(trained - {None}))
+
+    standard = DatasetDict()
+    for name, split in splits.items():
+        split = _select_columns(name, split, {image_column: IMAGE, label_column: LABEL})
+        labels = read_labels(split, LABEL)
+        if name != "train" and all(label is None or label == -1 for label in labels):
+            logger.warning("The split %r has no labels and is left out.", name)
+            continue
+        _check_labels(name, split, labels, label_feature, trained)
+        if not isinstance(split.features[LABEL], ClassLabel):
+            split = split.cast_column(LABEL, label_feature)
+        standard[name] = split
+    return standard
+
+
+def _select_columns(name: str, split: Dataset, new_names: dict[str, str]) -> Dataset:
+    missing = [column for column in new_names if column not in split.column_names]
     if missing:
-        raise ValueError(f"The file {missing[0]!r} does not exist.")
-    endings = {os.path.splitext(file)[1].lower() for file in files.values()}
-    if len(endings) > 1 or not endings <= set(FILE_FORMATS):
         raise ValueError(
-            f"The files must all be of one format, {' or '.join(FILE_FORMATS)}; got {', '.join(files.values())}."
+            f"Split {name!r} has no column {missing[0]!r}; its columns are {', '.join(split.column_names)}."
         )
-    builder = FILE_FORMATS[endings.pop()]
-    # one by one: together, `datasets` would read all files with the class names of the first
-    return DatasetDict(
-        {
-            split: load_dataset(builder, data_files={split: file}, split=split, **load_kwargs)
-            for split, file in files.items()
-        }
-    )
+    split = split.select_columns(list(new_names)).rename_columns(new_names)
+    return split if isinstance(split.features[IMAGE], Image) else split.cast_column(IMAGE, Image())
+
+
+def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel, trained: set) -> None:
+    feature, known = split.features[LABEL], set(expected.names)
+    if isinstance(feature, ClassLabel):
+        if feature.names != expected.names:
+            raise ValueError(
+                f"The split {name!r} has the classes {feature.names[:5]}..., but 'train' has {expected.names[:5]}...; "
+                "they must be the same, in the same order."
+            )
+        known = set(range(expected.num_classes))
+    unknown = [label for label in labels if label not in known]
+    if unknown:
+        raise ValueError(
+            f"The split {name!r} has {len(unknown)} labels that are no class of 'train', such as {unknown[0]!r}."
+        )
+    untrained = sorted(set(labels) - trained)
+    if untrained:
+        names = [expected.names[label] if isinstance(label, int) else label for label in untrained[:10]]
+        raise ValueError(
+            f"The split {name!r} has images of {len(untrained)} classes that have none in 'train': {', '.join(names)}."
+        )

@@ -1,1 +1,1 @@
-"""Training of prompts with the Trainer: recipes of the papers, callbacks, checkpoints."""
+"""Training with the Trainer: recipes of the papers, callbacks, the ProGrad step, and checkpoints."""

@@ -1,8 +1,8 @@
-"""Telling a whole checkpoint of the Trainer from one that broke off while it was written.
+"""Detection of checkpoints that are incomplete or damaged.
 
-The Trainer writes the files of a checkpoint one after the other into its final folder, `trainer_state.json` last, and
-transformers' `get_last_checkpoint` goes by the names of the folders alone. A process that is killed meanwhile, or a
-disk that is full, leaves a folder that it would take for a checkpoint.
+The Trainer writes the files of a checkpoint directly into its final folder, `trainer_state.json` last. If the process
+is killed or the disk is full, an incomplete folder remains, which `get_last_checkpoint` of transformers does not
+notice, since it only looks at the names of folders.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -23,17 +24,21 @@ from ..tuner.files import WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 
-OF_TRAINING = [OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state*.pth"]  # the last: one for each process
+CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+TRAINING_FILES = [OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state*.pth"]  # one random state per process
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The checkpoint with the most steps in a folder of the Trainer; damaged ones are passed over, with a warning.
+    """
+    Returns the last checkpoint in an output folder that is complete. Damaged ones are skipped with a warning.
 
     Args:
-        output_dir: of the `TrainingArguments`; need not exist.
+        output_dir (`str` or `os.PathLike`):
+            The `output_dir` of the `TrainingArguments`. It does not have to exist.
 
     Returns:
-        Its path for `Trainer.train(resume_from_checkpoint=...)`; `None` if there is no whole one.
+        `str` or `None`: The path to pass to `Trainer.train(resume_from_checkpoint=...)`, or `None` if there is no
+        complete checkpoint.
 
     Example:
 
@@ -50,52 +55,47 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 def checkpoints_in(output_dir: str | os.PathLike) -> list[str]:
-    """All folders that are named like a checkpoint, whole or not, by their number of steps."""
-    folders = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in _folders_in(output_dir)}
-    steps = {path: int(number) for path, number in folders.items() if number != path.name and number.isdecimal()}
+    """Returns all folders that are named like a checkpoint, complete or not, in the order of their steps."""
+    matches = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in _folders_in(output_dir)}
+    steps = {path: int(match[1]) for path, match in matches.items() if match}
     return [str(path) for path in sorted(steps, key=steps.get)]
 
 
 def checkpoint_damage(checkpoint: str | os.PathLike) -> str | None:
-    """What is missing, cut off or changed in a checkpoint of an adapter's training; `None` if nothing is.
+    """
+    Describes what is missing or damaged in a checkpoint of an adapter, or returns `None` if it is complete.
 
-    The contents of all files are read: their formats hold checksums or lengths. Optimizer, scheduler and random state
-    may be missing together (`save_only_model`), or beside sub-folders, in which DeepSpeed and FSDP keep them.
+    All files are read and compared with the checksums or lengths in them. The optimizer, scheduler and random state
+    may all be missing (`save_only_model`), or be in sub-folders, where DeepSpeed and FSDP keep them.
     """
     folder = Path(checkpoint)
-    needed = [TRAINER_STATE_NAME, CONFIG_NAME, WEIGHTS_NAME]
-    if any(any(folder.glob(pattern)) for pattern in OF_TRAINING) and not _folders_in(folder):
-        needed += OF_TRAINING
-    for pattern in needed:
+    expected = [TRAINER_STATE_NAME, CONFIG_NAME, WEIGHTS_NAME]
+    if any(any(folder.glob(pattern)) for pattern in TRAINING_FILES) and not _folders_in(folder):
+        expected += TRAINING_FILES
+    for pattern in expected:
         files = sorted(folder.glob(pattern))
         if not files:
             return f"{pattern} is missing"
         for file in files:
             try:
-                READERS[file.suffix](file)
+                _check_content(file)
             except (ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
                 return f"{file.name} is damaged ({error})"
     return None
 
 
 def _folders_in(folder: str | os.PathLike) -> list[Path]:
-    return [path for path in Path(folder).glob("*") if path.is_dir()]  # the pattern "*/" gives files, too, in 3.10
+    return [path for path in Path(folder).glob("*") if path.is_dir()]  # in Python 3.10, "*/" matches files as well
 
 
-def _read_json(file: Path) -> None:
-    json.loads(file.read_text(encoding="utf-8"))
-
-
-def _read_safetensors(file: Path) -> None:
-    with safe_open(file, framework="pt"):  # compares the length of the file with the header
-        pass
-
-
-def _read_torch_file(file: Path) -> None:
-    with zipfile.ZipFile(file) as content:
-        damaged = content.testzip()
-    if damaged is not None:
-        raise ValueError(f"wrong checksum of {damaged}")
-
-
-READERS = {".json": _read_json, ".safetensors": _read_safetensors, ".pt": _read_torch_file, ".pth": _read_torch_file}
+def _check_content(file: Path) -> None:
+    if file.suffix == ".json":
+        json.loads(file.read_text(encoding="utf-8"))
+    elif file.suffix == ".safetensors":
+        with safe_open(file, framework="pt"):  # compares the length of the file with its header
+            pass
+    else:  # torch.save writes ZIP archives
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum of {damaged}")

@@ -1,4 +1,4 @@
-"""The training step of ProGrad, which no loss can express: it needs two gradients."""
+"""The training step of ProGrad, which needs the gradients of two losses."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import torch
 from transformers import Trainer
 
 from ..regularizers import project_gradient
+from .callbacks import trainable_parameters
 
 
 class ProGradMixin:
     """
-    For a `Trainer`: takes out of the gradient of the cross entropy what works against general knowledge.
+    Mixin for a `Trainer` that removes the component of the gradient that conflicts with the general knowledge.
 
-    Works with the classifier while its active adapter has `regularizer="prograd"`, see [`ProGradRegularizer`]; with
-    any other it is the `Trainer` that it is mixed into. Each tensor is projected on its own, after the gradients of
-    all processes and of all steps of an accumulation have been averaged, as if it were one batch on one device.
+    It takes effect while the active adapter of the classifier has `regularizer="prograd"`, see [`ProGradRegularizer`].
+    Otherwise the `Trainer` works as usual. Each parameter is projected separately, after gradients have been averaged
+    over all processes and accumulation steps, so the result is the one of a single large batch.
     """
 
-    _general: list[torch.Tensor | None] | None = None  # gradients of general knowledge, summed over an accumulation
+    _general: list[torch.Tensor] | None = None  # gradients of the general knowledge, summed over accumulation steps
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training or self._regularizer() is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.label_smoother is not None or self.compute_loss_func is not None:
             raise ValueError(
-                "ProGrad compares the gradient of the model's own cross entropy; leave out label_smoothing_factor and "
+                "ProGrad uses the gradient of the model's own cross entropy; leave out label_smoothing_factor and "
                 "compute_loss_func."
             )
         outputs = model(**inputs, return_loss_terms=True)
@@ -33,10 +34,7 @@ class ProGradMixin:
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "ProGrad compares gradients of whole tensors, which DeepSpeed and FSDP cut up; train with plain "
-                "data parallelism."
-            )
+            raise ValueError("ProGrad needs gradients that DeepSpeed and FSDP shard; use plain data parallelism.")
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             self._project()
@@ -45,34 +43,30 @@ class ProGradMixin:
     def _regularizer(self):
         return self.accelerator.unwrap_model(self.model).active_regularizers.get("prograd")
 
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
     def _accumulate_general(self, term: torch.Tensor) -> None:
-        # autograd.grad goes past DistributedDataParallel's hooks, which expect one backward pass a step. The direction
-        # is all that matters, so the factor of a gradient scaler does no harm and saves small values from vanishing.
+        # autograd.grad bypasses the hooks of DistributedDataParallel, which expect one backward pass per step. Only
+        # the direction matters, so the factor of a gradient scaler is harmless, and it prevents underflow.
         if self.accelerator.scaler is not None:
             term = self.accelerator.scaler.scale(term)
-        gradients = torch.autograd.grad(term, self._trained(), retain_graph=True, allow_unused=True)
-        so_far = self._general or [None] * len(gradients)
-        self._general = [_sum(old, new) for old, new in zip(so_far, gradients)]
+        parameters = list(trainable_parameters(self.model).values())
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
+        if self._general is not None:
+            gradients = [old + new for old, new in zip(self._general, gradients)]
+        self._general = list(gradients)
 
     @torch.no_grad()
     def _project(self) -> None:
         regularizer = self._regularizer()
         general, self._general = self._general, None
-        for parameter, direction in zip(self._trained(), general or ()):
-            if direction is not None and parameter.grad is not None:
+        for parameter, direction in zip(trainable_parameters(self.model).values(), general or ()):
+            if parameter.grad is not None:
                 direction = self.accelerator.reduce(direction, reduction="mean")
                 parameter.grad.copy_(project_gradient(parameter.grad, direction, regularizer.projection))
 
 
-def _sum(old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
-    return (new if old is None else old) if old is None or new is None else old + new
-
-
 class ProGradTrainer(ProGradMixin, Trainer):
-    """`transformers.Trainer` with the training step of ProGrad.
+    """
+    The `Trainer` of transformers with the training step of ProGrad, see [`ProGradMixin`].
 
     Example:
 

@@ -1,4 +1,4 @@
-"""How the papers train: optimizer, schedule, batch and epochs of each preset, for the Trainer."""
+"""The training settings of the papers (optimizer, schedule, batch size and epochs of each preset) for the Trainer."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
 from ..tuner.presets import PRESETS
-from .callbacks import GaussianPromptAveraging
+from .callbacks import GaussianPromptAveraging, trainable_parameters
 from .prograd import ProGradTrainer
-
-
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-WARMUP_LEARNING_RATE = 1e-5  # constant, for the first epoch
-
-# Epochs by number of shots; at most as many as the key.
-COOP_EPOCHS = {1: 50, 4: 100, math.inf: 200}
 
 
 @dataclass(frozen=True)
 class PaperSettings:
-    """What the authors' scripts train a preset with."""
+    """
+    The settings that the authors' scripts train a preset with.
+
+    Attributes:
+        learning_rate (`float`):
+            The learning rate after the warm-up.
+        batch_size (`int`):
+            The number of images per step over all devices.
+        epochs (`int` or `dict[float, int]`):
+            The number of epochs, or a mapping from the largest number of shots per class to the number of epochs.
+    """
 
     learning_rate: float
     batch_size: int
     epochs: int | dict[float, int]
 
 
+COOP_EPOCHS = {1: 50, 4: 100, math.inf: 200}
 SETTINGS: dict[str, PaperSettings] = {
     "coop": PaperSettings(0.002, 32, COOP_EPOCHS),
     "coop-csc": PaperSettings(0.002, 32, COOP_EPOCHS),
@@ -44,19 +48,25 @@ SETTINGS: dict[str, PaperSettings] = {
     "prograd": PaperSettings(0.002, 32, COOP_EPOCHS),
     "promptsrc": PaperSettings(0.0025, 4, 20),
 }
-PROMPTSRC_MEAN, PROMPTSRC_STD = 15 / 20, 1 / 20  # of the number of epochs
+PROMPTSRC_MEAN, PROMPTSRC_STD = 15 / 20, 1 / 20  # as fractions of the number of epochs
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+WARMUP_LEARNING_RATE = 1e-5  # constant during the first epoch
 
 
 @dataclass(frozen=True)
 class Recipe:
     """
-    What a `Trainer` is given to train as a paper does.
+    The arguments with which a `Trainer` reproduces the training of a paper.
 
     Attributes:
-        arguments: keywords for `TrainingArguments`.
-        optimizers: optimizer and scheduler.
-        callbacks: for the Trainer.
-        trainer_class: the Trainer to use.
+        arguments (`dict`):
+            Keyword arguments for `TrainingArguments`.
+        optimizers (`tuple`):
+            The optimizer and the learning rate scheduler.
+        callbacks (`list[TrainerCallback]`):
+            The callbacks to pass to the Trainer.
+        trainer_class (`type[Trainer]`):
+            The class of the Trainer.
     """
 
     arguments: dict
@@ -66,20 +76,27 @@ class Recipe:
 
 
 def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int = 16, **overrides) -> Recipe:
-    """The training of a paper: SGD, one epoch of warm-up, a cosine that moves once an epoch, no clipping of gradients.
+    """
+    Returns the training recipe of a paper.
 
-    The batch is shared out among the devices.
+    All recipes use SGD, one warm-up epoch, a cosine schedule that is updated once per epoch, and no gradient clipping.
+    The batch is divided among the devices.
 
     Args:
-        name: one of `clip_prompt_peft.presets.PRESETS`.
-        model: with its adapter in it; what is trainable is trained.
-        num_examples: size of the training set.
-        shots: images per class, on which the number of epochs of some methods depends.
-        overrides: keywords for `TrainingArguments` to set otherwise; `learning_rate`, `num_train_epochs`, the batch
-            size and `gradient_accumulation_steps` are heeded by the schedule.
+        name (`str`):
+            The name of a preset, one of `PRESETS`.
+        model (`nn.Module`):
+            The model with its adapter. All of its trainable parameters are trained.
+        num_examples (`int`):
+            The size of the training set.
+        shots (`int`, *optional*, defaults to 16):
+            The number of images per class, which determines the number of epochs of some methods.
+        overrides (*optional*):
+            Keyword arguments for `TrainingArguments` that replace those of the paper. The schedule takes
+            `learning_rate`, `num_train_epochs`, the batch size and `gradient_accumulation_steps` into account.
 
     Raises:
-        ValueError: unknown name, nothing to train.
+        ValueError: If the name is unknown or the model has no trainable parameters.
 
     Example:
 
@@ -93,11 +110,11 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     """
     if name not in SETTINGS:
         raise ValueError(f"There is no recipe {name!r}; there are {sorted(SETTINGS)}.")
-    settings = SETTINGS[name]
-    num_devices = _num_devices(overrides)
+    settings, num_devices = SETTINGS[name], _num_devices(overrides)
+    epochs = settings.epochs if isinstance(settings.epochs, dict) else {math.inf: settings.epochs}
     arguments = {
         "learning_rate": settings.learning_rate,
-        "num_train_epochs": _epochs(settings.epochs, shots),
+        "num_train_epochs": next(number for max_shots, number in epochs.items() if shots <= max_shots),
         "per_device_train_batch_size": max(1, settings.batch_size // num_devices),
         "weight_decay": WEIGHT_DECAY,
         "max_grad_norm": 0.0,
@@ -106,25 +123,37 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     batch_size = arguments["per_device_train_batch_size"] * num_devices
     arguments.setdefault("dataloader_drop_last", num_examples >= batch_size)
     num_epochs = arguments["num_train_epochs"]
-    optimizers = sgd_with_epoch_cosine(
-        model, arguments["learning_rate"], num_epochs, _steps_per_epoch(num_examples, batch_size, arguments)
-    )
-    callbacks = []
-    if name == "promptsrc":
-        callbacks.append(GaussianPromptAveraging(PROMPTSRC_MEAN * num_epochs, PROMPTSRC_STD * num_epochs))
+    steps_per_epoch = _steps_per_epoch(num_examples, batch_size, arguments)
+    optimizers = sgd_with_epoch_cosine(model, arguments["learning_rate"], num_epochs, steps_per_epoch)
+    averaging = GaussianPromptAveraging(PROMPTSRC_MEAN * num_epochs, PROMPTSRC_STD * num_epochs)
     trainer_class = ProGradTrainer if PRESETS[name].get("regularizer") == "prograd" else Trainer
-    return Recipe(arguments, optimizers, callbacks, trainer_class)
+    return Recipe(arguments, optimizers, [averaging] if name == "promptsrc" else [], trainer_class)
+
+
+def _num_devices(arguments: dict) -> int:
+    """Returns the number of devices that the Trainer will use: one per process, or all GPUs of a single process."""
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes > 1 or arguments.get("use_cpu", False):
+        return num_processes
+    return max(1, torch.cuda.device_count())
+
+
+def _steps_per_epoch(num_examples: int, batch_size: int, arguments: dict) -> int:
+    round_batches = math.floor if arguments["dataloader_drop_last"] else math.ceil
+    num_batches = max(1, round_batches(num_examples / batch_size))
+    return math.ceil(num_batches / arguments.get("gradient_accumulation_steps", 1))
 
 
 def sgd_with_epoch_cosine(
     model: nn.Module, learning_rate: float, num_epochs: int, steps_per_epoch: int
 ) -> tuple[torch.optim.SGD, LambdaLR]:
-    """SGD on all that is trainable, weight decay included, with the schedule of [`epoch_learning_rate`].
+    """
+    Returns SGD with weight decay for all trainable parameters, and the schedule of [`epoch_learning_rate`].
 
     Raises:
-        ValueError: if nothing is trainable.
+        ValueError: If the model has no trainable parameters.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = list(trainable_parameters(model).values())
     if not parameters:
         raise ValueError("The model has nothing to train; put an adapter into it first, or load it with is_trainable.")
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
@@ -136,30 +165,14 @@ def sgd_with_epoch_cosine(
 
 
 def epoch_learning_rate(epoch: int, learning_rate: float, num_epochs: int) -> float:
-    """1e-5 in epoch 0; from epoch 1 on half a cosine of `num_epochs` epochs, which training ends before the end of.
+    """
+    Returns the learning rate of an epoch: 1e-5 in epoch 0, then a half cosine over `num_epochs` epochs.
 
-    Source: the authors' code on Dassl, where the cosine starts anew after the warm-up epoch.
+    The cosine starts at epoch 1, so training ends before it reaches 0.
+
+    Source:
+        The authors' code on Dassl, in which the schedule restarts after the warm-up epoch.
     """
     if epoch == 0:
         return WARMUP_LEARNING_RATE
     return 0.5 * learning_rate * (1 + math.cos(math.pi * (epoch - 1) / num_epochs))
-
-
-def _epochs(epochs, shots: int) -> int:
-    if isinstance(epochs, int):
-        return epochs
-    return next(number for at_most, number in epochs.items() if shots <= at_most)
-
-
-def _num_devices(arguments: dict) -> int:
-    """As many as the Trainer will use: one for each process, or all GPUs of a single one."""
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    if num_processes > 1 or arguments.get("use_cpu", False):
-        return num_processes
-    return max(1, torch.cuda.device_count())
-
-
-def _steps_per_epoch(num_examples: int, batch_size: int, arguments: dict) -> int:
-    round_batches = math.floor if arguments["dataloader_drop_last"] else math.ceil
-    num_batches = max(1, round_batches(num_examples / batch_size))
-    return math.ceil(num_batches / arguments.get("gradient_accumulation_steps", 1))

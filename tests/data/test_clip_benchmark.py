@@ -1,4 +1,4 @@
-"""Data sets in the layout of CLIP_benchmark."""
+"""Tests of datasets in the layout of CLIP_benchmark."""
 
 import io
 import tarfile
@@ -46,16 +46,16 @@ def test_shards_become_splits_with_named_labels(folder):
     assert len(splits["test"]) == 2
 
 
-def test_a_set_for_testing_only_is_read_too(folder):
+def test_a_dataset_without_training_split_is_read(folder):
     write_shard(folder / "test/0.tar", [0, 1])
     assert list(load_clip_benchmark(folder)) == ["test"]
 
 
-def test_templates_are_read_in_the_form_of_this_library(folder):
+def test_templates_are_read_with_the_placeholder_of_this_package(folder):
     assert read_clip_benchmark_templates(folder) == ["a photo of a {}.", "{}"]
 
 
-def test_class_names_that_are_there_twice_are_numbered_and_warned_of(folder, caplog):
+def test_repeated_class_names_are_numbered_with_a_warning(folder, caplog):
     (folder / "classnames.txt").write_text("missile\nsunglasses\nmissile\n")
     write_shard(folder / "test/0.tar", [2])
     test = load_clip_benchmark(folder)["test"]
@@ -63,7 +63,7 @@ def test_class_names_that_are_there_twice_are_numbered_and_warned_of(folder, cap
     assert "['missile'] are there more than once" in caplog.text
 
 
-def test_what_is_missing_is_told(folder, tmp_path):
+def test_missing_files_and_labels_are_errors(folder, tmp_path):
     with pytest.raises(ValueError, match="no tar files"):
         load_clip_benchmark(folder)
     with pytest.raises(ValueError, match="no classnames.txt in"):

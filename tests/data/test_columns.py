@@ -16,7 +16,7 @@ def test_underscores_become_spaces_and_case_is_kept(spelled, clean):
     assert clean_class_name(spelled) == clean
 
 
-def test_class_names_stand_in_the_order_of_the_labels():
+def test_class_names_are_in_the_order_of_the_labels():
     assert class_names_of(dataset(["zebra", "polar_bear"])) == ["zebra", "polar bear"]
 
 
@@ -33,7 +33,7 @@ def test_a_column_without_names_is_an_error_that_lists_the_columns():
         class_names_of(numbers, "breed")
 
 
-def test_words_written_together_are_taken_apart_if_asked_for():
+def test_camel_case_is_split_on_request():
     assert clean_class_name("ApplyEyeMakeup", split_camel_case=True) == "Apply Eye Makeup"
     assert clean_class_name("TV_DVDs", split_camel_case=True) == "TV DVDs"
     assert clean_class_name("ApplyEyeMakeup") == "ApplyEyeMakeup"

@@ -1,8 +1,7 @@
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from clip_prompt_peft.data import images as content_hash
-from clip_prompt_peft.data import load_image_dataset
+from clip_prompt_peft.data import content_hash, load_image_dataset
 
 
 def dataset(values, labels, names=("cat", "dog")):
@@ -16,7 +15,7 @@ def test_the_same_examples_have_the_same_hash():
     assert len(content_hash(dataset([1, 2], [0, 1]))) == 16
 
 
-def test_an_image_a_name_or_the_order_makes_another():
+def test_another_image_name_or_order_changes_the_hash():
     hashes = [
         content_hash(dataset([1, 2], [0, 1])),
         content_hash(dataset([1, 3], [0, 1])),
@@ -27,7 +26,7 @@ def test_an_image_a_name_or_the_order_makes_another():
     assert len(set(hashes)) == len(hashes)
 
 
-def test_files_count_by_what_is_in_them(tmp_path, monkeypatch):
+def test_the_hash_depends_on_the_content_of_files_and_not_on_their_path(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     for root in ("here", "there"):
         for value, name in enumerate(("cat", "dog")):

@@ -27,7 +27,7 @@ def validation():
 
 
 @pytest.mark.parametrize("draw", RECORDED["draws"], ids=lambda d: "{seed}-{num_shots}-{when_fewer}".format(**d))
-def test_the_draw_is_the_one_that_coop_makes(draw, train, validation):
+def test_the_sample_is_the_one_of_coop(draw, train, validation):
     settings = {key: draw[key] for key in ("num_shots", "seed", "when_fewer")}
     few_train, few_validation = sample_few_shot_splits(train, validation, **settings)
     assert list(few_train["file"]) == draw["train"]
@@ -35,13 +35,13 @@ def test_the_draw_is_the_one_that_coop_makes(draw, train, validation):
     assert list(sample_few_shot(train, **settings)["file"]) == draw["train"]
 
 
-def test_every_class_gives_as_many_as_asked_for_and_none_twice(train):
+def test_every_class_has_num_shots_distinct_examples(train):
     few = sample_few_shot(train, num_shots=3, seed=5)
     assert Counter(few["label"]) == {0: 3, 1: 3, 2: 3, 3: 3}
     assert len(set(few["file"])) == 12
 
 
-def test_another_seed_draws_others(train):
+def test_another_seed_draws_other_examples(train):
     assert list(sample_few_shot(train, 2, seed=1)["file"]) != list(sample_few_shot(train, 2, seed=2)["file"])
 
 
@@ -54,12 +54,12 @@ def test_the_draw_does_not_depend_on_the_global_random_state(train):
     assert list(first) == list(sample_few_shot(train, 2)["file"])
 
 
-def test_too_few_examples_are_an_error_that_names_the_class_and_its_number(train):
+def test_too_few_examples_are_an_error_that_names_the_class_and_its_size(train):
     with pytest.raises(ValueError, match=r"2 of 4 classes have fewer \(.*sphynx 3.*\).*at most 3"):
         sample_few_shot(train, num_shots=8)
 
 
-def test_any_column_can_say_the_class():
+def test_any_column_can_hold_the_class():
     names = Dataset.from_dict({"breed": ["pug", "pug", "beagle"]})
     assert Counter(sample_few_shot(names, 1, label_column="breed")["breed"]) == {"pug": 1, "beagle": 1}
 
@@ -72,6 +72,6 @@ def test_any_column_can_say_the_class():
         ({"num_shots": 1, "when_fewer": "some"}, "'error', 'all', 'repeat'.*'some'"),
     ],
 )
-def test_bad_arguments_are_named(train, arguments, message):
+def test_invalid_arguments_are_errors(train, arguments, message):
     with pytest.raises(ValueError, match=message):
         sample_few_shot(train, **arguments)

@@ -1,4 +1,4 @@
-"""Splits in the form in which CoOp publishes them."""
+"""Tests of splits published with CoOp."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_keeps_the_order_of_the_file_and_names_the_labels(write):
     assert splits["train"][2]["image"].filename.endswith("b/2.png")
 
 
-def test_is_a_source_like_any_other(write):
+def test_is_a_source_of_load_image_dataset(write):
     split_file, image_dir = write(ITEMS)
     splits = load_image_dataset(zhou_split=str(split_file), image_dir=str(image_dir))
     assert splits["test"].features["label"].names == ["cat", "dog"]
@@ -78,12 +78,12 @@ def test_the_few_shot_draw_of_a_published_split_is_that_of_coop(write, draw):
         ({"train": [["/etc/hostname", 0, "cat"]]}, "such as '/etc/hostname'"),
     ],
 )
-def test_a_file_of_another_form_is_an_error(write, items, message):
+def test_a_malformed_file_is_an_error(write, items, message):
     with pytest.raises(ValueError, match=message):
         load_zhou_split(*write(items, images=False))
 
 
-def test_a_file_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="gone.json.*does not exist"):
         load_zhou_split(tmp_path / "gone.json", tmp_path)
     (tmp_path / "bad.json").write_text("{")

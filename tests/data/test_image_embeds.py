@@ -1,4 +1,4 @@
-"""Image embeddings as a column: those of the images, computed once, and never those of another model."""
+"""Tests of precomputed image embeddings: computed once, and never those of another model."""
 
 import pytest
 import torch
@@ -17,20 +17,20 @@ def image_processor():
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Five pictures, with a cache folder of their own."""
+    """Five images with their own cache folder."""
     files = {"train": str(EMOJI / "noto-train.parquet")}
     return load_image_dataset(files=files, cache_dir=str(tmp_path))["train"].select(range(5))
 
 
 @pytest.fixture
 def tower_runs(classifier):
-    """The numbers of images that the image tower has run on."""
+    """The number of images in each forward pass of the image tower."""
     runs = []
     classifier.vision_model.register_forward_hook(lambda module, args, out: runs.append(len(out.pooler_output)))
     return runs
 
 
-def test_embeddings_stand_in_for_the_images_one_by_one(classifier, dataset, image_processor):
+def test_embeddings_give_the_logits_of_their_images(classifier, dataset, image_processor):
     embeds = cache_image_embeds(dataset, classifier, image_processor, batch_size=2)
     pixel_values = torch.stack(with_pixel_values(dataset, image_processor)[:]["pixel_values"])
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_half_precision_takes_half_the_space(classifier, dataset, image_processo
     torch.testing.assert_close(half[:]["image_embeds"].float(), full, rtol=1e-3, atol=1e-3)
 
 
-def test_the_trainer_takes_them(classifier, dataset, image_processor, tmp_path):
+def test_the_trainer_accepts_them(classifier, dataset, image_processor, tmp_path):
     classifier.set_class_names(dataset.features["label"].names)
     train_set = cache_image_embeds(dataset, classifier, image_processor)
     args = TrainingArguments(tmp_path, max_steps=2, logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
@@ -104,7 +104,7 @@ class TestSecondRun:
 
 
 class TestViews:
-    def test_each_reading_draws_one_of_the_views(self, classifier, dataset, image_processor, tower_runs):
+    def test_each_access_draws_one_of_the_views(self, classifier, dataset, image_processor, tower_runs):
         views = cache_image_embeds(dataset, classifier, image_processor, num_views=3)
         assert sum(tower_runs) == 15
         rows = [torch.stack(list(views[:]["image_embeds"])) for _ in range(30)]
@@ -126,12 +126,12 @@ class TestViews:
         )
         assert not torch.allclose(first[0]["image_embeds"], second[0]["image_embeds"])
 
-    def test_random_numbers_of_the_training_are_not_used_up(self, classifier, dataset, image_processor):
+    def test_the_global_random_state_is_not_changed(self, classifier, dataset, image_processor):
         torch.manual_seed(0)
         cache_image_embeds(dataset, classifier, image_processor, num_views=2)
         assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(0)))
 
-    def test_the_trainer_takes_them(self, classifier, dataset, image_processor, tmp_path):
+    def test_the_trainer_accepts_them(self, classifier, dataset, image_processor, tmp_path):
         classifier.set_class_names(dataset.features["label"].names)
         train_set = cache_image_embeds(dataset, classifier, image_processor, num_views=2)
         args = TrainingArguments(tmp_path, max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
@@ -152,12 +152,12 @@ class TestRefused:
             cache_image_embeds(dataset, classifier, image_processor)
 
     @pytest.mark.parametrize("settings", [{"num_views": 0}, {"num_views": "many"}, {"dtype": "int8"}])
-    def test_settings_that_make_no_sense(self, classifier, dataset, image_processor, settings):
+    def test_invalid_settings(self, classifier, dataset, image_processor, settings):
         with pytest.raises(ValueError, match=next(iter(settings))):
             cache_image_embeds(dataset, classifier, image_processor, **settings)
 
 
-def test_every_module_is_left_in_the_mode_that_it_was_in(classifier, dataset, image_processor):
+def test_every_module_keeps_its_training_mode(classifier, dataset, image_processor):
     classifier.train().vision_model.encoder.eval()
     before = [module.training for module in classifier.modules()]
     cache_image_embeds(dataset, classifier, image_processor)

@@ -1,4 +1,4 @@
-"""The cache of image embeddings when processes die or write at the same time: never a wrong value."""
+"""Tests of the cache of image embeddings with processes that are killed or write at the same time."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from clip_prompt_peft.data import cache_image_embeds, load_image_dataset
 
 @pytest.fixture
 def embed(classifier, tmp_path):
-    """Embeds pictures whose data set has a cache folder of its own."""
+    """A function that embeds images of a dataset with its own cache folder."""
     files = {"train": str(EMOJI / "noto-train.parquet")}
     dataset = load_image_dataset(files=files, cache_dir=str(tmp_path))["train"].select(range(24))
     image_processor = AutoImageProcessor.from_pretrained(TINY_CLIP)
@@ -23,7 +23,7 @@ def embed(classifier, tmp_path):
 
 @pytest.fixture
 def expected(classifier):
-    """The embeddings, made without a cache."""
+    """The embeddings computed without a cache."""
     dataset = load_image_dataset(files={"train": str(EMOJI / "noto-train.parquet")})["train"].select(range(24))
     image_processor = AutoImageProcessor.from_pretrained(TINY_CLIP)
     pixel_values = image_processor([image.convert("RGB") for image in dataset["image"]], return_tensors="pt")
@@ -32,7 +32,7 @@ def expected(classifier):
 
 
 def in_another_process(action):
-    """Starts a fork that does something, and returns its id."""
+    """Runs an action in a forked process and returns the process id."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -51,7 +51,7 @@ def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_two_processes_that_write_at_once_both_have_the_right_ones(embed, expected):
+def test_processes_that_write_at_the_same_time_all_get_correct_embeddings(embed, expected):
     def is_right():
         return torch.allclose(embed(), expected, atol=1e-5)
 
@@ -60,7 +60,7 @@ def test_two_processes_that_write_at_once_both_have_the_right_ones(embed, expect
 
 
 @pytest.mark.parametrize("batch", [0, 1, 4, 5])
-def test_a_writer_that_is_killed_between_two_batches_leaves_nothing_that_is_read(embed, expected, classifier, batch):
+def test_a_process_killed_between_two_batches_leaves_no_file_that_is_read(embed, expected, classifier, batch):
     def embed_and_die():
         batches = []
 
@@ -76,7 +76,7 @@ def test_a_writer_that_is_killed_between_two_batches_leaves_nothing_that_is_read
     torch.testing.assert_close(embed(), expected)
 
 
-def test_a_writer_that_is_killed_before_its_file_is_in_place_leaves_nothing_that_is_read(embed, expected, monkeypatch):
+def test_a_process_killed_before_it_moves_its_file_leaves_no_file_that_is_read(embed, expected, monkeypatch):
     def embed_and_die():
         monkeypatch.setattr(shutil, "move", die)
         embed()
@@ -85,7 +85,7 @@ def test_a_writer_that_is_killed_before_its_file_is_in_place_leaves_nothing_that
     torch.testing.assert_close(embed(), expected)
 
 
-def test_one_that_trains_the_base_model_meanwhile_does_not_get_the_others_embeddings(embed, expected, classifier):
+def test_a_process_with_other_weights_does_not_get_embeddings_of_the_first(embed, expected, classifier):
     def change_and_embed():
         with torch.no_grad():
             classifier.visual_projection.weight.mul_(2)

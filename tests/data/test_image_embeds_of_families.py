@@ -1,4 +1,4 @@
-"""Images of every family: as the Trainer gets them, and embedded once."""
+"""Tests of pixel values and precomputed embeddings with every model family."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def dataset(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_embeddings_stand_in_for_the_images(name, dataset):
+def test_embeddings_give_the_logits_of_their_images(name, dataset):
     family = FAMILIES[name]
     classifier = family.classifier()
     examples = with_pixel_values(dataset, family.image_processor)[:]

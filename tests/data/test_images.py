@@ -39,16 +39,16 @@ def test_evaluation_uses_the_processor_of_the_model(dataset, image, image_proces
     assert examples["labels"] == [1, 0]
 
 
-def test_augmented_images_have_the_size_and_the_normalisation_of_the_model(image_processor):
+def test_augmented_images_have_the_size_and_normalization_of_the_model(image_processor):
     white = PILImage.new("RGB", (90, 30), "white")
     features = Features({"image": Image(), "label": ClassLabel(names=["cat"])})
     dataset = Dataset.from_dict({"image": [white], "label": [0]}, features=features)
     plain = with_pixel_values(dataset, image_processor)[0]["pixel_values"]
     augmented = with_pixel_values(dataset, image_processor, augment=True)[0]["pixel_values"]
-    torch.testing.assert_close(augmented, plain)  # every part of a white image is white
+    torch.testing.assert_close(augmented, plain)  # any crop of a white image is white
 
 
-def test_augmentation_differs_from_time_to_time_and_repeats_with_the_seed(dataset, image_processor):
+def test_augmentation_is_random_and_reproducible(dataset, image_processor):
     augmented = with_pixel_values(dataset, image_processor, augment=True)
     torch.manual_seed(3)
     first, second = augmented[0]["pixel_values"], augmented[0]["pixel_values"]
@@ -58,7 +58,7 @@ def test_augmentation_differs_from_time_to_time_and_repeats_with_the_seed(datase
     assert not torch.equal(first, second)
 
 
-def test_parts_have_the_area_and_the_ratio_asked_for():
+def test_boxes_have_the_given_area_and_ratio():
     view = RandomResizedCropFlip((8, 8), scale=(0.2, 0.5), ratio=(0.5, 2.0), generator=generator())
     for _ in range(200):
         left, upper, right, lower = view.random_box(200, 100)
@@ -69,7 +69,7 @@ def test_parts_have_the_area_and_the_ratio_asked_for():
         assert 0.48 < width / height < 2.1
 
 
-def test_parts_lie_anywhere_in_the_image():
+def test_boxes_are_anywhere_in_the_image():
     view = RandomResizedCropFlip((8, 8), scale=(0.1, 0.1), ratio=(1, 1), generator=generator())
     boxes = [view.random_box(100, 100) for _ in range(2000)]
     assert min(box[0] for box in boxes) == 0
@@ -78,17 +78,17 @@ def test_parts_lie_anywhere_in_the_image():
 
 
 @pytest.mark.parametrize(("size", "expected"), [((1000, 10), (493, 0, 506, 10)), ((10, 1000), (0, 493, 10, 506))])
-def test_of_an_image_too_long_for_any_part_the_middle_is_taken(size, expected):
+def test_an_image_too_elongated_for_any_box_is_cropped_at_the_center(size, expected):
     view = RandomResizedCropFlip((8, 8), scale=(0.9, 1.0), generator=generator())
     assert view.random_box(*size) == expected
 
 
-def test_the_tiniest_image_is_scaled_up():
+def test_the_smallest_image_is_enlarged():
     assert RandomResizedCropFlip((8, 6))(PILImage.new("RGB", (1, 1))).size == (6, 8)
 
 
 @pytest.mark.parametrize(("flip", "expected"), [(0.0, "left"), (1.0, "right")])
-def test_images_are_mirrored_left_to_right_with_the_probability_given(flip, expected):
+def test_images_are_flipped_with_the_given_probability(flip, expected):
     half = PILImage.new("RGB", (8, 8))
     half.paste("white", (0, 0, 4, 8))
     view = RandomResizedCropFlip((8, 8), scale=(1, 1), ratio=(1, 1), flip=flip)(half)
@@ -99,11 +99,11 @@ def test_images_are_mirrored_left_to_right_with_the_probability_given(flip, expe
     ("arguments", "message"),
     [({"scale": (0.5, 1.2)}, "scale"), ({"ratio": (0, 1)}, "ratio"), ({"flip": 2}, "flip")],
 )
-def test_impossible_ranges_are_an_error(arguments, message):
+def test_invalid_ranges_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         RandomResizedCropFlip((8, 8), **arguments)
 
 
-def test_a_transformed_data_set_can_be_sent_to_the_workers_of_a_data_loader(dataset, image_processor):
+def test_a_transformed_dataset_can_be_pickled_for_data_loader_workers(dataset, image_processor):
     copied = pickle.loads(pickle.dumps(with_pixel_values(dataset, image_processor, augment=True)))
     assert copied[0]["pixel_values"].shape == (3, 48, 48)

@@ -1,4 +1,4 @@
-"""The table of data sets."""
+"""Tests of the table of known datasets."""
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
@@ -12,7 +12,7 @@ from clip_prompt_peft.templates import check_template
 NAMES = list(known_datasets())
 
 
-def test_the_eleven_sets_of_the_literature_and_four_variants_of_imagenet_are_there():
+def test_the_table_has_eleven_datasets_and_four_variants_of_imagenet():
     variants = [name for name, entry in known_datasets().items() if entry.classes_of]
     assert len(NAMES) - len(variants) == 11
     assert len(variants) == 4 and {known_datasets()[name].classes_of for name in variants} == {"imagenet"}
@@ -49,7 +49,7 @@ def test_class_names_become_those_of_the_literature():
     assert fixed.features["label"].names == ["Apply Eye Makeup", "Yo Yo"]
 
 
-def test_a_set_is_loaded_with_its_columns_and_names(monkeypatch):
+def test_a_dataset_is_loaded_with_its_columns_and_class_names(monkeypatch):
     asked = []
 
     def load_dataset(*args, **kwargs):
@@ -62,8 +62,8 @@ def test_a_set_is_loaded_with_its_columns_and_names(monkeypatch):
     assert splits["test"].features["label"].names == ["Annual Crop Land", "Sea or Lake"]
 
 
-def test_what_cannot_be_loaded_is_told():
-    with pytest.raises(ValueError, match="no data set 'pets' in the table; there are imagenet, caltech101"):
+def test_unknown_names_and_copies_without_class_names_are_errors():
+    with pytest.raises(ValueError, match="no dataset 'pets' in the table; there are imagenet, caltech101"):
         load_known_dataset("pets")
     with pytest.raises(ValueError, match="load_clip_benchmark"):
         load_known_dataset("imagenet_a")

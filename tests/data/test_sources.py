@@ -104,7 +104,7 @@ def test_a_split_without_labels_is_left_out(tmp_path, caplog):
         ({"image": [0], "label": [0]}, {"image_column": "label"}, "image column 'label' holds ClassLabel"),
     ],
 )
-def test_columns_that_are_not_found_are_an_error_that_lists_what_there_is(tmp_path, columns, arguments, message):
+def test_missing_columns_are_an_error_that_lists_the_columns(tmp_path, columns, arguments, message):
     kinds = {"image": Image(), "number": Value("int64")}
     features = Features({name: kinds.get(name, ClassLabel(names=["pug"])) for name in columns})
     columns = {name: [picture()] if name == "image" else values for name, values in columns.items()}
@@ -113,18 +113,18 @@ def test_columns_that_are_not_found_are_an_error_that_lists_what_there_is(tmp_pa
         load_image_dataset(files={"train": file}, **arguments)
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="'.*nowhere' does not exist"):
         load_image_dataset(folders={"train": str(tmp_path / "nowhere")})
 
 
-def test_a_folder_without_images_is_named(tmp_path):
+def test_a_folder_without_images_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no images in"):
         load_image_dataset(folders={"train": str(tmp_path)})
 
 
 @pytest.mark.parametrize("classes", [{"": 2}, {"only": 2}, {"pug/young": 1, "beagle": 1}])
-def test_a_folder_that_is_laid_out_otherwise_is_an_error_that_shows_the_layout(tmp_path, classes):
+def test_a_folder_of_another_layout_is_an_error_that_shows_the_layout(tmp_path, classes):
     with pytest.raises(ValueError, match="FOLDER/cat/1.jpg"):
         load_image_dataset(folders={"train": write_folder(tmp_path / "train", classes)})
 
@@ -165,7 +165,7 @@ def test_a_string_label_that_train_does_not_have_is_an_error(tmp_path):
         ({"files": {"train": "missing.parquet"}}, "'missing.parquet' does not exist"),
     ],
 )
-def test_no_source_two_sources_or_a_missing_file_are_errors(source, message):
+def test_no_source_two_sources_and_a_missing_file_are_errors(source, message):
     with pytest.raises(ValueError, match=message):
         load_image_dataset(**source)
 
@@ -176,6 +176,6 @@ def test_a_file_of_another_format_is_an_error(tmp_path):
         load_image_dataset(files={"train": str(tmp_path / "data.csv")})
 
 
-def test_a_data_set_without_training_split_is_an_error(tmp_path):
+def test_a_dataset_without_training_split_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no split 'train'; its splits are test"):
         load_image_dataset(folders={"test": write_folder(tmp_path / "test", {"cat": 1, "dog": 1})})

@@ -12,7 +12,7 @@ def dataset():
     return Dataset.from_dict({"row": range(30), "label": [0] * 20 + [1] * 10}, features=features)
 
 
-def test_every_class_gives_its_share_and_no_example_is_in_both_parts(dataset):
+def test_the_fraction_of_each_class_is_held_out_without_overlap(dataset):
     kept, held_out = hold_out(dataset, 0.2)
     assert Counter(held_out["label"]) == {0: 4, 1: 2}
     assert sorted([*kept["row"], *held_out["row"]]) == list(range(30))
@@ -24,17 +24,17 @@ def test_the_same_seed_holds_out_the_same_examples(dataset):
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1])
-def test_a_share_that_is_none_is_an_error(dataset, fraction):
+def test_an_invalid_fraction_is_an_error(dataset, fraction):
     with pytest.raises(ValueError, match="between 0 and 1"):
         hold_out(dataset, fraction)
 
 
-def test_classes_too_small_to_be_split_are_an_error_that_says_what_to_do(dataset):
+def test_classes_too_small_to_be_split_are_an_error(dataset):
     with pytest.raises(ValueError, match="cannot be held out of every class.*Give images to evaluate on"):
         hold_out(dataset.select([0, 25, 26]), 0.2)
 
 
-def test_the_first_half_of_the_labels_is_base_and_labels_count_from_0():
+def test_the_first_half_of_the_classes_is_base_and_labels_start_at_0():
     names = ["e", "d", "c", "b", "a"]
     labels = [4, 0, 3, 1, 2, 4, 0]
     dataset = Dataset.from_dict({"item": list(range(7)), "kind": labels, "last": list("abcdefg")})
@@ -46,19 +46,19 @@ def test_the_first_half_of_the_labels_is_base_and_labels_count_from_0():
     assert base.column_names == dataset.column_names
 
 
-def test_classes_are_kept_in_the_order_asked_for():
+def test_classes_are_kept_in_the_given_order():
     dataset = Dataset.from_dict({"label": [0, 1, 2, 0]}).cast_column("label", ClassLabel(names=["x", "y", "z"]))
     kept = keep_classes(dataset, ["z", "x"])
     assert kept["label"][:] == [1, 0, 1]
     assert kept.features["label"].names == ["z", "x"]
 
 
-def test_halves_of_odd_numbers_of_classes_are_those_of_the_literature():
+def test_an_odd_number_of_classes_is_split_as_in_the_literature():
     assert [len(half) for half in base_new_names([str(i) for i in range(37)])] == [19, 18]  # Oxford Pets
     assert base_new_names(["a", "b"]) == (["a"], ["b"])
 
 
-def test_classes_that_cannot_be_told_apart_are_an_error():
+def test_missing_columns_and_classes_are_errors():
     dataset = Dataset.from_dict({"label": [0, 1]})
     with pytest.raises(ValueError, match="ClassLabel column"):
         split_base_new(dataset)

@@ -1,4 +1,4 @@
-"""Gaussian averaging of prompts over epochs."""
+"""Tests of Gaussian averaging of prompts over epochs."""
 
 import json
 
@@ -27,20 +27,20 @@ def test_the_weights_of_the_authors(golden):
     torch.testing.assert_close(gaussian_weights(20, 15, 1), expected)
 
 
-def test_weights_far_from_the_mean_are_still_weights():
+def test_weights_far_from_the_mean_are_finite():
     weights = gaussian_weights(3, mean=200, std=1)
     assert weights.sum().item() == pytest.approx(1)
     assert weights.argmax() == 2
 
 
 @pytest.mark.parametrize("std", [0, -1.0])
-def test_a_width_that_is_not_positive_is_refused(std):
+def test_a_std_that_is_not_positive_is_an_error(std):
     with pytest.raises(ValueError, match=f"std must be positive, got {std}"):
         GaussianPromptAveraging(3, std)
 
 
 class Record(TrainerCallback):
-    """What was trained, at the end of every epoch."""
+    """Records the trainable parameters at the end of each epoch."""
 
     def __init__(self):
         self.epochs = []
@@ -75,11 +75,11 @@ def weighted_mean(epochs, weights):
     return {name: sum(w * epoch[name].double() for w, epoch in zip(weights, epochs)).float() for name in epochs[0]}
 
 
-def test_what_was_trained_ends_as_the_weighted_mean_over_epochs(tmp_path):
+def test_trained_parameters_end_as_the_weighted_mean_over_epochs(tmp_path):
     record = Record()
     result = train(tmp_path, [record, GaussianPromptAveraging(3, 1)])
     expected = weighted_mean(record.epochs, gaussian_weights(EPOCHS, 3, 1))
-    assert len(record.epochs) == EPOCHS and len(result) == 3  # vectors, weight and bias of the map
+    assert len(record.epochs) == EPOCHS and len(result) == 3  # virtual tokens, weight and bias of the projection
     torch.testing.assert_close(result, expected)
     assert any(not torch.equal(result[name], record.epochs[-1][name]) for name in result)
 
@@ -88,14 +88,14 @@ def test_what_was_trained_ends_as_the_weighted_mean_over_epochs(tmp_path):
 def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path, restore_by_trainer):
     flag = {"restore_callback_states_from_checkpoint": restore_by_trainer}
     expected = train(tmp_path, [GaussianPromptAveraging(2, 2)], save_strategy="steps", save_steps=5, **flag)
-    # step 5 of 8 lies within the third epoch
+    # step 5 of 8 is in the middle of the third epoch
     state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
     assert "GaussianPromptAveraging" in state["stateful_callbacks"]
     resumed = train(tmp_path, [GaussianPromptAveraging(2, 2)], resume=str(tmp_path / "checkpoint-5"), **flag)
     torch.testing.assert_close(resumed, expected)
 
 
-def test_a_training_that_stops_early_is_averaged_over_the_epochs_that_it_had(tmp_path):
+def test_a_training_that_stops_early_is_averaged_over_its_epochs(tmp_path):
     class Stop(TrainerCallback):
         def on_epoch_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.epoch >= 2
@@ -107,8 +107,8 @@ def test_a_training_that_stops_early_is_averaged_over_the_epochs_that_it_had(tmp
     torch.testing.assert_close(result, weighted_mean(record.epochs, weights / weights.sum()))
 
 
-def test_it_does_not_go_with_loading_the_best_model(tmp_path):
-    with pytest.raises(ValueError, match="load_best_model_at_end one of them; leave one of the two out"):
+def test_loading_the_best_model_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="load_best_model_at_end; leave one of the two out"):
         train(
             tmp_path,
             [GaussianPromptAveraging(1, 1)],

@@ -1,4 +1,4 @@
-"""Checkpoints of the Trainer that broke off while they were written, or were damaged since."""
+"""Tests with incomplete and damaged checkpoints of the Trainer."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from clip_prompt_peft.training.checkpoints import checkpoint_damage, checkpoints
 
 @pytest.fixture
 def trained(classifier, pixel_values, tmp_path):
-    """A folder with the checkpoints of three steps."""
+    """An output folder with the checkpoints of three steps."""
     data = [{"pixel_values": image, "labels": index} for index, image in enumerate(pixel_values)]
     args = TrainingArguments(
         str(tmp_path), max_steps=3, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
@@ -27,7 +27,7 @@ def files_of(checkpoint):
     return sorted(file for file in Path(checkpoint).iterdir() if file.stem in needed)
 
 
-def test_the_last_of_the_whole_ones_is_taken(trained):
+def test_the_last_complete_checkpoint_is_returned(trained):
     assert last_whole_checkpoint(trained) == str(trained / "checkpoint-3")
     (trained / "checkpoint-3" / "trainer_state.json").unlink()
     assert last_whole_checkpoint(trained) == str(trained / "checkpoint-2")
@@ -41,7 +41,7 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert last_whole_checkpoint(tmp_path) is None and last_whole_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_a_missing_a_shortened_and_a_changed_file_are_each_noticed(trained, tmp_path_factory):
+def test_missing_truncated_and_modified_files_are_noticed(trained, tmp_path_factory):
     whole = trained / "checkpoint-3"
     assert len(files_of(whole)) == 6 and checkpoint_damage(whole) is None
     for name in [file.name for file in files_of(whole)]:
@@ -56,7 +56,7 @@ def test_a_missing_a_shortened_and_a_changed_file_are_each_noticed(trained, tmp_
             assert damage is not None and damage.startswith(name.partition(".")[0]), (name, damage)
 
 
-def test_files_cut_at_any_place_are_never_taken_for_whole(trained):
+def test_files_truncated_anywhere_are_noticed(trained):
     generator = torch.Generator().manual_seed(0)
     for file in files_of(trained / "checkpoint-3"):
         content = file.read_bytes()
@@ -67,14 +67,14 @@ def test_files_cut_at_any_place_are_never_taken_for_whole(trained):
     assert last_whole_checkpoint(trained) == str(trained / "checkpoint-3")
 
 
-def test_a_checkpoint_of_the_model_alone_is_whole(trained):
+def test_a_checkpoint_of_the_model_alone_is_complete(trained):
     for file in files_of(trained / "checkpoint-3"):
         if file.stem in ("optimizer", "scheduler", "rng_state"):
             file.unlink()
     assert checkpoint_damage(trained / "checkpoint-3") is None
 
 
-def test_one_that_is_passed_over_is_told(trained, caplog):
+def test_a_skipped_checkpoint_is_reported(trained, caplog):
     (trained / "checkpoint-3" / "optimizer.pt").unlink()
     last_whole_checkpoint(trained)
     assert "checkpoint-3 is passed over, since it is not whole: optimizer.pt is missing" in caplog.text

@@ -1,4 +1,4 @@
-"""Several processes train to what one process trains to; more of it with `python tests/distributed_matrix.py`."""
+"""Tests that several processes give the results of one. `tests/helpers/distributed_matrix.py` runs more cases."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from launching import accelerate_launch, torchrun
 from torch.distributed.fsdp import fully_shard
 
 
-# Starting processes takes longest, so that all of these run one after the other.
+# Starting the processes takes most of the time, so each launch runs all of these cases.
 CASES = [
     "coop/even/all",
     "coop/accumulation/shares",
@@ -45,7 +45,7 @@ def test_several_processes_give_the_losses_and_tensors_of_one(launcher, alone_on
             assert result.difference(expected) < 1e-5, name
 
 
-def test_a_process_that_dies_or_stands_still_stops_the_others_with_an_error():
+def test_a_process_that_dies_or_hangs_stops_the_others_with_an_error():
     ways = ["killed", "stands still"]
     done = subprocess.run(
         [sys.executable, dying_process.__file__, "5", *ways],
@@ -62,7 +62,7 @@ def test_a_process_that_dies_or_stands_still_stops_the_others_with_an_error():
             assert "Error" in end["last line"], (way, end)
 
 
-def test_torch_refuses_to_shard_a_clip_as_fsdp2_does(classifier, tmp_path):
+def test_fsdp2_cannot_shard_a_clip(classifier, tmp_path):
     dist.init_process_group("gloo", init_method=Path(tmp_path, "store").as_uri(), rank=0, world_size=1)
     try:
         mesh = dist.init_device_mesh("cpu", (1,))

@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a training: nothing is lost, and the message says what to do."""
+"""Tests of faults during training: nothing is lost, and the message says what to do."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ RESUME = ["--resume_from_checkpoint", "true"]
 
 @contextlib.contextmanager
 def disk_full_at(num_bytes):
-    """Within it no file can become longer than this."""
+    """Limits the size of each file that is written in the context."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -81,10 +81,8 @@ class TestBrokenOffWhileSaving:
             run_here(SCRIPT, *SMALL, "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-3")
 
     def test_on_a_full_disk_it_is_told_what_there_is_to_continue(self, run_here, tmp_path, caplog):
-        run_here(
-            SCRIPT, *CHECKPOINTS, "--output_dir", "before"
-        )  # from here on data and embeddings are in their caches
-        with disk_full_at(3000), pytest.raises(RuntimeError):  # the vectors have room, the optimizer has not
+        run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "before")  # dataset and embeddings are cached from here on
+        with disk_full_at(3000), pytest.raises(RuntimeError):  # there is room for the adapter but not the optimizer
             run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "out")
         assert "There is no checkpoint to continue from" in caplog.text
         assert checkpoints_in(tmp_path / "out") and last_whole_checkpoint(tmp_path / "out") is None
@@ -93,7 +91,7 @@ class TestBrokenOffWhileSaving:
 class TestSaving:
     @pytest.fixture
     def saved(self, classifier, tmp_path):
-        """A model whose vectors have changed since it was saved, and the files that it was saved to."""
+        """A saved adapter whose virtual tokens have changed since, its folder, and the content of its files."""
         model = tuned(classifier)
         model.save_pretrained(tmp_path / "adapter")
         before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
@@ -153,7 +151,7 @@ class TestSaving:
 class TestNaN:
     @pytest.fixture(autouse=True)
     def diverging(self, monkeypatch):
-        """The second step finds Inf in what is trained."""
+        """Sets the trained parameters to Inf before the second step."""
         training_step = Trainer.training_step
 
         def diverge_at_the_second_step(trainer, *args, **kwargs):
@@ -174,7 +172,7 @@ class TestNaN:
             tmp_path, max_steps=4, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
         )
         trainer = Trainer(tuned(classifier), args, train_dataset=data, callbacks=callbacks)
-        error = FloatingPointError if callbacks else ValueError  # without it, at the first attempt to save
+        error = FloatingPointError if callbacks else ValueError  # without the callback, at the first attempt to save
         with pytest.raises(error, match="NaN or Inf.*lower learning rate"):
             trainer.train()
         assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
@@ -192,7 +190,7 @@ class TestNaN:
 class TestUnreadableImage:
     @pytest.fixture(params=[b"no image", b"", "cut"])
     def images(self, request, tmp_path):
-        """A folder of images, of which one is damaged."""
+        """A folder of images, one of which is damaged."""
         dataset = load_image_dataset(files={"train": str(EMOJI / "noto-test.parquet")})["train"]
         for index in range(12):
             path = tmp_path / "images" / ("cat", "dog")[index % 2] / f"{index}.png"
@@ -233,7 +231,7 @@ class TestOutOfMemoryInAChunk:
         return tuned(classifier).train()
 
     def fail_at(self, model, call):
-        """The text tower raises at its n-th call from now on."""
+        """Makes the text tower raise an error at its n-th call from now on."""
         calls = []
 
         def fail(module, args, kwargs):
@@ -249,7 +247,7 @@ class TestOutOfMemoryInAChunk:
         loss.backward()
         return loss.item(), vectors_of(model).grad.clone()
 
-    @pytest.mark.parametrize("call", [1, 3, 4, 5, 7])  # four chunks forward, then three of them again
+    @pytest.mark.parametrize("call", [1, 3, 4, 5, 7])  # four chunks forward, three of them recomputed backward
     def test_leaves_a_model_whose_next_step_is_as_if_nothing_had_been(self, model, pixel_values, labels, call):
         loss, gradient = self.step(model, pixel_values, labels)
         hook = self.fail_at(model, call)

@@ -1,4 +1,4 @@
-"""ProGrad's training step beyond one batch on one device."""
+"""Tests of the training step of ProGrad."""
 
 import functools
 
@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from clip_prompt_peft import CLIPPromptTuningConfig, ProGradTrainer
 
 
-# Vectors move by about 0.1; training without the projection ends more than 1e-3 away.
+# Training moves the virtual tokens by about 0.1. Without the projection, they end more than 1e-3 away.
 NEAR = {"rtol": 0, "atol": 2e-5}
 
 
@@ -53,7 +53,7 @@ def test_classes_encoded_in_chunks_have_their_gradients_projected_too(whole_batc
     assert_close(vectors_in(tmp_path), whole_batches("prograd"), **NEAR)
 
 
-def test_without_a_prograd_adapter_it_is_the_stock_trainer(classifier, tmp_path):
+def test_without_a_prograd_adapter_it_behaves_as_the_stock_trainer(classifier, tmp_path):
     class Record(ProGradTrainer):
         def compute_loss(self, *args, **kwargs):
             self.loss = super().compute_loss(*args, **kwargs)
@@ -66,7 +66,7 @@ def test_without_a_prograd_adapter_it_is_the_stock_trainer(classifier, tmp_path)
     assert torch.isfinite(trainer.loss)
 
 
-def test_label_smoothing_is_refused(classifier, tmp_path):
+def test_label_smoothing_is_an_error(classifier, tmp_path):
     model = get_peft_model(classifier, CLIPPromptTuningConfig.from_preset("prograd"))
     options = {"save_strategy": "no", "report_to": "none", "use_cpu": True}
     args = TrainingArguments(tmp_path, max_steps=1, label_smoothing_factor=0.1, **options)
@@ -74,7 +74,7 @@ def test_label_smoothing_is_refused(classifier, tmp_path):
         ProGradTrainer(model, args, train_dataset=regularized_training.examples()).train()
 
 
-def test_evaluation_is_that_of_the_stock_trainer(classifier, tmp_path):
+def test_evaluation_is_the_one_of_the_stock_trainer(classifier, tmp_path):
     model = get_peft_model(classifier, CLIPPromptTuningConfig.from_preset("prograd"))
     args = TrainingArguments(tmp_path, report_to="none", use_cpu=True, disable_tqdm=True)
     examples = regularized_training.examples()

@@ -1,4 +1,4 @@
-"""The stock Trainer trains the classifier, with no argument that it would not need for any other model."""
+"""Tests of the classifier with the stock Trainer and no special arguments."""
 
 import io
 import itertools
@@ -22,7 +22,7 @@ NUM_IMAGES = 24
 
 @pytest.fixture(scope="module")
 def dataset():
-    """Black-and-white icons, 4 of each class, with a column that no model takes."""
+    """Black-and-white icons, 4 per class, with a column that the model does not accept."""
     rows = pq.read_table(EMOJI / "fluenthc-train.parquet").to_pylist()
     rows = [row for label in range(len(NAMES)) for row in [r for r in rows if r["label"] == label][:4]]
     processor = AutoImageProcessor.from_pretrained(TINY_CLIP)
@@ -91,7 +91,7 @@ class TestTraining:
         changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
         assert len(changed) == 1 and "learnable_embeddings" in changed[0]
 
-    def test_on_embeddings_is_training_on_their_images(self, dataset, embedded_dataset, tmp_path):
+    def test_on_embeddings_equals_training_on_their_images(self, dataset, embedded_dataset, tmp_path):
         on_images, on_embeds = new_model(), new_model()
         new_trainer(on_images, dataset, tmp_path, max_steps=2).train()
         new_trainer(on_embeds, embedded_dataset, tmp_path, max_steps=2).train()
@@ -191,7 +191,7 @@ class TestCheckpoints:
             "trainer_state.json",
             "training_args.bin",
         }
-        assert sizes["adapter_model.safetensors"] < 4 * 128 * 4 + 256  # n vectors of D floats, and a header
+        assert sizes["adapter_model.safetensors"] < 4 * 128 * 4 + 256  # n virtual tokens of D floats, and a header
         assert sum(sizes.values()) < 64 * 1024
 
     def test_load_as_a_classifier(self, embedded_dataset, tmp_path):
@@ -201,7 +201,7 @@ class TestCheckpoints:
         assert torch.equal(vectors_of(again), vectors_of(model)) and again.class_names == NAMES
 
     @pytest.mark.parametrize("adapter_name", ["default", "icons"])
-    def test_resuming_gives_the_numbers_of_an_uninterrupted_run(self, embedded_dataset, tmp_path, adapter_name):
+    def test_resuming_gives_the_results_of_an_uninterrupted_run(self, embedded_dataset, tmp_path, adapter_name):
         saving = {"save_strategy": "steps", "save_steps": 3}
         uninterrupted = new_trainer(new_model(adapter_name), embedded_dataset, tmp_path, **saving)
         uninterrupted.train()
@@ -210,7 +210,7 @@ class TestCheckpoints:
         assert losses_of(resumed) == losses_of(uninterrupted)
         assert torch.equal(vectors_of(resumed.model, adapter_name), vectors_of(uninterrupted.model, adapter_name))
 
-    def test_the_best_one_is_loaded_at_the_end(self, embedded_dataset, tmp_path):
+    def test_the_best_checkpoint_is_loaded_at_the_end(self, embedded_dataset, tmp_path):
         scores = itertools.chain([0.5, 0.9, 0.1], itertools.repeat(0.0))
         trainer = new_trainer(
             new_model(),
@@ -236,7 +236,7 @@ class TestCheckpoints:
 
 
 class TestAddedByTransformers:
-    """`classifier.add_adapter(config)`, with no PeftModel around it."""
+    """An adapter added with `classifier.add_adapter(config)`, without a PeftModel."""
 
     @pytest.fixture
     def model(self):

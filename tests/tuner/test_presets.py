@@ -1,4 +1,4 @@
-"""The papers' settings: what each preset trains, and how."""
+"""Tests of the settings of the papers: what each preset trains, and how."""
 
 import math
 
@@ -12,7 +12,7 @@ from clip_prompt_peft import PRESETS, CLIPPromptTuningConfig, GaussianPromptAver
 from clip_prompt_peft.training.recipes import SETTINGS, epoch_learning_rate, sgd_with_epoch_cosine
 
 
-# ViT-B/16, computed from the authors' code; with 100 classes for those that have vectors of their own.
+# For ViT-B/16, computed from the authors' code. Class-specific presets have 100 classes.
 TRAINED_PARAMETERS = {
     "coop": 8_192,
     "coop-csc": 8_192 * 100,
@@ -28,7 +28,7 @@ TRAINED_PARAMETERS = {
 
 
 def vit_b_16():
-    """Without memory for its weights."""
+    """A ViT-B/16 CLIP on the meta device, which takes no memory."""
     text = {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 12, "intermediate_size": 2048}
     vision = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "patch_size": 16}
     config = CLIPConfig(text_config=text, vision_config={**vision, "image_size": 224}, projection_dim=512)
@@ -50,22 +50,23 @@ def test_every_preset_has_a_recipe():
     assert SETTINGS.keys() == PRESETS.keys() == TRAINED_PARAMETERS.keys()
 
 
-def test_an_unknown_preset_is_refused_with_those_that_there_are():
+def test_an_unknown_preset_is_an_error_that_lists_the_presets():
     with pytest.raises(ValueError, match=r"no preset 'coop-op'; there are \['cocoop', 'coop', "):
         CLIPPromptTuningConfig.from_preset("coop-op")
     with pytest.raises(ValueError, match=r"no recipe 'coop-op'; there are \['cocoop', 'coop', "):
         training_recipe("coop-op", torch.nn.Linear(1, 1), num_examples=1)
 
 
-def test_fields_of_a_preset_can_be_set_otherwise():
+def test_fields_of_a_preset_can_be_overridden():
     config = CLIPPromptTuningConfig.from_preset("coop", num_virtual_tokens=4, class_token_position="front")
     assert (config.num_virtual_tokens, config.class_token_position.value) == (4, "front")
     assert config.prompt_tuning_init.value == "RANDOM"
 
 
-def test_depths_of_a_preset_end_with_the_layers_of_the_model(clip):
+def test_depths_of_a_preset_are_limited_to_the_layers_of_the_model(clip):
     config = CLIPPromptTuningConfig.from_preset("maple", model=clip)
-    assert (config.text_prompt_depth, config.vision_prompt_depth) == (3, 3)  # not 4: each is a map of a text prompt
+    # The vision depth is not 4, since each vision prompt is projected from a text prompt.
+    assert (config.text_prompt_depth, config.vision_prompt_depth) == (3, 3)
     config = CLIPPromptTuningConfig.from_preset("ivlp", model=clip)
     assert (config.text_prompt_depth, config.vision_prompt_depth) == (3, 4)
     assert CLIPPromptTuningConfig.from_preset("ivlp").vision_prompt_depth == 9
@@ -78,7 +79,7 @@ def test_no_depth_means_every_layer(clip):
     assert model.active_peft_config.vision_prompt_depth == 4
 
 
-def test_the_learning_rate_is_that_of_the_authors_log():
+def test_the_learning_rate_is_the_one_in_the_authors_log():
     # 50 epochs at 0.002; the last two epochs as logged in CoOp's issue 26
     assert epoch_learning_rate(49, 0.002, 50) == pytest.approx(7.885299e-06, rel=1e-6)
     assert epoch_learning_rate(48, 0.002, 50) == pytest.approx(1.771275e-05, rel=1e-6)
@@ -86,7 +87,7 @@ def test_the_learning_rate_is_that_of_the_authors_log():
     assert epoch_learning_rate(1, 0.002, 50) == 0.002
 
 
-def test_the_schedule_moves_once_an_epoch_and_starts_with_the_warm_up():
+def test_the_schedule_changes_once_per_epoch_and_starts_with_the_warm_up():
     optimizer, scheduler = sgd_with_epoch_cosine(torch.nn.Linear(2, 2), 0.002, num_epochs=3, steps_per_epoch=2)
     rates = []
     for _ in range(6):
@@ -112,7 +113,7 @@ def test_the_schedule_moves_once_an_epoch_and_starts_with_the_warm_up():
         ("promptsrc", 16, 20, 4, 0.0025),
     ],
 )
-def test_a_recipe_has_the_papers_numbers(clip, name, shots, epochs, batch_size, learning_rate):
+def test_a_recipe_has_the_settings_of_the_paper(clip, name, shots, epochs, batch_size, learning_rate):
     model = get_peft_model(clip, CLIPPromptTuningConfig())
     recipe = training_recipe(name, model, num_examples=640, shots=shots, use_cpu=True)
     assert recipe.arguments["num_train_epochs"] == epochs
@@ -121,7 +122,7 @@ def test_a_recipe_has_the_papers_numbers(clip, name, shots, epochs, batch_size, 
     assert recipe.arguments["max_grad_norm"] == 0.0
 
 
-def test_recipes_bring_the_parts_of_the_trainer_that_their_methods_need(clip):
+def test_recipes_have_the_trainer_class_and_callbacks_of_their_method(clip):
     model = get_peft_model(clip, CLIPPromptTuningConfig())
     recipes = {name: training_recipe(name, model, num_examples=64, use_cpu=True) for name in PRESETS}
     assert {name for name in PRESETS if recipes[name].trainer_class is not Trainer} == {"prograd"}
@@ -131,7 +132,7 @@ def test_recipes_bring_the_parts_of_the_trainer_that_their_methods_need(clip):
     assert all(not recipes[name].callbacks for name in PRESETS if name != "promptsrc")
 
 
-def test_batches_are_shared_out_among_processes(clip, monkeypatch):
+def test_batches_are_divided_among_processes(clip, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     model = get_peft_model(clip, CLIPPromptTuningConfig())
     recipe = training_recipe("coop", model, num_examples=64)
@@ -139,8 +140,8 @@ def test_batches_are_shared_out_among_processes(clip, monkeypatch):
 
 
 @pytest.mark.parametrize(("num_examples", "steps"), [(10, 2), (3, 1)])
-def test_the_trainer_makes_as_many_steps_as_the_schedule_counts(classifier, tmp_path, num_examples, steps):
-    """An incomplete batch is dropped, unless it is the only one; so the second epoch starts with the full rate."""
+def test_the_trainer_takes_as_many_steps_as_the_schedule_expects(classifier, tmp_path, num_examples, steps):
+    """The last incomplete batch is dropped unless it is the only one, so the second epoch has the full rate."""
     model = get_peft_model(classifier, CLIPPromptTuningConfig())
     recipe = training_recipe("maple", model, num_examples, num_train_epochs=2, use_cpu=True, report_to="none")
     examples = [{"image_embeds": torch.randn(128), "labels": i % 4} for i in range(num_examples)]
@@ -151,7 +152,7 @@ def test_the_trainer_makes_as_many_steps_as_the_schedule_counts(classifier, tmp_
     assert rates == pytest.approx([1e-5] * steps + [0.0035] * steps)
 
 
-def test_a_model_without_anything_to_train_is_refused(clip):
+def test_a_model_without_trainable_parameters_is_an_error(clip):
     clip.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train; put an adapter into it first"):
         training_recipe("coop", clip, num_examples=8, use_cpu=True)
