@@ -20,7 +20,7 @@ from clip_prompt_peft.training.callbacks import StopAtNonFinite
 from clip_prompt_peft.training.checkpoints import checkpoints_in, last_whole_checkpoint
 
 
-SCRIPT = "run_prompt_tuning.py"
+COMMAND, PROGRAM = "train", "python -m clip_prompt_peft.commands.train"
 SMALL = ["--num_seeds", "1", "--shots", "2", "--num_train_epochs", "3", "--disable_tqdm", "true"]
 CHECKPOINTS = [*SMALL, "--save_strategy", "epoch", "--save_total_limit", "3"]
 RESUME = ["--resume_from_checkpoint", "true"]
@@ -54,7 +54,7 @@ class TestBrokenOffWhileSaving:
     def test_the_half_checkpoint_is_passed_over_and_the_run_ends_as_if_nothing_had_been(
         self, run_here, tmp_path, monkeypatch, caplog
     ):
-        run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "whole")
+        run_here(COMMAND, *CHECKPOINTS, "--output_dir", "whole")
         with monkeypatch.context() as patch:
             save, calls = Trainer._save_rng_state, []
 
@@ -66,10 +66,10 @@ class TestBrokenOffWhileSaving:
 
             patch.setattr(Trainer, "_save_rng_state", fail_the_second_time)
             with pytest.raises(OSError, match="No space left"):
-                run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "broken")
+                run_here(COMMAND, *CHECKPOINTS, "--output_dir", "broken")
         assert "continue 'broken/checkpoint-1': the same command with --resume_from_checkpoint true" in caplog.text
         caplog.clear()
-        run_here(SCRIPT, *CHECKPOINTS, *RESUME, "--output_dir", "broken")
+        run_here(COMMAND, *CHECKPOINTS, *RESUME, "--output_dir", "broken")
         assert (
             "broken/checkpoint-2 is passed over, since it is not whole: trainer_state.json is missing" in caplog.text
         )
@@ -78,14 +78,14 @@ class TestBrokenOffWhileSaving:
     def test_a_half_checkpoint_that_is_named_is_refused(self, run_here, tmp_path):
         (tmp_path / "out/checkpoint-3").mkdir(parents=True)
         with pytest.raises(SystemExit, match="checkpoint-3' is not whole: trainer_state.json is missing. .* true"):
-            run_here(SCRIPT, *SMALL, "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-3")
+            run_here(COMMAND, *SMALL, "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-3")
 
     def test_on_a_full_disk_it_is_told_what_there_is_to_continue(self, run_here, tmp_path, caplog):
         run_here(
-            SCRIPT, *CHECKPOINTS, "--output_dir", "before"
+            COMMAND, *CHECKPOINTS, "--output_dir", "before"
         )  # from here on data and embeddings are in their caches
         with disk_full_at(3000), pytest.raises(RuntimeError):  # the vectors have room, the optimizer has not
-            run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "out")
+            run_here(COMMAND, *CHECKPOINTS, "--output_dir", "out")
         assert "There is no checkpoint to continue from" in caplog.text
         assert checkpoints_in(tmp_path / "out") and last_whole_checkpoint(tmp_path / "out") is None
 
@@ -182,9 +182,9 @@ class TestNaN:
 
     def test_is_told_by_the_example_in_one_message(self, run_here, tmp_path):
         with pytest.raises(SystemExit) as exit:
-            run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "out")
+            run_here(COMMAND, *CHECKPOINTS, "--output_dir", "out")
         message = exit.value.code
-        assert message.startswith(f"{SCRIPT}: error: NaN or Inf in 1 of the trained tensors")
+        assert message.startswith(f"{PROGRAM}: error: NaN or Inf in 1 of the trained tensors")
         assert "after step 2" in message and message.endswith("The last checkpoint is 'out/checkpoint-1'.")
         assert not (tmp_path / "out/adapter_model.safetensors").exists()
 
@@ -206,9 +206,9 @@ class TestUnreadableImage:
     def test_is_named_with_what_to_do(self, run_here, images, augment):
         source = ["--train_dir", images, "--shots", 0, "--model_name_or_path", TINY_CLIP, "--train_val_split", 0.2]
         with pytest.raises(SystemExit) as exit:
-            run_here(SCRIPT, *SMALL, *source, *augment, "--output_dir", "out")
+            run_here(COMMAND, *SMALL, *source, *augment, "--output_dir", "out")
         message = exit.value.code
-        assert message.startswith(f"{SCRIPT}: error: Cannot read ") and str(images / "dog/5.png") in message
+        assert message.startswith(f"{PROGRAM}: error: Cannot read ") and str(images / "dog/5.png") in message
         assert "it is damaged, or no image" in message and "Replace the file, or remove it." in message
 
 
@@ -275,6 +275,6 @@ class TestOutOfMemoryInAChunk:
 
         monkeypatch.setattr(Trainer, "training_step", fail)
         with pytest.raises(torch.OutOfMemoryError):
-            run_here(SCRIPT, *SMALL, "--output_dir", "out")
+            run_here(COMMAND, *SMALL, "--output_dir", "out")
         assert "Try a smaller --per_device_train_batch_size" in caplog.text
         assert "There is no checkpoint to continue from (--save_strategy epoch makes some)." in caplog.text
