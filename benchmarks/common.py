@@ -1,6 +1,6 @@
 """What the benchmarks share: a CLIP of real size with random weights, class names of realistic length, clocks.
 
-Nothing is downloaded: the model comes from a configuration, the tokenizer from examples/assets.
+Nothing is downloaded: the model comes from a configuration, the tokenizer is that of the embedded tiny CLIP.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from peft import get_peft_model
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft.assets import TINY_CLIP
 
 
-TOKENIZER = Path(__file__).parent.parent / "clip_prompt_peft" / "assets" / "tiny_clip"
 SIZES = {
     # the architecture of openai/clip-vit-base-patch32
     "vit-b-32": {
@@ -72,7 +71,7 @@ def build_classifier(
     num_classes: int, size: str = "vit-b-32", device: str = "cpu", dtype: str = "float32"
 ) -> CLIPForPromptClassification:
     """A classifier with random weights."""
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_CLIP)
     config = CLIPConfig(**SIZES[size])
     config.text_config.eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(0)

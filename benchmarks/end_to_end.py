@@ -3,20 +3,18 @@
     python benchmarks/end_to_end.py
     python benchmarks/end_to_end.py --epochs 20 --style noto
 
-The recipe is that of examples/run_prompt_tuning.py: the embedded tiny CLIP, 16 pictures of each of 12 classes, the
-stock Trainer. The wall time is split into what it was spent on.
+The recipe is that of the command `train`: the embedded tiny CLIP, 16 pictures of each of 12 classes, the stock
+Trainer. The wall time is split into what it was spent on.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
 import datasets
 import torch
@@ -26,13 +24,10 @@ from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_see
 from transformers.utils import logging
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft.assets import TINY_CLIP
 from clip_prompt_peft.data import cache_image_embeds, class_names_of, sample_few_shot, with_pixel_values
+from clip_prompt_peft.data.known_datasets import STYLES, load_style
 from clip_prompt_peft.evaluation.metrics import compute_metrics
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from clip_prompt_peft.assets import TINY_CLIP  # noqa: E402
-from clip_prompt_peft.data.known_datasets import load_style  # noqa: E402
 
 
 PARTS = ["image tower", "prompts: forward, backward", "data loading", "Trainer and optimizer", "all"]
@@ -132,7 +127,7 @@ def time_calls(classifier, name: str, clock: Clock) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--style", default="fluenthc", choices=["fluenthc", "noto", "fluent3d"])
+    parser.add_argument("--style", default=STYLES[0], choices=STYLES)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()

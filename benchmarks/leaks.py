@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.utils import logging
 
 from clip_prompt_peft import PRESETS, CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft.assets import TINY_CLIP
+from clip_prompt_peft.commands.common import silence_libraries
 
 
-TINY_CLIP = str(Path(__file__).parent.parent / "clip_prompt_peft" / "assets" / "tiny_clip")
 CLASS_NAMES = ["animal", "plant", "food", "vehicle"]
 PRESET_NAMES = [name for name in PRESETS if name != "prograd"]  # needs a Trainer of its own
 NUM_COUNTS = 5  # points at which things are counted
@@ -32,9 +30,7 @@ NUM_COUNTS = 5  # points at which things are counted
 
 def main() -> None:
     args = parse_arguments()
-    logging.disable_progress_bar()
-    # peft reads a property of the model that transformers has renamed
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    silence_libraries()
     torch.set_num_threads(1)
     print("| | times | tensors | objects | MiB |\n|---|---|---|---|---|")
     model = classifier_with_adapter()

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft.assets import TINY_CLIP
 
 
-TINY_CLIP = str(Path(__file__).parent.parent / "clip_prompt_peft" / "assets" / "tiny_clip")
 CLASS_LISTS = [[f"{word} {i}" for i in range(10)] for word in ("animal", "plant", "food", "vehicle")]  # taken in turn
 
 WEIGHTS = "adapter_model.safetensors"

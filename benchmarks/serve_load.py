@@ -1,4 +1,4 @@
-"""The service of examples/serve.py under load: good and bad requests from many threads, adapters coming and going.
+"""The command `serve` under load: good and bad requests from many threads, while adapters come and go.
 
     python benchmarks/serve_load.py
     python benchmarks/serve_load.py --requests 20000 --threads 32
@@ -31,10 +31,9 @@ from peft import get_peft_model
 from PIL import Image
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft.assets import TINY_CLIP
 
 
-ROOT = Path(__file__).parent.parent
-TINY_CLIP = str(ROOT / "clip_prompt_peft" / "assets" / "tiny_clip")
 CLASS_NAMES = {"pets": ["cat", "dog"], "meals": ["cake", "bread", "tea"]}
 COMING_AND_GOING = "extra"
 NUM_PARTS = 5  # memory is read after each
@@ -74,7 +73,7 @@ def make_adapters(folder: Path) -> None:
 
 
 class Service:
-    """examples/serve.py in a process of its own."""
+    """The command `serve` in a process of its own."""
 
     def __init__(self, adapters: Path) -> None:
         self.adapters = adapters
@@ -83,7 +82,7 @@ class Service:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        command = [ROOT / "examples" / "serve.py", "--adapters", self.adapters, "--port", port]
+        command = ["-m", "clip_prompt_peft.commands.serve", "--adapters", self.adapters, "--port", port]
         self.log = open(self.adapters / "log", "w")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, *map(str, command)], stdout=self.log, stderr=subprocess.STDOUT

@@ -1,4 +1,4 @@
-"""Classifies an image with an exported classifier: onnxruntime, numpy and pillow, nothing else.
+"""Classifies an image with an exported classifier. Needs only onnxruntime, numpy and pillow.
 
 python examples/classify_onnx.py EXPORTED_FOLDER IMAGE
 """

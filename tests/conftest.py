@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import sys
 from pathlib import Path
 
 
@@ -111,17 +112,21 @@ def golden_base(request, tmp_path):
 
 @pytest.fixture
 def run_here(monkeypatch, capsys, tmp_path):
-    """Runs a script in this process, which saves the time to import everything, and returns what it printed."""
+    """Runs a command (`"train"`) or an example (`"run_prompt_tuning.py"`) in this process, which saves the time to
+    import everything, and returns what it printed."""
 
-    def run_script(script, *arguments):
+    def run(name, *arguments):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(EXAMPLES)
-        monkeypatch.setattr("sys.argv", [str(EXAMPLES / script), *map(str, arguments)])
+        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
         threads = torch.get_num_threads()
         try:
-            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+            if name.endswith(".py"):
+                sys.argv[0] = str(EXAMPLES / name)
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            else:  # alter_sys sets sys.argv[0] as `python -m` does
+                runpy.run_module(f"clip_prompt_peft.commands.{name}", run_name="__main__", alter_sys=True)
         finally:
             torch.set_num_threads(threads)
         return capsys.readouterr().out
 
-    return run_script
+    return run

@@ -1,18 +1,13 @@
 """The same pictures, class names and settings for all three; not counted."""
 
 import os
-import sys
-from pathlib import Path
 
 from datasets import Dataset
 
+from clip_prompt_peft.assets import TINY_CLIP
+from clip_prompt_peft.commands.common import use_one_thread_if_tiny
 from clip_prompt_peft.data import class_names_of, sample_few_shot
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from clip_prompt_peft.assets import TINY_CLIP  # noqa: E402
-from clip_prompt_peft.commands.arguments import use_one_thread_if_tiny  # noqa: E402
-from clip_prompt_peft.data.known_datasets import load_style  # noqa: E402
+from clip_prompt_peft.data.known_datasets import load_style
 
 
 EPOCHS = int(os.environ.get("EPOCHS", "50"))

@@ -1,1 +1,1 @@
-"""What is run from the command line, one module for each command: `python -m clip_prompt_peft.commands.train`."""
+"""The commands of the package, one module each: `python -m clip_prompt_peft.commands.train`."""

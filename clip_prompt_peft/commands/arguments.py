@@ -1,11 +1,11 @@
-"""The arguments of run_prompt_tuning.py, and what can be checked of them before any work."""
+"""The arguments of the command `train`, and their checks before any work is done."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,203 +18,191 @@ from ..assets import TINY_CLIP
 from ..data.known_datasets import STYLES
 from ..evaluation.model_card import is_hub_id
 from ..training.recipes import Recipe
+from .common import argument, program_name
 from .resume import find_checkpoint
 
 
 logger = logging.getLogger(__name__)
 
-
-DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for data of one's own
+DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for the user's own data
+SETTINGS_FILES = (".json", ".yaml", ".yml")
 
 
 @dataclass
 class ModelArguments:
-    """Which CLIP to tune."""
+    """The CLIP to tune."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Hub id or folder of a CLIP. By default the tiny one that comes with the examples, or, with data "
-            f"of your own, {DEFAULT_MODEL}."
-        },
+    model_name_or_path: str | None = argument(
+        None, f"Hub id or folder of a CLIP. By default the embedded tiny one, or {DEFAULT_MODEL} for your own data."
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded."})
-    token: str | None = field(default=None, metadata={"help": "Hub token, for private models and data sets."})
-    hub_base_model_id: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id to note in the adapter as its base model, if --model_name_or_path is a folder: under that "
-            "id others will look for it."
-        },
+    model_revision: str = argument("main", "Branch, tag or commit of the model.")
+    cache_dir: str | None = argument(None, "Folder for downloads.")
+    token: str | None = argument(None, "Hub token, for private models and data sets.")
+    hub_base_model_id: str | None = argument(
+        None,
+        "Hub id to save in the adapter as its base model, if --model_name_or_path is a folder. Others load the base "
+        "model from there.",
     )
 
 
 @dataclass
 class DataTrainingArguments:
-    """What to tune and to evaluate on. Without any source: the pictures that come with the examples."""
+    """The images to tune and to test on; by default the embedded pictures."""
 
-    style: Literal[STYLES] = field(
-        default=STYLES[0], metadata={"help": "Which of the pictures that come with the examples to tune on."}
+    style: Literal[STYLES] = argument(STYLES[0], "Style of the embedded pictures to tune on.")
+    dataset_name: str | None = argument(None, "Hub id of an image classification data set.")
+    dataset_config_name: str | None = argument(None, "Name of its configuration.")
+    train_dir: str | None = argument(None, "Folder of training images, with one sub-folder for each class.")
+    validation_dir: str | None = argument(None, "The same for validation.")
+    test_dir: str | None = argument(None, "The same for the final table.")
+    train_file: str | None = argument(None, "Parquet file with training images and labels.")
+    validation_file: str | None = argument(None, "The same for validation.")
+    test_file: str | None = argument(None, "The same for the final table.")
+    zhou_split: str | None = argument(None, "Published split split_zhou_NAME.json, together with --image_dir.")
+    image_dir: str | None = argument(None, "Folder that the paths in --zhou_split are relative to.")
+    webdataset_dir: str | None = argument(None, "Folder in the layout of CLIP_benchmark: tar files, classnames.txt.")
+    image_column_name: str | None = argument(None, "Column of the images; found by default.")
+    label_column_name: str | None = argument(None, "Column of the labels; found by default.")
+    train_val_split: float = argument(
+        0.2, "Share of the training images to test on, if there are neither test nor validation images."
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "An image classification data set of the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_dir: str | None = field(
-        default=None, metadata={"help": "Folder with training images, in one sub-folder for each class."}
+    shots: int = argument(16, "Training images per class; 0 takes all of them.")
+    when_fewer: Literal["error", "all", "repeat"] | None = argument(
+        None,
+        "What to do with classes of fewer images than --shots: stop with an error (the default for your own data), "
+        "take all of them, or repeat some.",
     )
-    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
-    test_dir: str | None = field(default=None, metadata={"help": "The same for the final table."})
-    train_file: str | None = field(default=None, metadata={"help": "Parquet file with training images and labels."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same for validation."})
-    test_file: str | None = field(default=None, metadata={"help": "The same for the final table."})
-    zhou_split: str | None = field(
-        default=None,
-        metadata={"help": "Published split, split_zhou_NAME.json; --image_dir says where the images are."},
+    num_seeds: int | None = argument(
+        None,
+        "Number of runs, with --seed, --seed + 1, ... The table shows mean and standard deviation. By default 3 on "
+        "the embedded pictures, otherwise 1.",
     )
-    image_dir: str | None = field(default=None, metadata={"help": "Folder that its paths are relative to."})
-    webdataset_dir: str | None = field(
-        default=None, metadata={"help": "Folder of tar files with classnames.txt, in the layout of CLIP_benchmark."}
-    )
-    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images; found by default."})
-    label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; found by default."})
-    train_val_split: float = field(
-        default=0.2,
-        metadata={"help": "Share of the training images to evaluate on, if there are neither test nor validation."},
-    )
-    shots: int = field(default=16, metadata={"help": "Training images per class; 0 takes all there are."})
-    when_fewer: Literal["error", "all", "repeat"] | None = field(
-        default=None,
-        metadata={
-            "help": "What to do with a class of fewer images than --shots: stop with an error (the default for data "
-            "of your own), take all of them, or repeat some."
-        },
-    )
-    num_seeds: int | None = field(
-        default=None,
-        metadata={
-            "help": "How often to repeat all, with --seed, --seed + 1, ... The table shows mean and standard "
-            "deviation. By default 1, and 3 on the pictures that come with the examples."
-        },
-    )
-    augment: bool = field(
-        default=False,
-        metadata={
-            "help": "Random resized crops and mirroring of the training images. The image tower then runs in every "
-            "step; without, it runs once."
-        },
+    augment: bool = argument(
+        False, "Random resized crops and flips of the training images. The image tower then runs in every step."
     )
 
-    def source(self, kind: str) -> dict[str, str]:
-        """Split to path, for the kind 'dir' or 'file'."""
+    def source(self, kind: Literal["dir", "file"]) -> dict[str, str]:
+        """Returns the given folders or files by split."""
         paths = {split: getattr(self, f"{split}_{kind}") for split in ("train", "validation", "test")}
         return {split: path for split, path in paths.items() if path is not None}
 
     @property
-    def name(self) -> str:
-        """What to call the data that is tuned on."""
-        paths = {**self.source("dir"), **self.source("file")}
-        return self.dataset_name or paths.get("train") or self.zhou_split or self.webdataset_dir or self.style
+    def sources(self) -> list:
+        """The sources that were given; at most one is allowed."""
+        known = self.dataset_name, self.source("dir"), self.source("file"), self.zhou_split, self.webdataset_dir
+        return [source for source in known if source]
 
     @property
     def is_embedded(self) -> bool:
-        return not any(self.sources)
+        """Whether to tune on the embedded pictures."""
+        return not self.sources
 
     @property
-    def sources(self) -> tuple:
-        """All there can be; one is to be given, or none."""
-        return self.dataset_name, self.source("dir"), self.source("file"), self.zhou_split, self.webdataset_dir
+    def name(self) -> str:
+        """The name of the training data."""
+        source = self.sources[0] if self.sources else self.style
+        return source if isinstance(source, str) else source.get("train", self.style)
 
 
 @dataclass
 class PromptArguments:
-    """What to learn."""
+    """The prompt to learn."""
 
-    method: Literal[tuple(sorted(PRESETS))] | None = field(
-        default=None,
-        metadata={
-            "help": "A published method: its prompts, and its training (optimizer, learning rate, epochs, batch size, "
-            "schedule), except for what is given here otherwise. By default vectors in place of the words in front of "
-            "{}, trained with AdamW."
-        },
+    method: Literal[tuple(sorted(PRESETS))] | None = argument(
+        None,
+        "A published method, with its prompts and its training (optimizer, schedule, learning rate, epochs, batch "
+        "size), except for arguments that are given. By default the words in front of {} become vectors, trained with "
+        "AdamW.",
     )
-    prompt_template: str = field(
-        default="a photo of a {}.", metadata={"help": "The prompt to start from; {} is where the class name goes."}
+    prompt_template: str = argument("a photo of a {}.", "The prompt to start from; {} stands for the class name.")
+    num_virtual_tokens: int | None = argument(
+        None, "Number of learned vectors; by default one for each word in front of {}."
     )
-    num_virtual_tokens: int | None = field(
-        default=None, metadata={"help": "Number of learned vectors; by default one for each word in front of {}."}
+    prompt_tuning_init: Literal["TEXT", "RANDOM", "SAMPLE_VOCAB"] | None = argument(
+        None, "Start from the words of the template (the default), or from random vectors."
     )
-    prompt_tuning_init: Literal["TEXT", "RANDOM", "SAMPLE_VOCAB"] | None = field(
-        default=None,
-        metadata={"help": "Start from the words of the template, or from random vectors; by default TEXT."},
-    )
-    prompt_tuning_init_text: str | None = field(
-        default=None, metadata={"help": "Other words to start from, as many tokens as there are vectors."}
+    prompt_tuning_init_text: str | None = argument(
+        None, "Other words to start from, with as many tokens as there are vectors."
     )
 
     def config(self, model: CLIPModel) -> CLIPPromptTuningConfig:
-        """The configuration for `model`. Raises `ValueError` if it contradicts itself."""
+        """Returns the configuration for `model`. Raises `ValueError` if the arguments contradict each other."""
         fields = {name: value for name, value in vars(self).items() if value is not None and name != "method"}
         if self.method is None:
             return CLIPPromptTuningConfig(**fields)
         return CLIPPromptTuningConfig.from_preset(self.method, model=model, **fields)
 
     def recipe(self, model, training_args: TrainingArguments, num_examples: int, shots: int) -> Recipe:
-        """How `model` is trained: as the authors of the method do, but as the user says where they say something."""
+        """Returns the training of the method's authors, changed by the arguments that the user gave."""
         if self.method is None:
             return Recipe({}, (None, None))
-        heeded = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_grad_norm")
-        given = {name: getattr(training_args, name) for name in heeded if given_by_user(name)}
-        same = {name: getattr(training_args, name) for name in ("use_cpu", "gradient_accumulation_steps")}
-        return training_recipe(self.method, model, num_examples, shots or 16, **same, **given)
+        names = [
+            name
+            for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_grad_norm")
+            if given_by_user(name)
+        ]
+        given = {name: getattr(training_args, name) for name in [*names, "use_cpu", "gradient_accumulation_steps"]}
+        return training_recipe(self.method, model, num_examples, shots or 16, **given)
 
 
 @dataclass
 class PromptTrainingArguments(TrainingArguments):
-    """TrainingArguments with the defaults of few-shot prompt tuning."""
+    """`TrainingArguments` with defaults for few-shot prompt tuning."""
 
-    output_dir: str = field(default="outputs/prompt_tuning", metadata={"help": "Where the adapter goes."})
-    num_train_epochs: float = field(default=100, metadata={"help": "How often to go through the training images."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images in a step, on each device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "The same in evaluation."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How it goes down."})
-    logging_steps: float = field(default=0.25, metadata={"help": "Steps, or share of all steps, between two logs."})
-    save_strategy: str = field(
-        default="no",
-        metadata={"help": "When to save checkpoints: no, epoch or steps. --resume_from_checkpoint needs them."},
+    output_dir: str = argument("outputs/prompt_tuning", "Folder for the adapter.")
+    num_train_epochs: float = argument(100, "Number of passes over the training images.")
+    per_device_train_batch_size: int = argument(32, "Images per training step and device.")
+    per_device_eval_batch_size: int = argument(64, "Images per evaluation step and device.")
+    learning_rate: float = argument(2e-3, "Peak learning rate.")
+    lr_scheduler_type: str = argument("cosine", "Learning rate schedule.")
+    logging_steps: float = argument(0.25, "Steps, or share of all steps, between two logs.")
+    save_strategy: str = argument(
+        "no", "When to save checkpoints: no, epoch or steps. --resume_from_checkpoint needs them."
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
-    use_cpu: bool = field(
-        default=not torch.accelerator.is_available(), metadata={"help": "Use the CPU even where there is a GPU."}
+    save_total_limit: int | None = argument(1, "Number of checkpoints to keep.")
+    use_cpu: bool = argument(not torch.accelerator.is_available(), "Use the CPU even if there is a GPU.")
+    dataloader_pin_memory: bool = argument(
+        torch.accelerator.is_available(), "Pin memory, for a faster transfer to a GPU."
     )
-    dataloader_pin_memory: bool = field(
-        default=torch.accelerator.is_available(), metadata={"help": "Pin memory, for a faster transfer to a GPU."}
-    )
-    hub_strategy: str = field(default="end", metadata={"help": "When to push."})
-    seed: int = field(default=1, metadata={"help": "Draws the images and orders them."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it: transforms need the images."})
+    hub_strategy: str = argument("end", "When to push.")
+    seed: int = argument(1, "Draws the images and orders them.")
+    remove_unused_columns: bool = argument(False, "Must be left as it is: transforms need the images.")
 
 
 def parse_arguments() -> tuple[ModelArguments, DataTrainingArguments, PromptArguments, PromptTrainingArguments]:
-    """From the command line, or from the one json or yaml file that is named there."""
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, PromptArguments, PromptTrainingArguments))
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        parsed = parser.parse_json_file(sys.argv[1])
-    elif len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        parsed = parser.parse_yaml_file(sys.argv[1])
-    else:
+    """Parses the command line, or the one JSON or YAML file that is named there."""
+    classes = (ModelArguments, DataTrainingArguments, PromptArguments, PromptTrainingArguments)
+    parser = HfArgumentParser(classes, prog=program_name())
+    file = settings_file()
+    if file is None:
         parsed = parser.parse_args_into_dataclasses()
-    _fill_in_defaults(*parsed[:2])
+    elif file.endswith(".json"):
+        parsed = parser.parse_json_file(file)
+    else:
+        parsed = parser.parse_yaml_file(file)
+    fill_in_defaults(*parsed[:2])
     return parsed
 
 
-def _fill_in_defaults(model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
-    """The defaults that depend on whether the data are those of the examples."""
+def settings_file() -> str | None:
+    """Returns the file that is given in place of arguments."""
+    return sys.argv[1] if len(sys.argv) == 2 and sys.argv[1].endswith(SETTINGS_FILES) else None
+
+
+def given_by_user(name: str) -> bool:
+    """Returns whether an argument is given on the command line, or in the file that is named there."""
+    if file := settings_file():
+        return name in yaml.safe_load(Path(file).read_text())  # JSON is YAML, too
+    return any(given.partition("=")[0] == f"--{name}" for given in sys.argv[1:])
+
+
+def fill_in_defaults(model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
+    """Sets the defaults that differ between the embedded pictures and the user's own data."""
     embedded = data_args.is_embedded
     if model_args.model_name_or_path is None:
         model_args.model_name_or_path = TINY_CLIP if embedded else DEFAULT_MODEL
     elif os.path.isdir(model_args.model_name_or_path):
-        # the adapter notes its base model, and is to be found from any folder
+        # the adapter saves this path, and must find its base model from any working directory
         model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
     if data_args.num_seeds is None:
         data_args.num_seeds = 3 if embedded else 1
@@ -222,57 +210,38 @@ def _fill_in_defaults(model_args: ModelArguments, data_args: DataTrainingArgumen
         data_args.when_fewer = "all" if embedded else "error"
 
 
-def given_by_user(name: str) -> bool:
-    """Whether an argument stands on the command line, or in the file that is named there."""
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
-        return name in yaml.safe_load(Path(sys.argv[1]).read_text())  # json is yaml, too
-    return any(argument.partition("=")[0] == f"--{name}" for argument in sys.argv[1:])
-
-
 def plan_runs(model_args, data_args, training_args) -> list[TrainingArguments]:
-    """The training arguments of every seed.
+    """Returns the training arguments of every seed.
 
     Raises:
-        ValueError: arguments that do not go together, or a folder that holds the checkpoints of an earlier run.
+        ValueError: If arguments do not go together, or a folder holds checkpoints of an earlier run.
     """
-    if sum(map(bool, data_args.sources)) > 1:
+    if len(data_args.sources) > 1:
         raise ValueError(
             "Give only one of --dataset_name, --train_dir ..., --train_file ..., --zhou_split and --webdataset_dir."
         )
     name = model_args.model_name_or_path
     if not os.path.isdir(name) and not is_hub_id(name):
         raise ValueError(f"The model {name!r} is neither a folder nor a Hub id.")
-    num_seeds = data_args.num_seeds
-    if data_args.shots < 0 or num_seeds < 1:
-        raise ValueError(
-            f"--shots must be 0 or more and --num_seeds 1 or more, got {data_args.shots} and {num_seeds}."
-        )
+    shots, num_seeds = data_args.shots, data_args.num_seeds
+    if shots < 0 or num_seeds < 1:
+        raise ValueError(f"--shots must be 0 or more and --num_seeds 1 or more, got {shots} and {num_seeds}.")
     if num_seeds > 1 and training_args.push_to_hub:
         raise ValueError("--push_to_hub pushes one adapter; add --num_seeds 1, and --seed to say which.")
     if num_seeds > 1 and training_args.resume_from_checkpoint not in (None, "true"):
         raise ValueError("With several seeds, --resume_from_checkpoint takes 'true': each has its own checkpoint.")
-    if training_args.push_to_hub:
-        _warn_about_local_base(model_args)
+    if training_args.push_to_hub and not is_hub_id(model_args.hub_base_model_id or name):
+        logger.warning(
+            "The adapter's base model is the folder %r, so nobody else can load it. Push the base model, too, and "
+            "name it with --hub_base_model_id ORGANISATION/NAME.",
+            name,
+        )
     runs = [training_args]
     if num_seeds > 1:
-        seeds = range(training_args.seed, training_args.seed + num_seeds)
-        folders = {seed: os.path.join(training_args.output_dir, f"seed{seed}") for seed in seeds}
-        runs = [replace(training_args, seed=seed, output_dir=folder) for seed, folder in folders.items()]
+        runs = [
+            replace(training_args, seed=seed, output_dir=os.path.join(training_args.output_dir, f"seed{seed}"))
+            for seed in range(training_args.seed, training_args.seed + num_seeds)
+        ]
     for run_args in runs:
         find_checkpoint(run_args)
     return runs
-
-
-def _warn_about_local_base(model_args: ModelArguments) -> None:
-    if not is_hub_id(model_args.hub_base_model_id or model_args.model_name_or_path):
-        logger.warning(
-            "You push an adapter whose base model is the folder %r, so nobody else can load it. Push the base model "
-            "too, or name where it comes from, with --hub_base_model_id ORGANISATION/NAME.",
-            model_args.model_name_or_path,
-        )
-
-
-def use_one_thread_if_tiny(model_name_or_path: str) -> None:
-    """The tiny CLIP gains nothing from more threads; on a busy machine their waiting for each other makes it slow."""
-    if model_name_or_path == TINY_CLIP:
-        torch.set_num_threads(1)

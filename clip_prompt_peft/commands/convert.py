@@ -1,7 +1,10 @@
-"""Reads the checkpoints of the original authors' code, and writes adapters.
+r"""Converts checkpoints of the original authors' code to adapters.
 
-The code of CoOp, CoCoOp, KgCoOp, ProGrad, MaPLe, IVLP, VPT (MaPLe's repository) and PromptSRC saves a pickle
-`model.pth.tar-N`: the `state_dict` of the prompt learner or of the whole model, beside epoch, optimizer and schedule.
+    clip-prompt-convert model.pth.tar-5 maple-caltech --base_model_name_or_path openai/clip-vit-base-patch16 \
+        --class_names face leopard ...
+
+The code of CoOp, CoCoOp, KgCoOp, ProGrad, MaPLe, IVLP, VPT (in MaPLe's repository) and PromptSRC saves a pickle
+`model.pth.tar-N`: the `state_dict` of the prompt learner or of the whole model, with epoch, optimizer and scheduler.
 """
 
 from __future__ import annotations
@@ -21,56 +24,58 @@ from ..tuner import CLIPPromptTuningConfig
 
 
 TEXT, VISION = "text_model", "vision_model"
-LAYER = r"transformer\.resblocks\.(\d+)\.VPT_shallow"
-# Theirs, as a regular expression, and ours; layers are counted from 1 in MaPLe's lists, from 0 in the others.
-NAMES = [
-    (r"ctx", lambda: f"{TEXT}.embeddings.learnable_embeddings.default"),
-    (r"meta_net\.linear1\.(\w+)", lambda kind: f"{TEXT}.embeddings.learnable_meta_in.default.{kind}"),
-    (r"meta_net\.linear2\.(\w+)", lambda kind: f"{TEXT}.embeddings.learnable_meta_out.default.{kind}"),
-    (r"image_encoder\.VPT", lambda: f"{VISION}.embeddings.learnable_prompts.default"),
-    (rf"image_encoder\.{LAYER}", lambda i: f"{VISION}.encoder.layers.{i}.learnable_prompts.default"),
-    (rf"text_encoder\.{LAYER}", lambda i: f"{TEXT}.encoder.layers.{i}.learnable_prompts.default"),
-    (r"proj\.(\w+)", lambda kind: f"{VISION}.embeddings.learnable_projections.default.{kind}"),
-    (
-        r"compound_prompts_text\.(\d+)",
-        lambda i: f"{TEXT}.encoder.layers.{int(i) + 1}.learnable_prompts.default",
+CONTEXT = f"{TEXT}.embeddings.learnable_embeddings.default"
+META_NET = f"{TEXT}.embeddings.learnable_meta"
+VISION_PROMPTS = f"{VISION}.embeddings.learnable_prompts.default"
+COUPLING = f"{VISION}.embeddings.learnable_projections.default"
+
+# The authors' names as regular expressions, and ours. MaPLe's lists start at the second layer, hence "{next_layer}".
+LAYER, KIND = r"(?P<layer>\d+)", r"(?P<kind>\w+)"
+BLOCK = rf"transformer\.resblocks\.{LAYER}\.VPT_shallow"
+NAMES = {
+    r"ctx": CONTEXT,
+    rf"meta_net\.linear1\.{KIND}": f"{META_NET}_in.default.{{kind}}",
+    rf"meta_net\.linear2\.{KIND}": f"{META_NET}_out.default.{{kind}}",
+    r"image_encoder\.VPT": VISION_PROMPTS,
+    rf"image_encoder\.{BLOCK}": f"{VISION}.encoder.layers.{{layer}}.learnable_prompts.default",
+    rf"text_encoder\.{BLOCK}": f"{TEXT}.encoder.layers.{{layer}}.learnable_prompts.default",
+    rf"proj\.{KIND}": f"{COUPLING}.{{kind}}",
+    rf"compound_prompts_text\.{LAYER}": f"{TEXT}.encoder.layers.{{next_layer}}.learnable_prompts.default",
+    rf"compound_prompt_projections\.{LAYER}\.{KIND}": (
+        f"{VISION}.encoder.layers.{{next_layer}}.learnable_projections.default.{{kind}}"
     ),
-    (
-        r"compound_prompt_projections\.(\d+)\.(\w+)",
-        lambda i, kind: f"{VISION}.encoder.layers.{int(i) + 1}.learnable_projections.default.{kind}",
-    ),
-]
+}
 
 
-class _Ignored:
-    """Stands in for optimizers and schedules: takes whatever it is given, and does nothing."""
+class Ignored:
+    """A stand-in for optimizers and schedulers that accepts any state and does nothing."""
 
     def __setstate__(self, state):
         pass
 
 
-def _empty_dict(*args) -> dict:
+def empty_dict(*args) -> dict:
     return {}
 
 
-# The schedule of these checkpoints holds live objects. None of them is made: their names lead to stand-ins.
+# The saved schedulers are live objects. The names in the pickle lead to these stand-ins, so none of them is created.
 STAND_INS = [
-    (_Ignored, "torch.optim.lr_scheduler.CosineAnnealingLR"),
-    (_Ignored, "torch.optim.lr_scheduler.StepLR"),
-    (_Ignored, "torch.optim.lr_scheduler.MultiStepLR"),
-    (_Ignored, "torch.optim.sgd.SGD"),
-    (_Ignored, "torch.optim.adam.Adam"),
-    (_Ignored, "torch.optim.adamw.AdamW"),
-    (_Ignored, "builtins.dict"),  # the factory of the following
-    (_empty_dict, "collections.defaultdict"),
+    (Ignored, "torch.optim.lr_scheduler.CosineAnnealingLR"),
+    (Ignored, "torch.optim.lr_scheduler.StepLR"),
+    (Ignored, "torch.optim.lr_scheduler.MultiStepLR"),
+    (Ignored, "torch.optim.sgd.SGD"),
+    (Ignored, "torch.optim.adam.Adam"),
+    (Ignored, "torch.optim.adamw.AdamW"),
+    (Ignored, "builtins.dict"),  # the factory of the following
+    (empty_dict, "collections.defaultdict"),
 ]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of an authors' checkpoint, by their names, without running any code that the pickle may hold.
+    """Reads the tensors of an authors' checkpoint by name, without running any code in the pickle.
 
     Raises:
-        ValueError: if the file holds objects beside tensors, optimizers and schedules, or no `state_dict`.
+        ValueError: If the file has no `state_dict`, or objects other than tensors, optimizers and schedulers.
     """
     try:
         with torch.serialization.safe_globals(STAND_INS):
@@ -78,14 +83,15 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{str(path)!r} is not read: a pickle can run code when it is opened, and this one holds more than "
-            "tensors, optimizers and schedules, or is damaged."
+            "tensors, optimizers and schedulers, or is damaged."
         ) from error
     state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict) or not all(torch.is_tensor(value) for value in state_dict.values()):
-        raise ValueError(
-            f"{str(path)!r} holds no 'state_dict' of tensors, as model.pth.tar-N of the authors' code do."
-        )
-    return {_plain(name): tensor for name, tensor in state_dict.items()}
+        raise ValueError(f"{str(path)!r} holds no 'state_dict' of tensors, as a model.pth.tar-N does.")
+    # "module." comes from DataParallel; whole models of MaPLe and PromptSRC have the prompt learner as a part
+    return {
+        name.removeprefix("module.").removeprefix("prompt_learner."): tensor for name, tensor in state_dict.items()
+    }
 
 
 def convert_checkpoint(
@@ -96,19 +102,25 @@ def convert_checkpoint(
     class_token_position: str = "end",
     check_prompts: bool = True,
 ) -> PeftModel:
-    """The classifier of an authors' checkpoint; `save_pretrained` then writes the adapter.
+    """Builds the classifier of an authors' checkpoint. Its `save_pretrained` writes the adapter.
 
     Args:
-        path: `model.pth.tar-N`.
-        base_model_name_or_path: the same CLIP in transformers' format.
-        class_names: those of the training, in its order. Vectors that are shared by all classes may go without.
-        prompt_template: that of the training; with `ctx_init: ""` or random vectors "{}." or any other whose words
-            are all replaced.
-        class_token_position: `"end"`, `"middle"` or `"front"`, CoOp's CLASS_TOKEN_POSITION.
-        check_prompts: compare class names and template with the embeddings of the texts that are saved in the file.
+        path (`str` or `Path`):
+            The file `model.pth.tar-N`.
+        base_model_name_or_path (`str`):
+            Hub id or folder of the same CLIP in the format of transformers.
+        class_names (`Sequence[str]`, *optional*):
+            The class names of the training, in its order. Not needed for vectors that all classes share.
+        prompt_template (`str`, *optional*, defaults to `"a photo of a {}."`):
+            The template of the training. For `ctx_init: ""` or random vectors, `"{}."` or any other template whose
+            words are all replaced.
+        class_token_position (`str`, *optional*, defaults to `"end"`):
+            `"end"`, `"middle"` or `"front"`, CoOp's `CLASS_TOKEN_POSITION`.
+        check_prompts (`bool`, *optional*, defaults to `True`):
+            Whether to compare class names and template with the token embeddings that are saved in the file.
 
     Raises:
-        ValueError: a file of another kind; another base model, template or classes than in training.
+        ValueError: If the file is not such a checkpoint, or belongs to another base model, template or other classes.
 
     Example:
 
@@ -118,7 +130,7 @@ def convert_checkpoint(
     ```
     """
     saved = read_checkpoint(path)
-    tensors = {ours: saved[theirs].float() for theirs in saved if (ours := _our_name(theirs)) is not None}
+    tensors = {ours: saved[theirs].float() for theirs in saved if (ours := our_name(theirs)) is not None}
     if not tensors:
         raise ValueError(
             f"{str(path)!r} holds no prompts that are known here ('ctx', 'image_encoder.VPT', ...), but "
@@ -128,60 +140,61 @@ def convert_checkpoint(
     config = CLIPPromptTuningConfig(
         prompt_template=prompt_template,
         class_token_position=class_token_position,
-        class_token_count="alone" if class_token_position != "end" else "in_prompt",
-        **_fields(tensors),
+        class_token_count="in_prompt" if class_token_position == "end" else "alone",
+        **config_fields(tensors),
     )
     model = get_peft_model(base, config)
-    _fill_in(model, tensors)
+    copy_tensors(tensors, model)
     if check_prompts and class_names is not None and "token_suffix" in saved:
-        _check_prompts(base, saved["token_suffix"].float())
+        check_class_prompts(base, saved["token_suffix"].float())
     return model.eval()
 
 
-def _plain(name: str) -> str:
-    # "module." is of DataParallel; the whole models of MaPLe and PromptSRC hold the prompt learner as a part
-    return name.removeprefix("module.").removeprefix("prompt_learner.")
-
-
-def _our_name(theirs: str) -> str | None:
-    for pattern, ours in NAMES:
+def our_name(theirs: str) -> str | None:
+    """Returns our name of a tensor, or `None` if it is not a learned one."""
+    for pattern, ours in NAMES.items():
         if match := re.fullmatch(pattern, theirs):
-            return ours(*match.groups())
+            groups = match.groupdict()
+            return ours.format(**groups, next_layer=int(groups.get("layer", 0)) + 1)
     return None
 
 
-def _fields(tensors: dict[str, torch.Tensor]) -> dict:
-    """The configuration that the tensors are of."""
-    context = tensors.get(f"{TEXT}.embeddings.learnable_embeddings.default")
+def config_fields(tensors: dict[str, torch.Tensor]) -> dict:
+    """Returns the fields of the configuration that follow from names and shapes of the tensors."""
+    context, vision = tensors.get(CONTEXT), tensors.get(VISION_PROMPTS)
     num_virtual_tokens = 0 if context is None else context.shape[-2]
-    vision = tensors.get(f"{VISION}.embeddings.learnable_prompts.default")
-    coupled = f"{VISION}.embeddings.learnable_projections.default.weight" in tensors
+    coupled = f"{COUPLING}.weight" in tensors
     fields = {
         "num_virtual_tokens": num_virtual_tokens,
         "prompt_tuning_init": "RANDOM",
         "class_specific": context is not None and context.ndim == 3,
-        "image_conditioned": f"{TEXT}.embeddings.learnable_meta_in.default.weight" in tensors,
-        "text_prompt_depth": _depth(tensors, TEXT),
+        "image_conditioned": f"{META_NET}_in.default.weight" in tensors,
+        "text_prompt_depth": prompt_depth(tensors, TEXT),
     }
     if coupled or vision is not None:
         fields["num_vision_virtual_tokens"] = num_virtual_tokens if coupled else vision.shape[0]
-        fields["vision_prompt_depth"] = _depth(tensors, VISION)
+        fields["vision_prompt_depth"] = prompt_depth(tensors, VISION)
         fields["vision_prompts_from_text"] = coupled
     return fields
 
 
-def _depth(tensors, tower: str) -> int:
+def prompt_depth(tensors: dict[str, torch.Tensor], tower: str) -> int:
+    """Returns the number of layers with prompts in a tower."""
     layers = [re.match(rf"{tower}\.encoder\.layers\.(\d+)\.", name) for name in tensors]
     return 1 + max((int(layer[1]) for layer in layers if layer), default=0)
 
 
 @torch.no_grad()
-def _fill_in(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    parameters = {name.removeprefix("base_model.model."): value for name, value in parameters.items()}
+def copy_tensors(tensors: dict[str, torch.Tensor], model: PeftModel) -> None:
+    """Copies the tensors into the model. Raises `ValueError` if names or shapes differ."""
+    parameters = {
+        name.removeprefix("base_model.model."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     for name in parameters.keys() | tensors.keys():
-        if name not in parameters or name not in tensors or parameters[name].shape != tensors[name].shape:
-            found, wanted = (tuple(d[name].shape) if name in d else None for d in (tensors, parameters))
+        found, wanted = (tuple(known[name].shape) if name in known else None for known in (tensors, parameters))
+        if found is None or found != wanted:
             raise ValueError(
                 f"The checkpoint's tensor for {name!r} has shape {found}, the base model and its classes ask for "
                 f"{wanted}; name the CLIP, and for class-specific vectors the classes, that it was trained with."
@@ -189,46 +202,48 @@ def _fill_in(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
         parameters[name].copy_(tensors[name])
 
 
-def _check_prompts(model: CLIPForPromptClassification, saved: torch.Tensor) -> None:
-    """Compares the embeddings of names and full stops, which the authors save, with those of our texts."""
+def check_class_prompts(model: CLIPForPromptClassification, saved: torch.Tensor) -> None:
+    """Raises `ValueError` if the saved token embeddings of class names and full stops are not those of our texts."""
     layout = model.prompt_layout
-    texts = build_class_prompts(model.class_names, layout.padded_template, model.tokenizer, max_length=77)
+    prompts = build_class_prompts(model.class_names, layout.padded_template, model.tokenizer, max_length=77)
     hint = "give the class names, their order and the template of the training, or check_prompts=False"
-    if len(saved) != len(texts.texts):
-        raise ValueError(f"The checkpoint is of {len(saved)} classes, but {len(texts.texts)} are given; {hint}.")
+    if len(saved) != len(prompts.texts):
+        raise ValueError(f"The checkpoint is of {len(saved)} classes, but {len(prompts.texts)} are given; {hint}.")
     first = 1 + layout.num_virtual_tokens
-    table = model.text_model.embeddings.token_embedding.weight.detach().float()
-    for text, ids, length, rows in zip(texts.texts, texts.input_ids, texts.attention_mask.sum(dim=1), saved):
-        expected = table[ids[first:length]]
+    embeddings = model.text_model.embeddings.token_embedding.weight.detach().float()
+    lengths = prompts.attention_mask.sum(dim=1)
+    for text, ids, length, found in zip(prompts.texts, prompts.input_ids, lengths, saved):
+        expected = embeddings[ids[first:length]]
         # the authors' code runs in half precision
-        if not torch.allclose(expected, rows[: len(expected)], rtol=2e-3, atol=1e-4):
+        if not torch.allclose(expected, found[: len(expected)], rtol=2e-3, atol=1e-4):
             raise ValueError(f"The checkpoint was not trained with the text {text!r} (or not on this CLIP); {hint}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command `clip-prompt-convert`."""
-    parser = argparse.ArgumentParser(description="Makes an adapter of a checkpoint of CoOp, MaPLe, PromptSRC, ...")
-    parser.add_argument("checkpoint", help="model.pth.tar-N")
+    """Runs the command `clip-prompt-convert`."""
+    parser = argparse.ArgumentParser(
+        "clip-prompt-convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", metavar="checkpoint", help="model.pth.tar-N")
     parser.add_argument("output_dir", help="folder for the adapter")
-    parser.add_argument("--base_model_name_or_path", required=True, help="the same CLIP, as Hub id or folder")
-    parser.add_argument("--class_names", nargs="+", help="those of the training, in its order")
-    parser.add_argument("--prompt_template", default="a photo of a {}.", help="that of the training")
+    parser.add_argument("--base_model_name_or_path", required=True, help="Hub id or folder of the same CLIP")
+    parser.add_argument("--class_names", nargs="+", help="the class names of the training, in its order")
+    parser.add_argument("--prompt_template", default="a photo of a {}.", help="the template of the training")
     parser.add_argument("--class_token_position", default="end", choices=["end", "middle", "front"])
-    parser.add_argument("--no_check", action="store_true", help="do not compare the texts with those of the training")
-    args = parser.parse_args(arguments)
+    parser.add_argument(
+        "--no_check",
+        dest="check_prompts",
+        action="store_false",
+        help="do not compare texts with those of the training",
+    )
+    options = vars(parser.parse_args(arguments))
+    output_dir = options.pop("output_dir")
     try:
-        model = convert_checkpoint(
-            args.checkpoint,
-            args.base_model_name_or_path,
-            class_names=args.class_names,
-            prompt_template=args.prompt_template,
-            class_token_position=args.class_token_position,
-            check_prompts=not args.no_check,
-        )
+        model = convert_checkpoint(**options)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
-    model.save_pretrained(args.output_dir)
-    print(f"Saved {args.output_dir}: {model.get_nb_trainable_parameters()[0]} learned numbers")
+    model.save_pretrained(output_dir)
+    print(f"Saved {output_dir}: {model.get_nb_trainable_parameters()[0]} learned numbers")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-#!/usr/bin/env python
-"""Shows in the browser what tuning changes: an image, class names to edit, zero-shot and tuned side by side.
+"""Shows zero-shot and tuned CLIP side by side in the browser, for an image and class names that can be edited.
 
-    python demo.py                                                # tunes on the embedded pictures first, a minute
-    python demo.py --base openai/clip-vit-base-patch16 --adapters outputs/prompt_tuning
+    python -m clip_prompt_peft.commands.demo      # first tunes on the embedded pictures, which takes a minute
+    python -m clip_prompt_peft.commands.demo --base openai/clip-vit-base-patch16 --adapters outputs/prompt_tuning
 
 Needs `pip install 'clip_prompt_peft[demo]'`.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from threading import Lock
 
@@ -25,13 +23,13 @@ from transformers import AutoImageProcessor
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
 from ..assets import TINY_CLIP
 from ..data.known_datasets import STYLES, load_style
-from .arguments import use_one_thread_if_tiny
+from .common import argument_parser, errors_in_one_line, silence_libraries, use_one_thread_if_tiny
 
 
 DEFAULT_ADAPTERS = Path("outputs/demo")
 NUM_LABELS_SHOWN = 5
 NUM_EXAMPLES = 7
-# fonts that are there: the demo asks nothing of other servers
+# Only installed fonts: the demo loads nothing from other servers.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 Probabilities = dict[str, float]
@@ -42,16 +40,18 @@ class Comparison:
     One CLIP with all adapters of a folder.
 
     Args:
-        base: Hub id or folder of the CLIP.
-        folder: its sub-folders are the adapters.
+        base (`str`):
+            Hub id or folder of the CLIP.
+        folder (`Path`):
+            The folder whose sub-folders are the adapters.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If there are no adapters of classifiers.
     """
 
     def __init__(self, base: str, folder: Path) -> None:
         paths = {path.parent.name: path.parent for path in sorted(folder.glob("*/adapter_config.json"))}
-        paths = {name: path for name, path in paths.items() if _is_classifier(path)}
+        paths = {name: path for name, path in paths.items() if is_classifier(path)}
         if not paths:
             raise ValueError(f"There are no adapters with class names in the sub-folders of {str(folder)!r}.")
         self.image_processor = AutoImageProcessor.from_pretrained(base)
@@ -62,16 +62,16 @@ class Comparison:
             model.load_adapter(path, name)
         self._model = model.eval()
         self.class_names = {name: list(config.class_names) for name, config in model.peft_config.items()}
-        self._lock = Lock()  # adapter and class names are the model's state
+        self._lock = Lock()  # active adapter and class names are state of the model
 
     @torch.no_grad()
     def __call__(
         self, image: Image.Image, adapter: str, class_names: list[str]
     ) -> tuple[Probabilities, Probabilities]:
-        """Zero-shot and tuned probabilities by class name.
+        """Returns zero-shot and tuned probabilities by class name.
 
         Raises:
-            ValueError: class names that the adapter cannot take.
+            ValueError: If the adapter does not take these class names.
         """
         inputs = self.image_processor(image.convert("RGB"), return_tensors="pt")
         with self._lock:
@@ -79,17 +79,17 @@ class Comparison:
             self._classifier.set_class_names(class_names)
             tuned = self._model(**inputs).logits[0]  # (C,)
             with self._model.disable_adapter():
-                zero_shot = self._model(**inputs).logits[0]
-        return [dict(zip(class_names, logits.softmax(dim=0).tolist())) for logits in (zero_shot, tuned)]
+                zero_shot = self._model(**inputs).logits[0]  # (C,)
+        return tuple(dict(zip(class_names, logits.softmax(dim=0).tolist())) for logits in (zero_shot, tuned))
 
 
-def _is_classifier(path: Path) -> bool:
+def is_classifier(path: Path) -> bool:
     config = PeftConfig.from_pretrained(path)
     return isinstance(config, CLIPPromptTuningConfig) and bool(config.class_names)
 
 
 def build_demo(comparison: Comparison, examples: list[Image.Image]) -> gr.Blocks:
-    """The page."""
+    """Builds the page."""
     adapters = list(comparison.class_names)
 
     def names_of(adapter: str) -> str:
@@ -111,7 +111,6 @@ def build_demo(comparison: Comparison, examples: list[Image.Image]) -> gr.Blocks
                 image = gr.Image(
                     examples[0],
                     type="pil",
-                    format="png",  # the default loses something
                     label="Image",
                     height=240,
                     sources=["upload", "clipboard"],
@@ -130,36 +129,36 @@ def build_demo(comparison: Comparison, examples: list[Image.Image]) -> gr.Blocks
 
 
 def tune_on_embedded_pictures(folder: Path) -> None:
-    """Two adapters, by the script that a user would take."""
-    script = Path(__file__).parent / "run_prompt_tuning.py"
+    """Tunes two adapters with the command `train`."""
     for style in STYLES[:2]:
-        command = [sys.executable, script, "--style", style, "--num_seeds", "1", "--output_dir", folder / style]
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", f"{__package__}.train", "--style", style, "--num_seeds", "1"]
+        subprocess.run([*command, "--output_dir", folder / style], check=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=TINY_CLIP, help="CLIP of the adapters; by default the embedded tiny one")
-    parser.add_argument(
-        "--adapters", type=Path, help="folder whose sub-folders are adapters; by default some are made now"
-    )
-    parser.add_argument("--port", type=int, default=7860)
-    args = parser.parse_args()
-    # peft reads a property of the model that transformers has renamed; nothing that a user can change
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    args = parse_arguments()
+    silence_libraries(progress_bars=True)
     if args.adapters is None:
         args.adapters = DEFAULT_ADAPTERS
         if not args.adapters.is_dir():
             tune_on_embedded_pictures(args.adapters)
     use_one_thread_if_tiny(args.base)
-    try:
+    with errors_in_one_line():
         comparison = Comparison(args.base, args.adapters)
-    except (ValueError, OSError) as error:
-        sys.exit(f"demo.py: error: {error}")
     examples = load_style(STYLES[0])["test"].shuffle(seed=0)[:NUM_EXAMPLES]["image"]
     build_demo(comparison, examples).launch(
         server_name="127.0.0.1", server_port=args.port, theme=THEME, max_file_size="20mb"
     )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--base", default=TINY_CLIP, help="CLIP of the adapters; by default the embedded tiny one")
+    parser.add_argument(
+        "--adapters", type=Path, help="folder whose sub-folders are adapters; by default two are tuned first"
+    )
+    parser.add_argument("--port", type=int, default=7860)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,74 +1,49 @@
-#!/usr/bin/env python
-"""Writes what an adapter learned, and how well it does, as one HTML file.
+"""Writes what an adapter learned, and how accurate it is, into one HTML file.
 
-    python report.py outputs/prompt_tuning/seed1
-    python report.py user/pets-prompts --dataset_name timm/oxford-iiit-pet --split test --output pets.html
+    python -m clip_prompt_peft.commands.report outputs/prompt_tuning/seed1
+    python -m clip_prompt_peft.commands.report user/pets-prompts --dataset_name timm/oxford-iiit-pet --output pets.html
 
-Without a data set, the test images of the style that run_prompt_tuning.py tunes on by default are used.
+Without a data set, it tests on the embedded pictures that the command `train` tunes on by default.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-import warnings
 
-import transformers
-from datasets import Dataset
-from transformers import AutoImageProcessor
-
-from .. import AutoPeftModelForPromptClassification
 from ..data import load_image_dataset
 from ..data.known_datasets import STYLES, load_style
 from ..evaluation.comparison import compare_with_zero_shot
 from ..evaluation.interpret import describe_words, nearest_words
 from ..evaluation.report import write_report
-from .arguments import use_one_thread_if_tiny
+from .common import add_adapter_arguments, argument_parser, errors_in_one_line, load_adapter, silence_libraries
 
 
 def main() -> None:
     args = parse_arguments()
-    transformers.utils.logging.disable_progress_bar()
-    # peft reads a property of the model that transformers has renamed; nothing that a user can change
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-    try:
-        model = AutoPeftModelForPromptClassification.from_pretrained(args.adapter, base_model_name_or_path=args.base)
-        use_one_thread_if_tiny(model.get_base_model().name_or_path)
-        model.to(args.device)
-        image_processor = AutoImageProcessor.from_pretrained(
-            model.get_base_model().name_or_path, trust_remote_code=False
-        )
-        dataset = load_data(args)
+    silence_libraries()
+    with errors_in_one_line():
+        model, image_processor = load_adapter(args)
+        splits = load_image_dataset(args.dataset_name) if args.dataset_name else load_style(args.style)
+        if args.split not in splits:
+            raise ValueError(f"There is no split {args.split!r} in the data; there are {', '.join(splits)}.")
+        dataset = splits[args.split]
         comparison = compare_with_zero_shot(model, dataset, image_processor)
-        name = args.dataset_name or args.style
-        facts = {"Tested on": f"{name}, split {args.split!r}"}
+        facts = {"Tested on": f"{args.dataset_name or args.style}, split {args.split!r}"}
         write_report(args.output, model, comparison, dataset, f"Prompts of {args.adapter}", facts)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"report.py: error: {error}")
-    for kind in ("zero_shot", "tuned"):
-        metrics = ", ".join(f"{key} {value:.1%}" for key, value in getattr(comparison, kind).metrics.items())
-        print(f"{kind.replace('_', '-')}: {metrics}")
+    for name, answers in (("zero-shot", comparison.zero_shot), ("tuned", comparison.tuned)):
+        print(f"{name}: " + ", ".join(f"{metric} {value:.1%}" for metric, value in answers.metrics.items()))
     print(f"\nThe words nearest to each vector\n{describe_words(nearest_words(model))}")
     print(f"\nWrote {args.output}")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Writes a report on an adapter as one HTML file.")
-    parser.add_argument("adapter", help="folder or Hub id of the adapter, such as outputs/prompt_tuning/seed1")
-    parser.add_argument("--base", help="base model to use instead of the one that the adapter names")
-    parser.add_argument("--dataset_name", help="Hub id, or folder, of images to test on")
-    parser.add_argument("--split", default="test", help="its split (default: test)")
-    parser.add_argument("--style", choices=STYLES, default=STYLES[0], help="else: of the pictures of the examples")
-    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ...")
-    parser.add_argument("--output", default="report.html", help="file to write (default: report.html)")
+    parser = argument_parser(__doc__)
+    add_adapter_arguments(parser)
+    parser.add_argument("--dataset_name", help="Hub id or folder of the images to test on")
+    parser.add_argument("--split", default="test", help="the split of the data to test on (default: test)")
+    parser.add_argument("--style", choices=STYLES, default=STYLES[0], help="the embedded pictures to test on")
+    parser.add_argument("--output", default="report.html", help="the file to write (default: report.html)")
     return parser.parse_args()
-
-
-def load_data(args: argparse.Namespace) -> Dataset:
-    splits = load_image_dataset(args.dataset_name) if args.dataset_name else load_style(args.style)
-    if args.split not in splits:
-        raise ValueError(f"There is no split {args.split!r} in the data; there are {', '.join(splits)}.")
-    return splits[args.split]
 
 
 if __name__ == "__main__":

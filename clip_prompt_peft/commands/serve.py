@@ -1,14 +1,17 @@
-"""Images from strangers: what is let in, and what is not.
+"""Classifies images over HTTP with any number of adapters on one frozen CLIP.
 
-An upload is looked at before it is decoded: a file of a few KB can hold a picture of gigabytes, and a picture of one
-pixel's height becomes one of gigabytes when it is scaled to the model's size.
+    python -m clip_prompt_peft.commands.serve --adapters outputs/prompt_tuning
+    curl -X PUT http://127.0.0.1:8000/adapters/seed1
+    curl -F images=@cat.jpg -F adapters=seed1 http://127.0.0.1:8000/classify
+
+There is no authentication, and by default the service listens on this machine only. Needs
+`pip install 'clip_prompt_peft[serve]'`.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -28,64 +31,71 @@ from transformers import AutoImageProcessor
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig
 from ..assets import TINY_CLIP
 from ..tuner.files import WEIGHTS_NAME
-from .arguments import use_one_thread_if_tiny
+from .common import argument_parser, silence_libraries, use_one_thread_if_tiny
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow's readers of some others start programs or are little tested
-
-
+# Limits of a request. The size of an image is checked before decoding: a file of a few KB can decode to gigabytes, and
+# an image that is one pixel high takes gigabytes once it is scaled to the size of the model's input.
+MAX_UPLOAD = 10 * 2**20  # bytes
+MAX_IMAGES = 16
+MAX_CLASS_NAMES = 500
 MAX_PIXELS = 50_000_000
-
-
 MAX_RATIO = 16  # of the longer side to the shorter
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # other decoders of Pillow start programs or are little tested
+
+MAX_CONNECTIONS = 64
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+UNTRAINED = "_untrained"  # not a valid name; this adapter keeps the PeftModel alive when no other is loaded
+
+Scores = list[tuple[str, float]]  # labels and probabilities, the most probable first
 
 
 def read_image(data: bytes, name: str = "the image") -> Image.Image:
     """Decodes an upload.
 
     Args:
-        data: the bytes of the file.
-        name: what to call it in errors.
+        data (`bytes`):
+            The content of the file.
+        name (`str`, *optional*, defaults to `"the image"`):
+            The name of the file in error messages.
 
     Returns:
-        An RGB image, turned upright.
+        `PIL.Image.Image`: An RGB image, rotated as its EXIF data says.
 
     Raises:
-        HTTPException: 415 for what is no image of an allowed format, 413 for one that is too large or too elongated,
-            422 for one that is damaged.
+        HTTPException: 415 if the file is not an image of an allowed format, 413 if it is too large or too elongated,
+            422 if it is damaged.
     """
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)  # reads the header only
+        image = Image.open(BytesIO(data), formats=FORMATS)  # reads only the header
     except UnidentifiedImageError:
         raise HTTPException(415, f"{name} is not an image of the formats {', '.join(FORMATS)}.") from None
     except Image.DecompressionBombError:
         raise HTTPException(413, f"{name} has too many pixels; {MAX_PIXELS:,} are allowed.") from None
-    except Exception as error:  # broken headers raise whatever they happen to
+    except Exception as error:  # damaged headers raise errors of any type
         raise HTTPException(422, f"{name} is damaged: {error}") from None
-    check_size(*image.size, name)
-    try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # and so do broken pixels
-        raise HTTPException(422, f"{name} is damaged: {error}") from None
-
-
-def check_size(width: int, height: int, name: str) -> None:
-    """Raises `HTTPException` 413 for an image that would take too much memory once it is decoded and scaled."""
+    width, height = image.size
     if width * height > MAX_PIXELS:
         raise HTTPException(413, f"{name} has {width} x {height} pixels; at most {MAX_PIXELS:,} are allowed.")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise HTTPException(
             413, f"{name} has {width} x {height} pixels; the longer side may be {MAX_RATIO} times the shorter one."
         )
+    try:
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # damaged pixel data, too
+        raise HTTPException(422, f"{name} is damaged: {error}") from None
 
 
 class LimitBody:
     """
-    ASGI middleware that answers 413 to requests with long bodies, before more than that much of them is read.
+    ASGI middleware that answers 413 to requests with long bodies, without reading more than the limit.
 
     Args:
-        app: the application.
-        max_bytes: of a request's body.
+        app (`Callable`):
+            The ASGI application.
+        max_bytes (`int`):
+            The largest allowed length of a body.
     """
 
     def __init__(self, app, max_bytes: int) -> None:
@@ -101,7 +111,7 @@ class LimitBody:
             return await answer(scope, receive, send)
         received = 0
 
-        async def receive_within_limit():  # the length need not be told beforehand, nor truthfully
+        async def receive_within_limit():  # the header with the length may be missing or wrong
             nonlocal received
             part = await receive()
             received += len(part.get("body", b""))
@@ -112,23 +122,17 @@ class LimitBody:
         return await self.app(scope, receive_within_limit, send)
 
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-UNTRAINED = "_untrained"  # no name of an adapter; keeps the PeftModel alive while no other is loaded
-
-
-Scores = list[tuple[str, float]]  # label and probability, the most probable first
-
-
 class AdapterStore:
     """
-    Loads, unloads and runs adapters, one request at a time.
+    Loads, unloads and runs adapters on one CLIP, one request at a time.
 
     Args:
-        base: Hub id or folder of the CLIP.
-        folder: the only place where adapters may come from.
-        max_loaded: how many may be loaded at the same time.
+        base (`str`):
+            Hub id or folder of the CLIP.
+        folder (`Path`):
+            The folder whose sub-folders are the adapters. Nothing outside of it is loaded.
+        max_loaded (`int`, *optional*, defaults to 500):
+            How many adapters may be loaded at the same time.
     """
 
     def __init__(self, base: str, folder: Path, max_loaded: int = 500) -> None:
@@ -137,17 +141,17 @@ class AdapterStore:
         self.image_processor = AutoImageProcessor.from_pretrained(base)
         self._classifier = AutoModelForPromptClassification.from_pretrained(base)
         self._model = get_peft_model(self._classifier, CLIPPromptTuningConfig(), adapter_name=UNTRAINED).eval()
-        self._lock = Lock()  # whoever switches adapters must be alone
-        self._decoding = Lock()  # large pictures, one at a time
+        self._lock = Lock()  # active adapter and class names are state of the model
+        self._decoding = Lock()  # large images are decoded one at a time
 
     def available(self) -> list[str]:
-        """Names that can be loaded."""
+        """Returns the names of the adapters in the folder."""
         if not self.folder.is_dir():
             return []
         return sorted(path.name for path in self.folder.iterdir() if self._is_adapter(path))
 
     def loaded(self) -> dict[str, list[str]]:
-        """Class names by adapter."""
+        """Returns the class names of the loaded adapters by name."""
         configs = dict(self._model.peft_config)
         return {name: config.class_names for name, config in sorted(configs.items()) if name != UNTRAINED}
 
@@ -155,10 +159,14 @@ class AdapterStore:
         """Loads an adapter and returns its class names.
 
         Raises:
-            HTTPException: 422 for a name that cannot be one, or an adapter that cannot be used; 404 if there is none;
-                409 if it is loaded already, or too many are.
+            HTTPException: 422 if the name is not allowed or the adapter is damaged, 404 if there is no such adapter,
+                409 if it is loaded already or too many are.
         """
-        path = self._path_of(name)
+        if not ADAPTER_NAME.fullmatch(name):
+            raise HTTPException(422, f"{name!r} cannot be the name of an adapter: letters, digits, '-' and '_' only.")
+        path = self.folder / name
+        if not self._is_adapter(path):
+            raise HTTPException(404, f"There is no adapter {name!r}; there are {self.available()}.")
         with self._lock:
             loaded = self.loaded()
             if name in loaded:
@@ -166,71 +174,61 @@ class AdapterStore:
             if len(loaded) >= self.max_loaded:
                 raise HTTPException(409, f"{self.max_loaded} adapters are loaded, which is the limit; unload one.")
             try:
-                _check_files(path)
+                check_files(path)
                 self._model.load_adapter(path, name)
-            except Exception as error:  # damaged files raise whatever they happen to
+            except Exception as error:  # damaged files raise errors of any type
                 if name in self._model.peft_config:
                     self._model.delete_adapter(name)
                 raise HTTPException(422, f"The adapter {name!r} cannot be loaded: {error}") from None
             return self.loaded()[name]
 
     def unload(self, name: str) -> None:
-        """Raises `HTTPException` 404 if no such adapter is loaded."""
+        """Unloads an adapter. Raises `HTTPException` 404 if it is not loaded."""
         with self._lock:
             self._check_loaded([name])
             self._model.delete_adapter(name)
 
     def classify(self, images: Iterable[Image.Image], adapters: Sequence[str], top_k: int) -> list[Scores]:
-        """Scores each image by its adapter, all in one pass of the image tower.
+        """Classifies each image with its adapter, all in one pass of the image tower.
 
         Args:
-            images: decoded as they are asked for.
-            adapters: one for each image.
-            top_k: how many labels to return of each.
+            images (`Iterable[Image.Image]`):
+                The images; an iterator may decode them when they are needed.
+            adapters (`Sequence[str]`):
+                The name of the adapter for each image.
+            top_k (`int`):
+                How many labels to return for each image.
 
         Raises:
-            HTTPException: 404 if an adapter is not loaded; whatever decoding raises.
+            HTTPException: 404 if an adapter is not loaded.
         """
         inputs = self._inputs(images)
         with self._lock, torch.no_grad():
             self._check_loaded(adapters)
             logits = self._model(**inputs, adapter_names=list(adapters)).logits
             loaded = self.loaded()
-        return [_best(row, loaded[name], top_k) for row, name in zip(logits, adapters)]
+        return [best(of_image, loaded[name], top_k) for of_image, name in zip(logits, adapters)]
 
     def classify_zero_shot(self, images: Iterable[Image.Image], class_names: list[str], top_k: int) -> list[Scores]:
-        """Scores all images by names of the moment.
-
-        Raises:
-            HTTPException: 422 for names that cannot be used.
-        """
+        """Classifies all images zero-shot. Raises `HTTPException` 422 if the class names cannot be used."""
         inputs = self._inputs(images)
         with self._lock, torch.no_grad(), self._model.disable_adapter():
             try:
-                self._classifier.set_class_names(class_names)  # adapters have their own
+                self._classifier.set_class_names(class_names)  # adapters keep their own
             except ValueError as error:
                 raise HTTPException(422, str(error)) from None
             logits = self._model(**inputs).logits  # (B, C)
-        return [_best(row, class_names, top_k) for row in logits]
+        return [best(of_image, class_names, top_k) for of_image in logits]
 
     def _inputs(self, images: Iterable[Image.Image]) -> dict[str, torch.Tensor]:
-        """`pixel_values` (B, 3, H, W), and what else the model takes of images."""
+        """Returns `pixel_values` (B, 3, H, W), and the other inputs that the model takes."""
         with self._decoding:
             prepared = [self.image_processor(image, return_tensors="pt") for image in images]
             return {name: torch.cat([of_image[name] for of_image in prepared]) for name in prepared[0]}
 
     def _is_adapter(self, path: Path) -> bool:
-        # a link that leads out of the folder is none
-        inside = path.resolve().parent == self.folder
-        return bool(NAME.fullmatch(path.name)) and inside and (path / "adapter_config.json").is_file()
-
-    def _path_of(self, name: str) -> Path:
-        if not NAME.fullmatch(name):
-            raise HTTPException(422, f"{name!r} cannot be the name of an adapter: letters, digits, '-' and '_' only.")
-        path = self.folder / name
-        if not self._is_adapter(path):
-            raise HTTPException(404, f"There is no adapter {name!r}; there are {self.available()}.")
-        return path
+        is_inside = path.resolve().parent == self.folder  # a link may lead out of the folder
+        return bool(ADAPTER_NAME.fullmatch(path.name)) and is_inside and (path / "adapter_config.json").is_file()
 
     def _check_loaded(self, adapters: Sequence[str]) -> None:
         loaded = self.loaded()
@@ -239,7 +237,8 @@ class AdapterStore:
                 raise HTTPException(404, f"The adapter {name!r} is not loaded; loaded are {sorted(loaded)}.")
 
 
-def _check_files(path: Path) -> None:
+def check_files(path: Path) -> None:
+    """Raises `ValueError` if a folder does not hold the adapter of a classifier."""
     config = PeftConfig.from_pretrained(path)
     if not isinstance(config, CLIPPromptTuningConfig):
         raise ValueError(f"it is of type {config.peft_type}, not of CLIP prompt tuning.")
@@ -249,22 +248,10 @@ def _check_files(path: Path) -> None:
         raise ValueError(f"it holds no {WEIGHTS_NAME}.")
 
 
-def _best(logits: torch.Tensor, class_names: list[str], top_k: int) -> Scores:
-    """`top_k` labels of an image's logits (C,)."""
+def best(logits: torch.Tensor, class_names: list[str], top_k: int) -> Scores:
+    """Returns the `top_k` most probable labels of an image's logits (C,)."""
     values, labels = logits.softmax(dim=0).topk(min(top_k, len(class_names)))
     return [(class_names[label], value) for value, label in zip(values.tolist(), labels.tolist())]
-
-
-MAX_UPLOAD = 10 * 2**20  # bytes of a request
-
-
-MAX_IMAGES = 16  # of a request
-
-
-MAX_CLASS_NAMES = 500
-
-
-MAX_CONNECTIONS = 64
 
 
 class Label(BaseModel):
@@ -283,11 +270,13 @@ class Adapters(BaseModel):
 
 
 def create_app(store: AdapterStore, max_upload: int = MAX_UPLOAD) -> FastAPI:
-    """The application.
+    """Creates the application.
 
     Args:
-        store: the model and its adapters.
-        max_upload: bytes that a request may have.
+        store (`AdapterStore`):
+            The model and its adapters.
+        max_upload (`int`, *optional*, defaults to 10 MiB):
+            The largest allowed length of a request in bytes.
     """
     app = FastAPI(title="Prompt-tuned CLIP", description=__doc__)
     app.add_middleware(LimitBody, max_bytes=max_upload)
@@ -311,18 +300,24 @@ def create_app(store: AdapterStore, max_upload: int = MAX_UPLOAD) -> FastAPI:
         class_names: Annotated[list[str], Form(default_factory=list)],
         top_k: Annotated[int, Form(ge=1)] = 5,
     ) -> list[Answer]:
-        """Either `adapters`, one for all images or one for each, or `class_names`."""
+        """Takes either `adapters`, one for all images or one for each, or `class_names`."""
         check_request(len(images), len(adapters), len(class_names))
         pictures = (read_image(upload.file.read(), upload.filename or "the image") for upload in images)
         if class_names:
-            return answers([None] * len(images), store.classify_zero_shot(pictures, class_names, top_k))
-        names = adapters * len(images) if len(adapters) == 1 else adapters
-        return answers(names, store.classify(pictures, names, top_k))
+            names, scores = [None] * len(images), store.classify_zero_shot(pictures, class_names, top_k)
+        else:
+            names = adapters * len(images) if len(adapters) == 1 else adapters
+            scores = store.classify(pictures, names, top_k)
+        return [
+            Answer(adapter=name, labels=[Label(label=label, probability=value) for label, value in of_image])
+            for name, of_image in zip(names, scores)
+        ]
 
     return app
 
 
 def check_request(num_images: int, num_adapters: int, num_class_names: int) -> None:
+    """Raises `HTTPException` 413 or 422 for numbers that are too large or do not go together."""
     if num_images > MAX_IMAGES:
         raise HTTPException(413, f"{num_images} images are too many; send at most {MAX_IMAGES} at a time.")
     if num_class_names > MAX_CLASS_NAMES:
@@ -335,31 +330,27 @@ def check_request(num_images: int, num_adapters: int, num_class_names: int) -> N
         )
 
 
-def answers(adapters: list[str | None], scores: list[Scores]) -> list[Answer]:
-    return [
-        Answer(adapter=name, labels=[Label(label=label, probability=value) for label, value in of_image])
-        for name, of_image in zip(adapters, scores)
-    ]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=TINY_CLIP, help="CLIP of the adapters; by default the embedded tiny one")
-    parser.add_argument(
-        "--adapters", type=Path, default=Path("outputs/prompt_tuning"), help="folder whose sub-folders are adapters"
-    )
-    parser.add_argument("--max_adapters", type=int, default=500, help="that are loaded at the same time")
-    parser.add_argument("--max_upload", type=int, default=MAX_UPLOAD, help="bytes that a request may have")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000)
-    args = parser.parse_args()
-    # peft reads a property of the model that transformers has renamed; nothing that a user can change
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    args = parse_arguments()
+    silence_libraries(progress_bars=True)
     use_one_thread_if_tiny(args.base)
     store = AdapterStore(args.base, args.adapters, args.max_adapters)
     print(f"In {args.adapters}: {', '.join(store.available()) or 'no adapters yet'}", flush=True)
     app = create_app(store, args.max_upload)
     uvicorn.run(app, host=args.host, port=args.port, limit_concurrency=MAX_CONNECTIONS)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--base", default=TINY_CLIP, help="CLIP of the adapters; by default the embedded tiny one")
+    parser.add_argument(
+        "--adapters", type=Path, default=Path("outputs/prompt_tuning"), help="folder whose sub-folders are adapters"
+    )
+    parser.add_argument("--max_adapters", type=int, default=500, help="how many may be loaded at the same time")
+    parser.add_argument("--max_upload", type=int, default=MAX_UPLOAD, help="bytes that a request may have")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-#!/usr/bin/env python
 r"""Tunes the prompt of a CLIP on a few images per class, with the Trainer of transformers.
 
-Without arguments it does so on the pictures that come with the examples, three times, and prints the accuracy beside
-that of the zero-shot model. With data of your own:
+Without arguments, it tunes the embedded tiny CLIP on the embedded pictures with three seeds, and prints the accuracy
+beside that of the zero-shot model. With your own data:
 
-    python run_prompt_tuning.py --train_dir pets/train --test_dir pets/test
-    python run_prompt_tuning.py --train_file pets.parquet --label_column_name breed --shots 4
-    python run_prompt_tuning.py --dataset_name user/pets --model_name_or_path openai/clip-vit-base-patch16 \
-        --shots 16 --push_to_hub
-    accelerate launch run_prompt_tuning.py --dataset_name user/pets --augment --dataloader_num_workers 4
-    python run_prompt_tuning.py --method maple
-    python run_prompt_tuning.py settings.yaml
+    python -m clip_prompt_peft.commands.train --train_dir pets/train --test_dir pets/test
+    python -m clip_prompt_peft.commands.train --train_file pets.parquet --label_column_name breed --shots 4
+    python -m clip_prompt_peft.commands.train --dataset_name user/pets \
+        --model_name_or_path openai/clip-vit-base-patch16 --shots 16 --push_to_hub
+    python -m clip_prompt_peft.commands.train --method maple
+    python -m clip_prompt_peft.commands.train settings.yaml
+    accelerate launch -m clip_prompt_peft.commands.train --dataset_name user/pets --augment
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
-import warnings
 from dataclasses import replace
 
 import datasets
@@ -29,17 +26,17 @@ from huggingface_hub import create_repo
 from peft import get_peft_model
 from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_seed
 
-from .. import AutoModelForPromptClassification, PromptClassificationMixin
+from .. import AutoModelForPromptClassification
 from ..data import (
     cache_image_embeds,
     class_names_of,
+    content_hash,
     hold_out,
     load_image_dataset,
     sample_few_shot,
     sample_few_shot_splits,
     with_pixel_values,
 )
-from ..data import images as content_hash
 from ..data.known_datasets import STYLES, load_style
 from ..evaluation.comparison import Answers, Comparison
 from ..evaluation.interpret import nearest_words
@@ -48,49 +45,57 @@ from ..evaluation.model_card import CardDetails, TrainingData, is_hub_id
 from ..training.callbacks import StopAtNonFinite
 from ..training.recipes import Recipe
 from ..tuner.files import WEIGHTS_NAME
-from .arguments import parse_arguments, plan_runs, use_one_thread_if_tiny
-from .resume import explained, find_checkpoint
-from .tables import Results, results_table
-
-
-SHOWN_METRICS = ("accuracy", "mean_class_accuracy")
+from .arguments import parse_arguments, plan_runs
+from .common import (
+    COLUMNS,
+    Results,
+    errors_in_one_line,
+    results_table,
+    silence_libraries,
+    use_one_thread_if_tiny,
+)
+from .resume import find_checkpoint, hint_at_checkpoint
 
 
 def main() -> None:
-    try:
+    with errors_in_one_line():
         model_args, data_args, prompt_args, training_args = parse_arguments()
         set_up_logging(training_args)
         runs = plan_runs(model_args, data_args, training_args)
         with training_args.main_process_first(desc="loading the data"):
             splits, test_sets = load_data(data_args, model_args, training_args)
         draw(splits, data_args, training_args)
-        model, image_processor = load_model(model_args, prompt_args, class_names_of(splits["train"]))
-        config = prompt_args.config(model)
-        model = get_peft_model(model, config).unload()  # complains of a prompt that does not fit
-        if training_args.push_to_hub and training_args.process_index == 0:
-            create_repository(training_args)
-    except (ValueError, OSError) as error:  # what can be wrong with what was asked for
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
-
-    def embed(dataset: Dataset, name: str) -> Dataset:
-        batch_size = training_args.per_device_eval_batch_size
-        if config.num_vision_virtual_tokens:  # what an image becomes is learned, too
-            return with_pixel_values(dataset, image_processor)
-        return cache_image_embeds(
-            dataset, model, image_processor, batch_size, description=f"Embedding images ({name})"
+        name = model_args.model_name_or_path
+        hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
+        class_names = class_names_of(splits["train"])
+        model = AutoModelForPromptClassification.from_pretrained(
+            name, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
         )
+        image_processor = AutoImageProcessor.from_pretrained(name, **hub)
+        config = prompt_args.config(model)
+        model = get_peft_model(model, config).unload()  # raises if the prompt does not fit
+        is_main_process = training_args.process_index == 0
+        if training_args.push_to_hub and is_main_process:
+            create_repository(training_args)
 
-    if training_args.process_index == 0:
-        announce(model_args, data_args, runs, model.class_names, test_sets)
-    use_one_thread_if_tiny(model_args.model_name_or_path)
+    def embed(dataset: Dataset, description: str) -> Dataset:
+        if config.num_vision_virtual_tokens:  # image embeddings change in training
+            return with_pixel_values(dataset, image_processor)
+        batch_size = training_args.per_device_eval_batch_size
+        description = f"Embedding images ({description})"
+        return cache_image_embeds(dataset, model, image_processor, batch_size, description=description)
+
+    if is_main_process:
+        announce(name, data_args, runs, class_names, test_sets)
+    use_one_thread_if_tiny(name)
     model.to(training_args.device)
-    with explained(training_args):
+    with hint_at_checkpoint(training_args):
         test_sets = {name: embed(dataset, name) for name, dataset in test_sets.items()}
     zero_shot, tuned = {}, []
     for run_args in runs:
-        with explained(run_args):
+        with hint_at_checkpoint(run_args):
             drawn, validation_set = draw(splits, data_args, run_args)
-            if run_args.process_index == 0:
+            if is_main_process:
                 print(f"Seed {run_args.seed}: {len(drawn)} training images", flush=True)
             if data_args.augment:
                 train_set = with_pixel_values(drawn, image_processor, augment=True)
@@ -102,22 +107,22 @@ def main() -> None:
             model = get_peft_model(model, config)
             recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots)
             trainer = tune(model, recipe, run_args, train_set, validation_set, image_processor)
-            tuned_answers = ask(trainer.model, test_sets, run_args)
+            tuned_answers = classify(trainer.model, test_sets, run_args)
             tuned.append(shown_metrics(tuned_answers))
             if not zero_shot:
-                # Not before the training: a model that has been evaluated is not wrapped for several processes any
-                # more (accelerate marks it as prepared), and each would train on its own.
+                # Only after the training: accelerate marks an evaluated model as prepared and does not wrap it for
+                # several processes any more, so each of them would train on its own.
                 with trainer.model.disable_adapter():
-                    answers = ask(trainer.model, test_sets, run_args)
+                    answers = classify(trainer.model, test_sets, run_args)
                 zero_shot = shown_metrics(answers)
-            if run_args.process_index == 0:
+            if is_main_process:
                 test_name = next(iter(test_sets))
                 comparison = Comparison(trainer.model.class_names, answers[test_name], tuned_answers[test_name])
                 trainer.model.card_details = describe(trainer, data_args, drawn, test_name, comparison)
             save(trainer, model_args.hub_base_model_id, zero_shot, tuned[-1])
             if len(tuned) < len(runs):
                 model = trainer.model.unload()
-    if training_args.process_index == 0:
+    if is_main_process:
         report(runs, zero_shot, tuned, training_args.output_dir)
         if training_args.push_to_hub:
             push(trainer)
@@ -128,14 +133,11 @@ def set_up_logging(training_args: TrainingArguments) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     transformers.utils.logging.set_verbosity(level)
     datasets.disable_progress_bars()
-    if training_args.process_index != 0 or training_args.disable_tqdm:
-        transformers.utils.logging.disable_progress_bar()
-    # peft reads a property of the model that transformers has renamed; nothing that a user can change
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    silence_libraries(progress_bars=training_args.process_index == 0 and not training_args.disable_tqdm)
 
 
 def load_data(data_args, model_args, training_args) -> tuple[DatasetDict, dict[str, Dataset]]:
-    """The splits to draw from (`train`, and `validation` if there is one), and the test sets by name."""
+    """Returns the splits to draw from (`train`, and `validation` if there is one), and the test sets by name."""
     if data_args.is_embedded:
         styles = {style: load_style(style) for style in (data_args.style, *STYLES)}
         splits = DatasetDict(train=styles[data_args.style]["train"])
@@ -156,12 +158,12 @@ def load_data(data_args, model_args, training_args) -> tuple[DatasetDict, dict[s
         )
         test_sets = choose_test_set(splits, data_args.train_val_split)
     if training_args.eval_strategy != "no" and "validation" not in splits:
-        raise ValueError("--eval_strategy needs validation images beside those of the test, and there are none.")
+        raise ValueError("--eval_strategy needs validation images besides the test images, and there are none.")
     return splits, test_sets
 
 
 def choose_test_set(splits: DatasetDict, train_val_split: float) -> dict[str, Dataset]:
-    """`test`, otherwise `validation`, otherwise a part of `train`, which is taken out of it."""
+    """Returns `test` or else `validation`, or else moves a part of `train` out of the splits."""
     for name in ("test", "validation"):
         if name in splits:
             return {name: splits[name]}
@@ -170,7 +172,7 @@ def choose_test_set(splits: DatasetDict, train_val_split: float) -> dict[str, Da
 
 
 def draw(splits: DatasetDict, data_args, training_args) -> tuple[Dataset, Dataset | None]:
-    """The few training images of a seed, and the validation images if they are asked for."""
+    """Returns the training images of a seed, and the validation images if there is an evaluation during training."""
     train, validation = splits["train"], splits.get("validation")
     if training_args.eval_strategy == "no":
         validation = None
@@ -182,29 +184,20 @@ def draw(splits: DatasetDict, data_args, training_args) -> tuple[Dataset, Datase
     return sample_few_shot_splits(train, validation, **settings)
 
 
-def load_model(model_args, prompt_args, class_names: list[str]) -> tuple[PromptClassificationMixin, object]:
-    hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
-    model = AutoModelForPromptClassification.from_pretrained(
-        model_args.model_name_or_path, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
-    )
-    return model, AutoImageProcessor.from_pretrained(model_args.model_name_or_path, **hub)
-
-
-def announce(model_args, data_args, runs: list[TrainingArguments], class_names, test_sets) -> None:
-    shots = "all images" if data_args.shots == 0 else f"{data_args.shots} images"
-    if data_args.when_fewer == "all" and data_args.shots > 0:
+def announce(model_name: str, data_args, runs: list[TrainingArguments], class_names, test_sets) -> None:
+    shots = f"{data_args.shots} images" if data_args.shots else "all images"
+    if data_args.shots and data_args.when_fewer == "all":
         shots = f"up to {shots}"
     seeds = ", ".join(str(run_args.seed) for run_args in runs)
     tests = ", ".join(f"{name} ({len(dataset)} images)" for name, dataset in test_sets.items())
-    first = runs[0]
-    print(f"Model      {model_args.model_name_or_path}")
+    print(f"Model      {model_name}")
     print(f"Tuned on   {data_args.name}: {shots} of each of {len(class_names)} classes, seed {seeds}")
     print(f"Tested on  {tests}")
-    print(f"Running on {first.device.type}, number of processes: {first.world_size}", flush=True)
+    print(f"Running on {runs[0].device.type}, number of processes: {runs[0].world_size}", flush=True)
 
 
 def create_repository(training_args: TrainingArguments) -> None:
-    """Now and not when all is done, so that a missing token or a wrong name is found at once."""
+    """Creates the repository before the training, so that a missing token or a wrong name is noticed at once."""
     name = training_args.hub_model_id or os.path.basename(os.path.abspath(training_args.output_dir))
     create_repo(name, token=training_args.hub_token, private=training_args.hub_private_repo, exist_ok=True)
 
@@ -224,26 +217,27 @@ def tune(model, recipe: Recipe, run_args, train_set, validation_set, image_proce
     return trainer
 
 
-def ask(model, test_sets: dict[str, Dataset], training_args: TrainingArguments) -> dict[str, Answers]:
-    """What the model answers about the images of every test set."""
-    quiet = {"disable_tqdm": True, "push_to_hub": False}
-    # these are about the training, but --dataloader_drop_last would leave out test images, too
-    not_training = {"dataloader_drop_last": False, "eval_strategy": "no", "load_best_model_at_end": False}
-    trainer = Trainer(model=model, args=replace(training_args, **quiet, **not_training))
+def classify(model, test_sets: dict[str, Dataset], training_args: TrainingArguments) -> dict[str, Answers]:
+    """Returns the model's answers to the images of every test set."""
+    args = replace(
+        training_args,
+        disable_tqdm=True,
+        push_to_hub=False,
+        dataloader_drop_last=False,  # True would drop test images
+        eval_strategy="no",
+        load_best_model_at_end=False,
+    )
+    trainer = Trainer(model=model, args=args)
     predictions = {name: trainer.predict(dataset) for name, dataset in test_sets.items()}
     return {name: Answers(prediction.predictions, prediction.label_ids) for name, prediction in predictions.items()}
 
 
 def shown_metrics(answers: dict[str, Answers]) -> Results:
-    return {name: {key: of_set.metrics[key] for key in SHOWN_METRICS} for name, of_set in answers.items()}
-
-
-def evaluate(model, test_sets: dict[str, Dataset], training_args: TrainingArguments) -> Results:
-    return shown_metrics(ask(model, test_sets, training_args))
+    return {name: {metric: of_set.metrics[metric] for metric in COLUMNS} for name, of_set in answers.items()}
 
 
 def describe(trainer: Trainer, data_args, drawn: Dataset, test_name: str, comparison: Comparison) -> CardDetails:
-    """What the model card says about this training."""
+    """Returns the training's part of the model card."""
     args = trainer.args
     return CardDetails(
         data=TrainingData(
@@ -267,7 +261,7 @@ def describe(trainer: Trainer, data_args, drawn: Dataset, test_name: str, compar
 
 
 def save(trainer: Trainer, hub_base_model_id: str | None, zero_shot: Results, tuned: Results) -> None:
-    """The adapter, with a model card that shows the results, and the image processor, into the output folder."""
+    """Saves the adapter, with the results in its model card, and the image processor to the output folder."""
     model = trainer.model
     if hub_base_model_id is not None:
         model.active_peft_config.base_model_name_or_path = hub_base_model_id
@@ -278,7 +272,7 @@ def save(trainer: Trainer, hub_base_model_id: str | None, zero_shot: Results, tu
         for metric, value in results[name].items()
     }
     if trainer.args.process_index == 0:
-        # not trainer.save_model(), which would push, too, and the table is to be seen even where that fails
+        # not trainer.save_model(), which would push, too: the table must be printed even if that fails
         model.save_pretrained(trainer.args.output_dir)
         trainer.processing_class.save_pretrained(trainer.args.output_dir)
 
@@ -295,12 +289,11 @@ def report(runs: list[TrainingArguments], zero_shot: Results, tuned: list[Result
     folder = runs[0].output_dir
     print("\nLoad it with\n    from clip_prompt_peft import AutoPeftModelForPromptClassification")
     print(f'    model = AutoPeftModelForPromptClassification.from_pretrained("{folder}")')
-    predict = os.path.join(os.path.dirname(sys.argv[0]), "predict.py")
-    print(f"or classify images with\n    python {predict} {folder} IMAGE ...")
+    print(f"or classify images with\n    python -m {__package__}.predict {folder} IMAGE ...")
 
 
 def push(trainer: Trainer) -> None:
-    """By the model's own means, whose card says more than the Trainer's."""
+    """Pushes with the model's own method, whose model card says more than the Trainer's."""
     args, repo_id = trainer.args, trainer.hub_model_id
     trainer.model.push_to_hub(repo_id, token=args.hub_token, private=args.hub_private_repo, revision=args.hub_revision)
     print(f"Pushed to {repo_id}, which loads it in place of the folder")

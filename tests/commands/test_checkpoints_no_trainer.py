@@ -1,6 +1,7 @@
-"""Checkpoints of the example with a training loop of its own."""
+"""Tests of the example with a training loop of its own: what it prints, and its checkpoints."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -41,3 +42,19 @@ def test_a_loss_that_is_no_number_ends_the_training_without_saving(run_here, tmp
     with pytest.raises(SystemExit, match=r"loss of epoch \d is (nan|inf).* Try a lower --learning_rate"):
         run_here(SCRIPT, *SMALL, "out", "--learning_rate", "1e30")
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+def test_the_loop_with_accelerate_tunes_like_the_trainer(run_here, tmp_path):
+    printed = run_here(SCRIPT, "--num_train_epochs", 12)
+    row = re.search(r"^test +(\d.+)$", printed, flags=re.MULTILINE).group(1).split()
+    zero_shot, accuracy, _, class_mean = map(float, row)
+    assert zero_shot == pytest.approx(22.5, abs=0.05)  # as the other example prints
+    assert accuracy > zero_shot + 5
+    assert class_mean > zero_shot + 5
+    assert (tmp_path / "outputs/prompt_tuning_no_trainer/adapter_model.safetensors").exists()
+
+
+def test_a_mistake_is_told_in_one_line_before_any_work(run_here, tmp_path):
+    with pytest.raises(SystemExit, match=f"{SCRIPT}: error: The image folder 'gone' does not exist"):
+        run_here(SCRIPT, "--train_dir", "gone")
+    assert not (tmp_path / "outputs").exists()

@@ -1,12 +1,11 @@
-"""The demo of the examples: what it computes, and what a person sees of it in a browser."""
+"""Tests of the command `demo`: what it computes, and what the page in the browser shows."""
 
 import re
 import shutil
-import sys
 
 import pytest
 import torch
-from conftest import CLASS_NAMES, ROOT, TINY_CLIP
+from conftest import CLASS_NAMES, TINY_CLIP
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
@@ -36,11 +35,8 @@ def adapters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo():
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import demo
-    finally:
-        sys.path.pop(0)
+    from clip_prompt_peft.commands import demo
+
     return demo
 
 

@@ -1,10 +1,9 @@
-"""The service of the examples, over real HTTP on this machine."""
+"""Tests of the command `serve`, over real HTTP on this machine."""
 
 import http.client
 import json
 import shutil
 import struct
-import sys
 import threading
 import time
 import zlib
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY_CLIP
+from conftest import TINY_CLIP
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
@@ -57,11 +56,8 @@ def adapters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(adapters):
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        from clip_prompt_peft.commands.serve import AdapterStore, create_app
-    finally:
-        sys.path.pop(0)
+    from clip_prompt_peft.commands.serve import AdapterStore, create_app
+
     store = AdapterStore(TINY_CLIP, adapters, max_loaded=2)
     config = uvicorn.Config(create_app(store, MAX_UPLOAD), host="127.0.0.1", port=0, log_level="warning")
     server = uvicorn.Server(config)

@@ -1,4 +1,4 @@
-"""The examples, run as a user runs them: what they print, what they leave behind, and what they say to mistakes."""
+"""Tests of the commands `train` and `predict`: what they print, what they save, and their messages about mistakes."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import EMOJI, EXAMPLES, TINY_CLIP
+from conftest import EMOJI, TINY_CLIP
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -23,10 +23,10 @@ from clip_prompt_peft.data import load_image_dataset, with_pixel_values
 OTHER_STYLES = ("noto", "fluent3d")
 
 
-def run(script, *arguments, folder, env=None):
-    """Runs a script in a process of its own and returns what it printed, on both channels."""
+def run(command, *arguments, folder, env=None):
+    """Runs a command in a process of its own and returns its exit code, output and errors."""
     done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, arguments)],
+        [sys.executable, "-m", f"clip_prompt_peft.commands.{command}", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(env or {})},
         capture_output=True,
@@ -37,7 +37,7 @@ def run(script, *arguments, folder, env=None):
 
 
 def write_image_folder(folder, classes, num_images, split="train"):
-    """A folder of emoji in sub-folders, named with an underscore."""
+    """Writes a folder of emoji with sub-folders whose names have an underscore."""
     dataset = load_image_dataset(files={"train": str(EMOJI / f"noto-{split}.parquet")})["train"]
     names = dataset.features["label"].names
     for index, label in enumerate(dataset["label"]):
@@ -50,9 +50,9 @@ def write_image_folder(folder, classes, num_images, split="train"):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """The main script on the embedded data, with few epochs and two seeds."""
+    """The command on the embedded pictures, with few epochs and two seeds."""
     folder = tmp_path_factory.mktemp("tuned")
-    code, printed, errors = run("run_prompt_tuning.py", "--num_train_epochs", 12, "--num_seeds", 2, folder=folder)
+    code, printed, errors = run("train", "--num_train_epochs", 12, "--num_seeds", 2, folder=folder)
     assert code == 0, printed + errors
     results = json.loads((folder / "outputs/prompt_tuning/results.json").read_text())
     return folder, printed, results
@@ -108,24 +108,12 @@ def test_the_card_holds_the_results(tuned):
     assert re.search(rf"accuracy \(fluenthc\), tuned.*\| {value:.4g} \|", card.text)
 
 
-def test_the_loop_with_accelerate_tunes_like_the_trainer(tuned, tmp_path):
-    _, _, results = tuned
-    code, printed, errors = run("run_prompt_tuning_no_trainer.py", "--num_train_epochs", 12, folder=tmp_path)
-    assert code == 0, printed + errors
-    row = re.search(r"^test +(\d.+)$", printed, flags=re.MULTILINE).group(1).split()
-    zero_shot, accuracy, _, class_mean = map(float, row)
-    assert zero_shot == pytest.approx(100 * results["zero_shot"]["fluenthc"]["accuracy"], abs=0.05)
-    assert accuracy > zero_shot + 5
-    assert class_mean > zero_shot + 5
-    assert (tmp_path / "outputs/prompt_tuning_no_trainer/adapter_model.safetensors").exists()
-
-
 def test_what_is_pushed_names_its_base_model_and_its_own_place(tmp_path):
     arguments = ["--num_train_epochs", 1, "--num_seeds", 1, "--shots", 1, "--hub_base_model_id", "user/tiny-clip"]
     with HubStandIn() as hub:
         env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_x"}
         arguments += ["--push_to_hub", "--hub_model_id", "user/emoji"]
-        code, printed, errors = run("run_prompt_tuning.py", *arguments, folder=tmp_path, env=env)
+        code, printed, errors = run("train", *arguments, folder=tmp_path, env=env)
         assert code == 0, printed + errors
         files = hub.repos["user/emoji"]
     assert "Pushed to user/emoji" in printed
@@ -144,7 +132,7 @@ def test_predict_prints_the_labels_of_the_model_and_reports_what_it_cannot_read(
     broken = images / "broken.png"
     broken.write_text("no image")
     with pytest.raises(SystemExit) as exit:
-        run_here("predict.py", adapter, images, tmp_path / "gone.jpg", "--top_k", 2)
+        run_here("predict", adapter, images, tmp_path / "gone.jpg", "--top_k", 2)
     printed, errors = capsys.readouterr().out, exit.value.code
 
     assert "2 of 6 files" in errors
@@ -163,7 +151,7 @@ def test_predict_prints_the_labels_of_the_model_and_reports_what_it_cannot_read(
 
 def tune_folder(run_here, images, output_dir, *arguments):
     common = ["--model_name_or_path", TINY_CLIP, "--train_dir", images, "--shots", 4, "--output_dir", output_dir]
-    return run_here("run_prompt_tuning.py", *common, "--disable_tqdm", "true", *arguments)
+    return run_here("train", *common, "--disable_tqdm", "true", *arguments)
 
 
 def test_a_folder_of_images_is_enough(run_here, tmp_path):
@@ -183,7 +171,7 @@ def test_a_published_split_trains_by_the_same_command(run_here, tmp_path):
     ]
     (tmp_path / "split_zhou_Mine.json").write_text(json.dumps({"train": entries[::2], "test": entries[1::2]}))
     source = ["--zhou_split", "split_zhou_Mine.json", "--image_dir", "images", "--model_name_or_path", TINY_CLIP]
-    printed = run_here("run_prompt_tuning.py", *source, "--shots", 2, "--num_train_epochs", 1, "--output_dir", "out")
+    printed = run_here("train", *source, "--shots", 2, "--num_train_epochs", 1, "--output_dir", "out")
     assert "Tested on  test (6 images)" in printed
     assert "split_zhou_Mine.json: 2 images of each of 2 classes" in printed
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["class_names"] == [
@@ -196,7 +184,7 @@ def test_a_file_with_odd_column_names_trains_by_the_same_command(run_here, tmp_p
     dataset = load_image_dataset(files={"train": str(EMOJI / "noto-test.parquet")})["train"]
     dataset.rename_columns({"image": "Bild", "label": "was ist es"}).to_parquet(tmp_path / "odd.parquet")
     source = ["--train_file", "odd.parquet", "--test_file", "odd.parquet", "--model_name_or_path", TINY_CLIP]
-    printed = run_here("run_prompt_tuning.py", *source, "--shots", 1, "--num_train_epochs", 1, "--output_dir", "out")
+    printed = run_here("train", *source, "--shots", 1, "--num_train_epochs", 1, "--output_dir", "out")
     assert "odd.parquet: 1 images of each of 12 classes" in printed
 
 
@@ -234,45 +222,44 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     for file in ("settings.yaml", "settings.json"):
-        printed = run_here("run_prompt_tuning.py", file)
+        printed = run_here("train", file)
         assert "Tuned on   noto: up to 1 images of each of 12 classes, seed 7" in printed
     assert "Saved out: 3.2 KB" in printed
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "message"),
+    ("command", "arguments", "message"),
     [
-        ("run_prompt_tuning.py", ["--train_dir", "gone"], "The image folder 'gone' does not exist"),
-        ("run_prompt_tuning.py", ["--train_file", "gone.parquet"], "The file 'gone.parquet' does not exist"),
-        ("run_prompt_tuning.py", ["--train_dir", "a", "--train_file", "b"], "Give only one of --dataset_name"),
-        ("run_prompt_tuning.py", ["--test_dir", "."], "no images in '.'"),
-        ("run_prompt_tuning.py", ["--zhou_split", "gone.json"], "zhou_split and image_dir go together"),
-        ("run_prompt_tuning.py", ["--webdataset_dir", "."], "no classnames.txt in '.'"),
-        ("run_prompt_tuning.py", ["--shots", "20", "--when_fewer", "error"], "animal 16, plant 15.*at most 13"),
-        ("run_prompt_tuning.py", ["--shots", "-1"], "--shots"),
-        ("run_prompt_tuning.py", ["--num_virtual_tokens", "90"], "has 77 positions"),
-        ("run_prompt_tuning.py", ["--prompt_template", "no slot"], "holds {} 0 times"),
-        ("run_prompt_tuning.py", ["--model_name_or_path", "./gone"], "'./gone' is neither a folder nor a Hub id"),
-        ("run_prompt_tuning.py", ["--push_to_hub"], "--num_seeds 1"),
-        ("run_prompt_tuning.py", ["--eval_strategy", "epoch"], "needs validation images"),
-        ("run_prompt_tuning.py", ["--resume_from_checkpoint", "gone", "--num_seeds", "1"], "'gone' is no folder"),
-        ("run_prompt_tuning.py", ["--shotz", "1"], "--shotz"),
-        ("run_prompt_tuning.py", ["gone.json"], "gone.json"),
-        ("run_prompt_tuning_no_trainer.py", ["--train_dir", "gone"], "The image folder 'gone' does not exist"),
-        ("predict.py", [TINY_CLIP, "cat.jpg"], "adapter_config.json"),
+        ("train", ["--train_dir", "gone"], "The image folder 'gone' does not exist"),
+        ("train", ["--train_file", "gone.parquet"], "The file 'gone.parquet' does not exist"),
+        ("train", ["--train_dir", "a", "--train_file", "b"], "Give only one of --dataset_name"),
+        ("train", ["--test_dir", "."], "no images in '.'"),
+        ("train", ["--zhou_split", "gone.json"], "zhou_split and image_dir go together"),
+        ("train", ["--webdataset_dir", "."], "no classnames.txt in '.'"),
+        ("train", ["--shots", "20", "--when_fewer", "error"], "animal 16, plant 15.*at most 13"),
+        ("train", ["--shots", "-1"], "--shots"),
+        ("train", ["--num_virtual_tokens", "90"], "has 77 positions"),
+        ("train", ["--prompt_template", "no slot"], "holds {} 0 times"),
+        ("train", ["--model_name_or_path", "./gone"], "'./gone' is neither a folder nor a Hub id"),
+        ("train", ["--push_to_hub"], "--num_seeds 1"),
+        ("train", ["--eval_strategy", "epoch"], "needs validation images"),
+        ("train", ["--resume_from_checkpoint", "gone", "--num_seeds", "1"], "'gone' is no folder"),
+        ("train", ["--shotz", "1"], "--shotz"),
+        ("train", ["gone.json"], "gone.json"),
+        ("predict", [TINY_CLIP, "cat.jpg"], "adapter_config.json"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_before_any_work(run_here, tmp_path, script, arguments, message):
+def test_a_mistake_is_told_in_one_line_before_any_work(run_here, tmp_path, command, arguments, message):
     with pytest.raises(SystemExit) as exit:
-        run_here(script, *arguments)
-    assert exit.value.code.startswith(f"{script}: error: ")
+        run_here(command, *arguments)
+    assert exit.value.code.startswith(f"python -m clip_prompt_peft.commands.{command}: error: ")
     assert re.search(message, exit.value.code.replace("\n", " "))
     assert not (tmp_path / "outputs").exists()
 
 
 def test_an_unknown_style_is_told_with_the_ones_there_are(run_here, capsys):
     with pytest.raises(SystemExit):
-        run_here("run_prompt_tuning.py", "--style", "crayon")
+        run_here("train", "--style", "crayon")
     assert "invalid choice: 'crayon' (choose from" in capsys.readouterr().err
 
 
@@ -280,24 +267,24 @@ def test_a_file_without_labels_is_told_with_its_columns(run_here, tmp_path):
     dataset = load_image_dataset(files={"train": str(EMOJI / "noto-test.parquet")})["train"]
     dataset.select(range(2)).remove_columns("label").to_parquet(tmp_path / "images.parquet")
     with pytest.raises(SystemExit, match=r"No label column; .*The columns are: image \(Image\)"):
-        run_here("run_prompt_tuning.py", "--train_file", "images.parquet")
+        run_here("train", "--train_file", "images.parquet")
 
 
 def test_the_checkpoints_of_an_earlier_run_are_neither_mixed_in_nor_overwritten(run_here, tmp_path):
     (tmp_path / "outputs/prompt_tuning/seed2/checkpoint-5").mkdir(parents=True)
     with pytest.raises(SystemExit, match="'outputs/prompt_tuning/seed2/checkpoint-5'.*--resume_from_checkpoint true"):
-        run_here("run_prompt_tuning.py")
+        run_here("train")
 
 
 def test_pushing_on_a_base_model_that_nobody_can_find_is_warned_of(run_here, caplog):
     with pytest.raises(SystemExit):  # the mistake keeps it from reaching for the Hub
-        run_here("run_prompt_tuning.py", "--push_to_hub", "--num_seeds", 1, "--num_virtual_tokens", 90)
+        run_here("train", "--push_to_hub", "--num_seeds", 1, "--num_virtual_tokens", 90)
     assert "--hub_base_model_id ORGANISATION/NAME" in caplog.text
 
 
 def test_a_published_method_is_trained_as_its_authors_do(tmp_path):
     arguments = ["--method", "maple", "--num_train_epochs", 2, "--num_seeds", 1]
-    code, printed, errors = run("run_prompt_tuning.py", *arguments, "--save_strategy", "epoch", folder=tmp_path)
+    code, printed, errors = run("train", *arguments, "--save_strategy", "epoch", folder=tmp_path)
     assert code == 0, printed + errors
     outputs = tmp_path / "outputs/prompt_tuning"
     config = json.loads((outputs / "adapter_config.json").read_text())
@@ -308,13 +295,3 @@ def test_a_published_method_is_trained_as_its_authors_do(tmp_path):
     assert state["train_batch_size"] == 4 and max(rates) == 0.0035  # MaPLe's
     assert state["num_train_epochs"] == 2  # the user's
     assert re.search(r"fluenthc +22.5 ", printed)
-
-
-def test_methods_are_compared_in_one_table(tmp_path):
-    arguments = ["--method", "kgcoop", "--num_train_epochs", 1, "--num_seeds", 2]
-    code, printed, errors = run("compare_methods.py", *arguments, folder=tmp_path)
-    assert code == 0, printed + errors
-    header, _, zero_shot, kgcoop = printed.strip().splitlines()
-    assert header.startswith("| method | fluenthc, accuracy | fluenthc, class mean | noto, fluent3d, class mean |")
-    assert zero_shot.startswith("| zero-shot | 22.5 | 23.4 |")
-    assert re.match(r"\| kgcoop \| \d+\.\d ± \d+\.\d \| .* \| 512 \| 2\.2 KB \| \d", kgcoop)

@@ -68,10 +68,10 @@ def test_without_jinja2_it_is_told_how_to_get_it(parts, tmp_path, monkeypatch):
 def test_the_example_writes_a_report_on_an_adapter(parts, run_here, tmp_path):
     model, _, _ = parts
     model.save_pretrained(tmp_path / "adapter")
-    printed = run_here("report.py", "adapter", "--style", "noto", "--output", "mine.html")
+    printed = run_here("report", "adapter", "--style", "noto", "--output", "mine.html")
     assert "tuned: accuracy" in printed and "in place of 'photo'" in printed
     assert "noto, split &#39;test&#39;" in (tmp_path / "mine.html").read_text()
     with pytest.raises(
-        SystemExit, match="report.py: error: There is no split 'val' in the data; there are train, test"
+        SystemExit, match="commands.report: error: There is no split 'val' in the data; there are train, test"
     ):
-        run_here("report.py", "adapter", "--style", "noto", "--split", "val")
+        run_here("report", "adapter", "--style", "noto", "--split", "val")

@@ -1,12 +1,12 @@
-"""Kills examples/run_prompt_tuning.py again and again, continues it, and compares what it ends with.
+"""Kills the command `train` again and again, continues it, and compares the result with an uninterrupted training.
 
-    python tests/kill_and_resume.py --kills 200
+    python tests/helpers/kill_and_resume.py --kills 200
 
 A training is killed (SIGKILL) at random moments, and at random function calls while a checkpoint or the result is
-written. After each kill it is continued by `--resume_from_checkpoint true`, until it comes to its end; its vectors
-must then be those of a training that was left in peace, bit for bit. The exit code is 1 if any is not.
+written. After each kill it is continued with `--resume_from_checkpoint true`, until it is finished. Its vectors must
+then equal those of an uninterrupted training bit for bit; otherwise the exit code is 1.
 
-The processes are forks of this one, which has imported everything already.
+All trainings are forks of this process, which has imported everything already.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from clip_prompt_peft import PeftModelForPromptClassification  # noqa: E402
 from clip_prompt_peft.training.checkpoints import checkpoint_damage, checkpoints_in  # noqa: E402
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+MODULE = "clip_prompt_peft.commands.train"
 COMMON = ["--num_seeds", "1", "--save_strategy", "epoch", "--disable_tqdm", "true", "--output_dir", "out"]
 TRAININGS = {
     "short": ["--num_train_epochs", "3", "--shots", "2"],
@@ -48,12 +48,12 @@ SAVING = (Trainer._save_checkpoint.__code__, PeftModelForPromptClassification.sa
 
 @dataclass
 class Counts:
-    """What happened."""
+    """Counts of what happened."""
 
     kills: int = 0
     kills_while_saving: int = 0
     half_checkpoints: int = 0  # left by a kill
-    taken_by_transformers: int = 0  # of these: what get_last_checkpoint would have continued
+    taken_by_transformers: int = 0  # those that get_last_checkpoint would have continued
     files: collections.Counter = field(default_factory=collections.Counter)  # in a half checkpoint
     finished: int = 0
     lost: int = 0
@@ -66,7 +66,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, counts = random.Random(args.seed), Counts()
-    sys.path.insert(0, str(EXAMPLES))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
         references = {name: Reference(name, Path(folder) / f"whole {name}") for name in args.trainings}
@@ -77,7 +76,7 @@ def main() -> None:
 
 
 class Reference:
-    """A training that is left in peace: how long it takes, how many calls it makes while saving, how it ends."""
+    """An uninterrupted training: its seconds, its number of calls while saving, and its result."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.arguments = [*COMMON, *TRAININGS[name]]
@@ -129,17 +128,22 @@ def run(
     die_at_call: int | None = None,
     count_calls: bool = False,
 ) -> int:
-    """Runs the example in a fork.
+    """Runs the command in a fork.
 
     Args:
-        arguments: of the example.
-        folder: to run it in.
-        seconds: after which to kill it.
-        die_at_call: how many calls it makes while saving before it is killed.
-        count_calls: whether to leave the number of those calls in the file `calls`.
+        arguments (`list[str]`):
+            The arguments of the command.
+        folder (`Path`):
+            The working directory.
+        seconds (`float`, *optional*):
+            The time after which the process is killed.
+        die_at_call (`int`, *optional*):
+            The number of the call, counted while something is saved, at which the process is killed.
+        count_calls (`bool`, *optional*, defaults to `False`):
+            Whether to write the number of those calls to the file `calls`.
 
     Returns:
-        The exit code, negative for a signal.
+        `int`: The exit code, negative for a signal.
     """
     folder.mkdir(exist_ok=True)
     pid = os.fork()
@@ -148,12 +152,12 @@ def run(
         log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         counter = CallsWhileSaving(die_at_call)
-        sys.argv = [str(EXAMPLES / "run_prompt_tuning.py"), *arguments]
+        sys.argv = ["train", *arguments]
         code = 1
         try:
             if die_at_call is not None or count_calls:
                 sys.setprofile(counter)
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
             code = 0
         except BaseException:
             import traceback
@@ -174,7 +178,7 @@ def run(
 
 
 class CallsWhileSaving:
-    """A profiler that counts the calls of Python and C functions made while something is saved, and kills at one."""
+    """A profiler that counts the calls of functions while something is saved, and kills the process at one of them."""
 
     def __init__(self, die_at_call: int | None) -> None:
         self.die_at_call, self.calls, self.depth = die_at_call, 0, 0

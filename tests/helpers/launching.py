@@ -1,4 +1,4 @@
-"""How tests start several processes."""
+"""Commands that start several processes for tests."""
 
 import socket
 from pathlib import Path
@@ -12,14 +12,17 @@ def torchrun(num_processes: int) -> str:
 
 
 def accelerate_launch(num_processes: int) -> str:
-    """`--cpu` would start a single process unless MPI is there, in spite of `--num_processes`; a configuration for
-    GPUs is what makes it start several. The workers themselves ask for the CPU."""
+    """Returns the arguments for `python -m` that start accelerate's launcher.
+
+    Without MPI, `--cpu` starts a single process in spite of `--num_processes`. A configuration for GPUs starts
+    several, and the workers themselves choose the CPU.
+    """
     processes = f"--num_processes {num_processes} --main_process_port {free_port()}"
     return f"accelerate.commands.launch --config_file {CONFIGS / 'ddp.yaml'} {processes}"
 
 
 def free_port() -> int:
-    """Found here, since with port 0 the processes of accelerate 1.3 wait for one another for ever."""
+    """Returns a free port: with port 0, the processes of accelerate 1.3 wait for one another forever."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]

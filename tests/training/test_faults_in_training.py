@@ -1,4 +1,4 @@
-"""Tests of faults during training: nothing is lost, and the message says what to do."""
+"""What goes wrong in the middle of a training: nothing is lost, and the message says what to do."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from clip_prompt_peft.training.callbacks import StopAtNonFinite
 from clip_prompt_peft.training.checkpoints import checkpoints_in, last_whole_checkpoint
 
 
-SCRIPT = "run_prompt_tuning.py"
+COMMAND, PROGRAM = "train", "python -m clip_prompt_peft.commands.train"
 SMALL = ["--num_seeds", "1", "--shots", "2", "--num_train_epochs", "3", "--disable_tqdm", "true"]
 CHECKPOINTS = [*SMALL, "--save_strategy", "epoch", "--save_total_limit", "3"]
 RESUME = ["--resume_from_checkpoint", "true"]
@@ -28,7 +28,7 @@ RESUME = ["--resume_from_checkpoint", "true"]
 
 @contextlib.contextmanager
 def disk_full_at(num_bytes):
-    """Limits the size of each file that is written in the context."""
+    """Within it no file can become longer than this."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -54,7 +54,7 @@ class TestBrokenOffWhileSaving:
     def test_the_half_checkpoint_is_passed_over_and_the_run_ends_as_if_nothing_had_been(
         self, run_here, tmp_path, monkeypatch, caplog
     ):
-        run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "whole")
+        run_here(COMMAND, *CHECKPOINTS, "--output_dir", "whole")
         with monkeypatch.context() as patch:
             save, calls = Trainer._save_rng_state, []
 
@@ -66,10 +66,10 @@ class TestBrokenOffWhileSaving:
 
             patch.setattr(Trainer, "_save_rng_state", fail_the_second_time)
             with pytest.raises(OSError, match="No space left"):
-                run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "broken")
+                run_here(COMMAND, *CHECKPOINTS, "--output_dir", "broken")
         assert "continue 'broken/checkpoint-1': the same command with --resume_from_checkpoint true" in caplog.text
         caplog.clear()
-        run_here(SCRIPT, *CHECKPOINTS, *RESUME, "--output_dir", "broken")
+        run_here(COMMAND, *CHECKPOINTS, *RESUME, "--output_dir", "broken")
         assert (
             "broken/checkpoint-2 is passed over, since it is not whole: trainer_state.json is missing" in caplog.text
         )
@@ -78,12 +78,14 @@ class TestBrokenOffWhileSaving:
     def test_a_half_checkpoint_that_is_named_is_refused(self, run_here, tmp_path):
         (tmp_path / "out/checkpoint-3").mkdir(parents=True)
         with pytest.raises(SystemExit, match="checkpoint-3' is not whole: trainer_state.json is missing. .* true"):
-            run_here(SCRIPT, *SMALL, "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-3")
+            run_here(COMMAND, *SMALL, "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-3")
 
     def test_on_a_full_disk_it_is_told_what_there_is_to_continue(self, run_here, tmp_path, caplog):
-        run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "before")  # dataset and embeddings are cached from here on
-        with disk_full_at(3000), pytest.raises(RuntimeError):  # there is room for the adapter but not the optimizer
-            run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "out")
+        run_here(
+            COMMAND, *CHECKPOINTS, "--output_dir", "before"
+        )  # from here on data and embeddings are in their caches
+        with disk_full_at(3000), pytest.raises(RuntimeError):  # the vectors have room, the optimizer has not
+            run_here(COMMAND, *CHECKPOINTS, "--output_dir", "out")
         assert "There is no checkpoint to continue from" in caplog.text
         assert checkpoints_in(tmp_path / "out") and last_whole_checkpoint(tmp_path / "out") is None
 
@@ -91,7 +93,7 @@ class TestBrokenOffWhileSaving:
 class TestSaving:
     @pytest.fixture
     def saved(self, classifier, tmp_path):
-        """A saved adapter whose virtual tokens have changed since, its folder, and the content of its files."""
+        """A model whose vectors have changed since it was saved, and the files that it was saved to."""
         model = tuned(classifier)
         model.save_pretrained(tmp_path / "adapter")
         before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
@@ -151,7 +153,7 @@ class TestSaving:
 class TestNaN:
     @pytest.fixture(autouse=True)
     def diverging(self, monkeypatch):
-        """Sets the trained parameters to Inf before the second step."""
+        """The second step finds Inf in what is trained."""
         training_step = Trainer.training_step
 
         def diverge_at_the_second_step(trainer, *args, **kwargs):
@@ -172,7 +174,7 @@ class TestNaN:
             tmp_path, max_steps=4, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
         )
         trainer = Trainer(tuned(classifier), args, train_dataset=data, callbacks=callbacks)
-        error = FloatingPointError if callbacks else ValueError  # without the callback, at the first attempt to save
+        error = FloatingPointError if callbacks else ValueError  # without it, at the first attempt to save
         with pytest.raises(error, match="NaN or Inf.*lower learning rate"):
             trainer.train()
         assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
@@ -180,9 +182,9 @@ class TestNaN:
 
     def test_is_told_by_the_example_in_one_message(self, run_here, tmp_path):
         with pytest.raises(SystemExit) as exit:
-            run_here(SCRIPT, *CHECKPOINTS, "--output_dir", "out")
+            run_here(COMMAND, *CHECKPOINTS, "--output_dir", "out")
         message = exit.value.code
-        assert message.startswith(f"{SCRIPT}: error: NaN or Inf in 1 of the trained tensors")
+        assert message.startswith(f"{PROGRAM}: error: NaN or Inf in 1 of the trained tensors")
         assert "after step 2" in message and message.endswith("The last checkpoint is 'out/checkpoint-1'.")
         assert not (tmp_path / "out/adapter_model.safetensors").exists()
 
@@ -190,7 +192,7 @@ class TestNaN:
 class TestUnreadableImage:
     @pytest.fixture(params=[b"no image", b"", "cut"])
     def images(self, request, tmp_path):
-        """A folder of images, one of which is damaged."""
+        """A folder of images, of which one is damaged."""
         dataset = load_image_dataset(files={"train": str(EMOJI / "noto-test.parquet")})["train"]
         for index in range(12):
             path = tmp_path / "images" / ("cat", "dog")[index % 2] / f"{index}.png"
@@ -204,9 +206,9 @@ class TestUnreadableImage:
     def test_is_named_with_what_to_do(self, run_here, images, augment):
         source = ["--train_dir", images, "--shots", 0, "--model_name_or_path", TINY_CLIP, "--train_val_split", 0.2]
         with pytest.raises(SystemExit) as exit:
-            run_here(SCRIPT, *SMALL, *source, *augment, "--output_dir", "out")
+            run_here(COMMAND, *SMALL, *source, *augment, "--output_dir", "out")
         message = exit.value.code
-        assert message.startswith(f"{SCRIPT}: error: Cannot read ") and str(images / "dog/5.png") in message
+        assert message.startswith(f"{PROGRAM}: error: Cannot read ") and str(images / "dog/5.png") in message
         assert "it is damaged, or no image" in message and "Replace the file, or remove it." in message
 
 
@@ -231,7 +233,7 @@ class TestOutOfMemoryInAChunk:
         return tuned(classifier).train()
 
     def fail_at(self, model, call):
-        """Makes the text tower raise an error at its n-th call from now on."""
+        """The text tower raises at its n-th call from now on."""
         calls = []
 
         def fail(module, args, kwargs):
@@ -247,7 +249,7 @@ class TestOutOfMemoryInAChunk:
         loss.backward()
         return loss.item(), vectors_of(model).grad.clone()
 
-    @pytest.mark.parametrize("call", [1, 3, 4, 5, 7])  # four chunks forward, three of them recomputed backward
+    @pytest.mark.parametrize("call", [1, 3, 4, 5, 7])  # four chunks forward, then three of them again
     def test_leaves_a_model_whose_next_step_is_as_if_nothing_had_been(self, model, pixel_values, labels, call):
         loss, gradient = self.step(model, pixel_values, labels)
         hook = self.fail_at(model, call)
@@ -273,6 +275,6 @@ class TestOutOfMemoryInAChunk:
 
         monkeypatch.setattr(Trainer, "training_step", fail)
         with pytest.raises(torch.OutOfMemoryError):
-            run_here(SCRIPT, *SMALL, "--output_dir", "out")
+            run_here(COMMAND, *SMALL, "--output_dir", "out")
         assert "Try a smaller --per_device_train_batch_size" in caplog.text
         assert "There is no checkpoint to continue from (--save_strategy epoch makes some)." in caplog.text

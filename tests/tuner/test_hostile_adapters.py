@@ -205,7 +205,7 @@ class TestPaths:
             AutoPeftModelForPromptClassification.from_pretrained(adapter)
 
 
-@pytest.mark.parametrize("script", ["predict.py"])
+@pytest.mark.parametrize("script", ["predict"])
 def test_the_example_refuses_a_hostile_adapter_in_one_line(adapter, run_here, tmp_path, script):
     from PIL import Image
 
@@ -213,7 +213,10 @@ def test_the_example_refuses_a_hostile_adapter_in_one_line(adapter, run_here, tm
     rewrite(adapter, lambda tensor: tensor.fill_(float("nan")))
     with pytest.raises(SystemExit) as exit:
         run_here(script, adapter, tmp_path / "cat.png")
-    assert exit.value.code.startswith("predict.py: error: The adapter's") and "\n" not in exit.value.code
+    assert (
+        exit.value.code.startswith("python -m clip_prompt_peft.commands.predict: error: The adapter's")
+        and "\n" not in exit.value.code
+    )
 
 
 def test_the_service_refuses_a_hostile_adapter_and_goes_on(adapter, monkeypatch, tmp_path):

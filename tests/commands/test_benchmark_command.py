@@ -1,4 +1,4 @@
-"""The benchmark as a user runs it."""
+"""Tests of the command `benchmark`."""
 
 import json
 import re
@@ -13,7 +13,7 @@ SHORT += ["--methods", "linear-probe", "prompt-tuning", "--ensemble", "imagenet_
 
 
 def test_prints_and_draws_and_a_second_time_only_draws_again(run_here, tmp_path):
-    printed = run_here("few_shot_benchmark.py", *SHORT)
+    printed = run_here("benchmark", *SHORT)
     folder = tmp_path / "outputs/few_shot_benchmark"
     assert re.search(r"\| method +\| 1 shot +\| 2 shots +\|", printed)
     assert re.search(r"\| linear-probe +\| [\d.]+ ± [\d.]+ +\| – +\| – +\|", printed)
@@ -26,7 +26,7 @@ def test_prints_and_draws_and_a_second_time_only_draws_again(run_here, tmp_path)
     lines = (folder / "results.jsonl").read_text()
     for path in folder.glob("*.png"):
         path.unlink()
-    assert run_here("few_shot_benchmark.py", *SHORT) == printed
+    assert run_here("benchmark", *SHORT) == printed
     assert (folder / "results.jsonl").read_text() == lines
     assert sorted(path.name for path in folder.glob("*.png")) == pictures
 
@@ -40,7 +40,7 @@ def test_takes_data_of_ones_own(run_here, tmp_path):
                 (tmp_path / f"mine/{split}/{kind}").mkdir(parents=True, exist_ok=True)
                 dataset[index]["image"].save(tmp_path / f"mine/{split}/{kind}/{index}.png")
     short = ["--shots", 2, "--seeds", 1, "--num_train_epochs", 1, "--methods", "linear-probe", "--output_dir", "out"]
-    printed = run_here("few_shot_benchmark.py", "--data", f"mine={tmp_path / 'mine'}", *short)
+    printed = run_here("benchmark", "--data", f"mine={tmp_path / 'mine'}", *short)
     assert "mine, trained on 2 images of each base class" in printed
     assert "tested elsewhere" not in printed
     lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
@@ -58,7 +58,7 @@ def test_takes_data_of_ones_own(run_here, tmp_path):
 )
 def test_a_mistake_is_told_in_one_line_before_any_work(run_here, tmp_path, arguments, message):
     with pytest.raises(SystemExit) as exit:
-        run_here("few_shot_benchmark.py", *arguments)
-    assert exit.value.code.startswith("few_shot_benchmark.py: error: ")
+        run_here("benchmark", *arguments)
+    assert exit.value.code.startswith("python -m clip_prompt_peft.commands.benchmark: error: ")
     assert re.search(message, exit.value.code)
     assert not (tmp_path / "outputs").exists()
