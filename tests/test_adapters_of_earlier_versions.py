@@ -7,7 +7,7 @@ import torch
 from conftest import GOLDEN, TINY_CLIP
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import CLIPModel, CLIPTextModel
+from transformers import CLIPTextModel
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification
 
