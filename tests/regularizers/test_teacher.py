@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.regularizers import REGULARIZERS, KgCoOpRegularizer, Regularizer
 from clip_prompt_peft.regularizers.teacher import without_adapters
+from clip_prompt_peft.tuner.config import REGULARIZER_WEIGHTS
 
 
 class Probe(Regularizer):
@@ -166,13 +167,15 @@ def test_training_on_image_embeddings_is_refused_with_vision_prompts(classifier,
     torch.testing.assert_close(model(image_embeds=embeds).logits, expected)
 
 
-def test_a_new_regularizer_is_one_class_and_one_entry_in_the_table(classifier, pixel_values, labels, monkeypatch):
+def test_a_new_regularizer_is_one_class_and_a_row_in_two_tables(classifier, pixel_values, labels, monkeypatch):
     """The example of CONTRIBUTING.md, run as it stands there."""
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     (code,) = re.findall(r"```python\n( +\"\"\"Logits stay.*?)```", guide, flags=re.DOTALL)
     namespace = {"__name__": "clip_prompt_peft.regularizers.squared"}
     exec(textwrap.dedent(code).replace("from .base", "from clip_prompt_peft.regularizers.base"), namespace)
-    monkeypatch.setitem(REGULARIZERS, "squared", namespace["SquaredRegularizer"])
+    first_row, second_row = re.findall(r"```python\n +\"squared\": (.*),\n", guide)
+    monkeypatch.setitem(REGULARIZERS, "squared", eval(first_row, namespace))
+    monkeypatch.setitem(REGULARIZER_WEIGHTS, "squared", eval(second_row))
 
     model = prompted(classifier, regularizer="squared", regularizer_weights={"weight": 0.5})
     terms = model(pixel_values=pixel_values, labels=labels, return_loss_terms=True).loss_terms
