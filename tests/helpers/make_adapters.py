@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from adapters import as_if_trained
 from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
@@ -62,11 +63,7 @@ def main(base: str, output_dir: Path) -> None:
 
 def save(model, folder: Path) -> None:
     """Gives the adapter tensors that are far from where they started, and saves it without a model card."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    as_if_trained(model)
     for config in model.peft_config.values():
         config.base_model_name_or_path = "tiny_clip"
     model.save_pretrained(folder)
