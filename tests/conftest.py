@@ -17,12 +17,12 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoTokenizer, CLIPModel  # noqa: E402
 
 import clip_prompt_peft  # noqa: E402, F401  (registers the method with peft)
+from clip_prompt_peft.assets import ASSETS, TINY_CLIP  # noqa: E402
 
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-TINY_CLIP = str(ROOT / "clip_prompt_peft" / "assets" / "tiny_clip")
-EMOJI = ROOT / "clip_prompt_peft" / "assets" / "emoji"
+EMOJI = ASSETS / "emoji"
 GOLDEN = ROOT / "tests" / "golden"
 CLASS_NAMES = ["animal", "plant", "food", "vehicle"]
 
@@ -56,6 +56,11 @@ def tokenizer():
 
 
 @pytest.fixture
+def texts(tokenizer):
+    return tokenizer(["a photo of a animal.", "a photo of a fire truck."], padding=True, return_tensors="pt")
+
+
+@pytest.fixture
 def pixel_values():
     return torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 
@@ -71,6 +76,15 @@ def case(request, tokenizer, pixel_values, labels):
     from cases import MODEL_CLASSES, Case
 
     return Case(MODEL_CLASSES[request.param], tokenizer, pixel_values, labels)
+
+
+@pytest.fixture(scope="module")
+def sizes_as_in_a_real_model():
+    """So small a model would be compared whole before class embeddings are used again. With this, only the adapters
+    and the position table are, and the matrices are not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clip_prompt_peft.text.cache.SMALL", 10_000)
+        yield
 
 
 class GoldenCase:

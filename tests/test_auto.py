@@ -1,9 +1,8 @@
 """From an adapter's folder alone to a whole classifier."""
 
-import json
-
 import pytest
 import torch
+from adapters import change_config, logits_of, tuned
 from conftest import CLASS_NAMES, TINY_CLIP
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, CLIPModel
@@ -18,25 +17,13 @@ from clip_prompt_peft import (
 
 @pytest.fixture
 def model(classifier):
-    model = get_peft_model(classifier, CLIPPromptTuningConfig(num_virtual_tokens=6, prompt_template="an icon of a {}"))
-    torch.nn.init.normal_(classifier.text_model.embeddings.learnable_embeddings["default"], std=0.1)
-    return model.eval()
+    return tuned(classifier, num_virtual_tokens=6, prompt_template="an icon of a {}")
 
 
 @pytest.fixture
 def folder(model, tmp_path):
     model.save_pretrained(tmp_path)
     return tmp_path
-
-
-@torch.no_grad()
-def logits_of(model, pixel_values):
-    return model.eval()(pixel_values=pixel_values).logits
-
-
-def edit_config(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 class TestLoading:
@@ -70,7 +57,7 @@ class TestLoading:
         assert again.class_names == CLASS_NAMES
 
     def test_takes_another_base_model_than_the_one_named(self, model, folder, pixel_values):
-        edit_config(folder, base_model_name_or_path="/gone/clip")
+        change_config(folder, base_model_name_or_path="/gone/clip")
         again = AutoPeftModelForPromptClassification.from_pretrained(folder, base_model_name_or_path=TINY_CLIP)
         assert torch.equal(logits_of(again, pixel_values), logits_of(model, pixel_values))
 
@@ -114,12 +101,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize("base", [None, ""])
     def test_an_adapter_that_names_no_base_model(self, folder, base):
-        edit_config(folder, base_model_name_or_path=base)
+        change_config(folder, base_model_name_or_path=base)
         with pytest.raises(ValueError, match="does not name its base model; pass base_model_name_or_path"):
             AutoPeftModelForPromptClassification.from_pretrained(folder)
 
     def test_a_base_model_of_another_machine(self, folder):
-        edit_config(folder, base_model_name_or_path="/home/somebody/clip")
+        change_config(folder, base_model_name_or_path="/home/somebody/clip")
         with pytest.raises(ValueError, match="'/home/somebody/clip', which is no folder of this machine"):
             AutoPeftModelForPromptClassification.from_pretrained(folder)
 

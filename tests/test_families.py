@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from adapters import train_with_sgd
 from families import CLASS_NAMES, FAMILIES, Case
 from peft import PeftModel, get_peft_model
 
@@ -146,14 +147,8 @@ class TestLife:
         case, preset = case_and_preset
         model = case.prompted(preset).train()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        losses = []
-        for _ in range(2):
-            loss = model(**case.images, labels=LABELS, return_loss_terms=True).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        inputs = {**case.images, "labels": LABELS, "return_loss_terms": True}
+        losses = train_with_sgd(model, inputs, lr=1e-3, num_steps=2)
         assert losses[1] < losses[0]
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
         assert changed == {name for name in before if ".learnable_" in name}

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from adapters import as_if_trained, logits_of, randomize
 from conftest import CLASS_NAMES, TINY_CLIP
 from datasets import ClassLabel, Dataset, Features, Value
 from peft import LoraConfig, get_peft_model
@@ -21,20 +22,9 @@ from clip_prompt_peft import (
 OTHER_NAMES = ["clock", "heart", "arrow"]
 
 
-def shift(model, adapter="default", by=0.3):
-    """Gives an adapter vectors that change the logits, as training would."""
-    layer = model.get_base_model().text_model.embeddings
-    torch.nn.init.normal_(layer.learnable_embeddings[adapter], std=by)
-    return model
-
-
-def tune(classifier, **kwargs):
-    return shift(get_peft_model(classifier, CLIPPromptTuningConfig(**kwargs))).eval()
-
-
-@torch.no_grad()
-def logits_of(model, pixel_values):
-    return model(pixel_values=pixel_values).logits
+def tune(classifier, **fields):
+    """As if it had been trained until the logits are other ones."""
+    return as_if_trained(get_peft_model(classifier, CLIPPromptTuningConfig(**fields)).eval(), std=0.3)
 
 
 @torch.no_grad()
@@ -293,7 +283,7 @@ class TestWithAdapters:
         first = logits_of(model, pixel_values)
         model.add_adapter("other", CLIPPromptTuningConfig(prompt_template="an icon of {}", class_names=OTHER_NAMES))
         model.set_adapter("other")
-        shift(model, "other")
+        randomize(model, "other")
         assert logits_of(model, pixel_values).shape == (3, 3)
         assert model.class_names == OTHER_NAMES and model.config.id2label == dict(enumerate(OTHER_NAMES))
         model.set_adapter("default")

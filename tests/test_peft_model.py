@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from adapters import learnable
 from conftest import CLASS_NAMES, ROOT
 from peft import PeftModel, get_peft_model
 
@@ -108,9 +109,8 @@ def test_adapters_of_any_kind_share_a_batch(classifier, pixel_values):
         else:
             model.add_adapter(name, config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "learnable_" in name:
-                parameter += 0.1 * torch.randn_like(parameter)
+        for vectors in learnable(model).values():
+            vectors += 0.1 * torch.randn_like(vectors)
     images = pixel_values.repeat(4, 1, 1, 1)  # (12, 3, H, W)
     batch = [*names, "__base__", *reversed(names), "__base__"]
     mixed = model(pixel_values=images, adapter_names=batch).logits

@@ -12,6 +12,7 @@ from collections import Counter
 import hypothesis.strategies as st
 import pytest
 import torch
+from adapters import base_of
 from conftest import CLASS_NAMES
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
@@ -28,7 +29,6 @@ from model_state import (
     POSITIONS,
     Adapter,
     State,
-    base_of,
     frozen_tensors,
     own_tensors,
     parameters_of,
@@ -377,12 +377,6 @@ class AnyOrder(RuleBasedStateMachine):
         self.count("load state dict")
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(state)
-
-
-@pytest.fixture
-def sizes_as_in_a_real_model(monkeypatch):
-    """So small a model would be compared whole before embeddings are used again: now only its position table is."""
-    monkeypatch.setattr(f"{CACHE}.SMALL", 10_000)
 
 
 @pytest.mark.filterwarnings("ignore")

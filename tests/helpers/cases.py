@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import torch
 from adapters import tuned
 from conftest import CLASS_NAMES, TINY_CLIP
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
@@ -19,6 +20,12 @@ MERGED = {"rtol": 0, "atol": 1e-4}  # merging changes the order of two additions
 def load_base(model_class):
     kwargs = {"class_names": CLASS_NAMES} if model_class is CLIPForPromptClassification else {}
     return model_class.from_pretrained(TINY_CLIP, **kwargs).eval()
+
+
+def new_classifier(class_names=CLASS_NAMES, dtype=torch.float32):
+    classifier = copy.deepcopy(load_base(CLIPForPromptClassification)).to(dtype)
+    classifier.set_class_names(class_names)
+    return classifier
 
 
 class Case:

@@ -1,13 +1,10 @@
-"""Models, and ways of watching them, for the tests of the class embeddings that are kept."""
+"""Models, and ways of watching and comparing them, for the tests of class embeddings."""
 
-import contextlib
-
-import pytest
 import torch
-from conftest import CLASS_NAMES, TINY_CLIP
-from peft import get_peft_model
+from adapters import base_of, prompted
+from cases import new_classifier
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import CLIPPromptTuningConfig
 from clip_prompt_peft.text import ClassEncoder
 
 
@@ -19,28 +16,37 @@ LORA = {
 }  # changes the outputs at once
 
 
-@contextlib.contextmanager
-def sizes_as_in_a_real_model():
-    """The embedded model is so small that all of its weights would be compared whole: now the position table is, and
-    the matrices are not."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{CACHE}.SMALL", 10_000)
-        yield
-
-
-def new_classifier():
-    return CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=CLASS_NAMES).eval()
-
-
 def prompt_config():
     return CLIPPromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="RANDOM")
 
 
 def prompted_classifier():
     """With two adapters, "default" being active."""
-    model = get_peft_model(new_classifier(), prompt_config())
+    model = prompted(new_classifier())
     model.add_adapter("other", prompt_config())
     return model.eval()
+
+
+def embeds_and_gradients(model, image_embeds=None, **settings):
+    """Class embeddings with these settings of the encoder, and the gradients of a fixed loss on them."""
+    classifier = base_of(model)
+    for name, value in {"path": "auto", "batch_size": "auto", **settings}.items():
+        setattr(classifier.class_encoder, name, value)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.manual_seed(0)
+    embeds = classifier.get_class_embeds(image_embeds)  # (C, E) or (B, C, E)
+    weights = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad((embeds * weights).sum(), parameters, allow_unused=True)
+    return embeds.detach(), gradients
+
+
+def assert_same(results, expected, tolerance=1e-5):
+    """Compares what `embeds_and_gradients` gives, each tensor relative to its largest value."""
+    for actual, wanted in zip((results[0], *results[1]), (expected[0], *expected[1])):
+        if wanted is not None:
+            assert (actual - wanted).abs().max() <= tolerance * wanted.abs().max()
+        else:
+            assert actual is None
 
 
 @torch.no_grad()
@@ -53,14 +59,6 @@ def evaluate(model):
 def compute_anew(model):
     classifier = base_of(model)
     return ClassEncoder(path="plain")(classifier, classifier.class_prompts, classifier.prompt_layout)
-
-
-def base_of(model):
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def vectors_of(model, name="default"):
-    return base_of(model).text_model.embeddings.learnable_embeddings[name]
 
 
 def assert_up_to_date(model):

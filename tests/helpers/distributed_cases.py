@@ -33,9 +33,9 @@ from clip_prompt_peft import (
     GaussianPromptAveraging,
     ProGradMixin,
 )
+from clip_prompt_peft.assets import TINY_CLIP
 
 
-TINY_CLIP = str(Path(__file__).parents[2] / "clip_prompt_peft" / "assets" / "tiny_clip")
 NAMES = ["cat", "red car", "old wooden house", "food", "arrow", "hand with a pen", "clock"]  # no multiple of 2 or 3
 GLOBAL_BATCH = 12
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from adapters import as_if_trained
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -232,11 +233,7 @@ class Case:
         torch.manual_seed(seed)
         make = CLIPPromptTuningConfig if preset is None else functools.partial(self.from_preset, preset, classifier)
         model = get_peft_model(classifier, make(**fields)).eval()
-        generator = torch.Generator().manual_seed(seed)
-        for parameter_name, value in model.named_parameters():
-            if "learnable_" in parameter_name:
-                value.data += 0.3 * torch.randn(value.shape, generator=generator)
-        return model
+        return as_if_trained(model, std=0.3, seed=seed)
 
     @staticmethod
     def from_preset(preset, classifier, **fields):

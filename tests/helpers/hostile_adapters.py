@@ -1,6 +1,6 @@
 """Adapters as somebody might write them who wants to do harm, or whose disk is broken.
 
-    python tests/hostile_adapters.py --inputs 5000
+    python tests/helpers/hostile_adapters.py --inputs 5000
 
 Takes a good adapter, changes its configuration, the header of its safetensors file, its tensors or plain bytes at
 random, and loads it in every way there is. Either it is refused by an exception that says why, or it is a model whose
@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import functools
 import json
 import os
 import random
@@ -31,16 +32,18 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from adapters import CONFIG, WEIGHTS  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import CLIPModel  # noqa: E402
 
+import clip_prompt_peft  # noqa: E402
 from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification, CLIPPromptTuningConfig  # noqa: E402
+from clip_prompt_peft.assets import TINY_CLIP  # noqa: E402
 
 
-TINY_CLIP = str(Path(__file__).parents[2] / "clip_prompt_peft" / "assets" / "tiny_clip")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PACKAGE = Path(clip_prompt_peft.__file__).parent
 KINDS = {
     "shared": {},
     "per class": {"class_specific": True},
@@ -186,11 +189,10 @@ def new_classifier():
     return copy.deepcopy(base(CLIPForPromptClassification))
 
 
-def base(model_class, loaded={}):  # noqa: B006, kept from call to call
-    if model_class not in loaded:
-        names = {"class_names": ["cat", "red car", "dog"]} if model_class is CLIPForPromptClassification else {}
-        loaded[model_class] = model_class.from_pretrained(TINY_CLIP, **names)
-    return loaded[model_class]
+@functools.cache
+def base(model_class):
+    names = {"class_names": ["cat", "red car", "dog"]} if model_class is CLIPForPromptClassification else {}
+    return model_class.from_pretrained(TINY_CLIP, **names)
 
 
 def try_to_load(way: str, folder: Path) -> tuple[str, str]:
@@ -221,7 +223,7 @@ def is_frozen(model) -> bool:
 def is_from_elsewhere(error: Exception) -> bool:
     """Whether it is peft, transformers or json that raised it, before any code of ours was asked."""
     frames = traceback.extract_tb(error.__traceback__)
-    return not any("/clip_prompt_peft/" in frame.filename for frame in frames)
+    return not any(Path(frame.filename).is_relative_to(PACKAGE) for frame in frames)
 
 
 @torch.no_grad()

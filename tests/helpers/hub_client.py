@@ -13,30 +13,28 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import torch
+from adapters import tuned
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPModel, Trainer, TrainingArguments
 
 from clip_prompt_peft import (
     AutoPeftModelForPromptClassification,
     CLIPForPromptClassification,
-    CLIPPromptTuningConfig,
     build_class_prompts,
 )
+from clip_prompt_peft.assets import TINY_CLIP
 
 
 BASE = "clips/tiny-clip"  # on the stand-in
-LOCAL_BASE = str(Path(__file__).parents[2] / "clip_prompt_peft" / "assets" / "tiny_clip")
 CLASS_NAMES = ["cat", "dog", "red_car"]
 PIXEL_VALUES = torch.randn(6, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 
 
 def new_model(base):
     classifier = CLIPForPromptClassification.from_pretrained(base, class_names=CLASS_NAMES)
-    model = get_peft_model(classifier, CLIPPromptTuningConfig(num_virtual_tokens=5))
-    torch.nn.init.normal_(classifier.text_model.embeddings.learnable_embeddings["default"], std=0.1)
-    return model
+    return tuned(classifier, num_virtual_tokens=5)
 
 
 def new_trainer(model, output_dir, repo_id):
@@ -91,7 +89,7 @@ def push_with_local_base(folder):
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("clip_prompt_peft").addHandler(handler)
     logged = {}
-    model = new_model(LOCAL_BASE)
+    model = new_model(TINY_CLIP)
     model.save_pretrained(folder / "saved")
     logged["save"] = list(messages)
     messages.clear()
@@ -133,7 +131,7 @@ def outcome(action):
 
 
 def fail_to_push(folder):
-    model = new_model(LOCAL_BASE)
+    model = new_model(TINY_CLIP)
     model.active_peft_config.base_model_name_or_path = BASE
     model.save_pretrained(folder / "before")
     pushes = {

@@ -127,10 +127,6 @@ class State:
         return model.eval()
 
 
-def base_of(model) -> CLIPForPromptClassification:
-    return model if isinstance(model, CLIPForPromptClassification) else model.base_model.model
-
-
 def parameters_of(classifier) -> dict[str, torch.nn.Parameter]:
     """By the names that they have, or would have, where nothing is wrapped."""
     return {_plain(name): parameter for name, parameter in classifier.named_parameters()}

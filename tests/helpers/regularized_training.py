@@ -1,15 +1,11 @@
 """A few steps of training with a regularizer on the embedded CLIP, for test_prograd_trainer.py."""
 
-from pathlib import Path
-
 import torch
 from peft import get_peft_model
 from transformers import TrainingArguments
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, ProGradTrainer
-
-
-TINY_CLIP = str(Path(__file__).parents[2] / "clip_prompt_peft" / "assets" / "tiny_clip")
+from clip_prompt_peft.assets import TINY_CLIP
 
 
 def examples():

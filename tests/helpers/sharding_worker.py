@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft.assets import TINY_CLIP
 
 
-TINY_CLIP = str(Path(__file__).parents[2] / "clip_prompt_peft" / "assets" / "tiny_clip")
 NAMES = ["cat", "red car", "old wooden house", "food", "arrow", "hand with a pen", "clock"]  # no multiple of 2 or 3
 NUM_IMAGES, NUM_STEPS = 12, 3
 

@@ -1,10 +1,12 @@
 """Loss terms on embeddings that one can count by hand, without a model."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
+from clip_prompt_peft import CLIPPromptTuningConfig
 from clip_prompt_peft.regularizers import (
     REGULARIZERS,
     KgCoOpRegularizer,
@@ -15,6 +17,7 @@ from clip_prompt_peft.regularizers import (
     project_gradient,
 )
 from clip_prompt_peft.regularizers.promptsrc import mean_distance, mean_divergence
+from clip_prompt_peft.tuner.config import REGULARIZER_WEIGHTS
 
 
 IMAGES = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # (B, E)
@@ -126,4 +129,9 @@ def test_without_a_general_direction_nothing_is_projected():
 )
 def test_an_unknown_regularizer_or_a_bad_weight_is_refused(name, weights, message):
     with pytest.raises(ValueError, match=message):
-        build_regularizer(name, weights)
+        CLIPPromptTuningConfig(regularizer=name, regularizer_weights=weights)
+
+
+def test_the_configurations_table_names_the_weights_that_the_regularizers_take():
+    weights = {name: tuple(inspect.signature(regularizer).parameters) for name, regularizer in REGULARIZERS.items()}
+    assert weights == REGULARIZER_WEIGHTS

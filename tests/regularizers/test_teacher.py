@@ -5,12 +5,14 @@ import textwrap
 
 import pytest
 import torch
+from adapters import prompted
 from conftest import CLASS_NAMES, ROOT, TINY_CLIP
 from peft import LoraConfig, get_peft_model
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.regularizers import REGULARIZERS, KgCoOpRegularizer, Regularizer
 from clip_prompt_peft.regularizers.teacher import without_adapters
+from clip_prompt_peft.tuner.config import REGULARIZER_WEIGHTS
 
 
 class Probe(Regularizer):
@@ -19,11 +21,6 @@ class Probe(Regularizer):
     def forward(self, student, teacher):
         self.student, self.teacher = student, teacher
         return student.logits.sum() * 0
-
-
-def prompted(classifier, **fields):
-    settings = {"num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM", **fields}
-    return get_peft_model(classifier, CLIPPromptTuningConfig(**settings)).train()
 
 
 @pytest.fixture
@@ -38,7 +35,7 @@ IVLP = {"text_prompt_depth": 2, "num_vision_virtual_tokens": 3, "vision_prompt_d
 @pytest.mark.parametrize("fields", [{}, IVLP], ids=["text", "text_and_vision"])
 def test_the_teacher_is_the_zero_shot_model_itself(classifier, zero_shot, pixel_values, labels, fields):
     logits, class_embeds = zero_shot
-    model = prompted(classifier, **fields)
+    model = prompted(classifier, **fields).train()
     classifier.regularizers["probe"] = probe = Probe()
     model(pixel_values=pixel_values, labels=labels)
     torch.testing.assert_close(probe.teacher.logits, logits)
@@ -49,7 +46,7 @@ def test_the_teacher_is_the_zero_shot_model_itself(classifier, zero_shot, pixel_
 
 def test_the_teacher_averages_un_normalised_embeddings_over_its_templates(classifier, pixel_values, labels):
     templates = ("a photo of a {}.", "a drawing of a small {}.")
-    model = prompted(classifier)
+    model = prompted(classifier).train()
     classifier.regularizers["probe"] = probe = Probe()
     probe.teacher_templates = templates
     model(pixel_values=pixel_values, labels=labels)
@@ -71,7 +68,7 @@ def count_text_calls(classifier):
 
 
 def test_the_teachers_class_embeddings_are_computed_once_until_something_changes(classifier, pixel_values, labels):
-    model = prompted(classifier, regularizer="kgcoop")
+    model = prompted(classifier, regularizer="kgcoop").train()
     classifier.class_encoder.path = "plain"  # the one that calls the text model as a whole
     calls = count_text_calls(classifier)
     inputs = {"pixel_values": pixel_values, "labels": labels}
@@ -91,7 +88,7 @@ def test_the_teachers_class_embeddings_are_computed_once_until_something_changes
 
 
 def test_the_teacher_is_neither_trained_nor_saved(classifier, pixel_values, labels):
-    model = prompted(classifier, regularizer="promptsrc")
+    model = prompted(classifier, regularizer="promptsrc").train()
     names = set(model.state_dict())
     model(pixel_values=pixel_values, labels=labels).loss.backward()
     assert set(model.state_dict()) == names
@@ -101,7 +98,7 @@ def test_the_teacher_is_neither_trained_nor_saved(classifier, pixel_values, labe
 
 
 def test_asking_the_teacher_leaves_what_is_trainable_as_it_was(classifier):
-    model = prompted(classifier, **IVLP, modules_to_save=["text_projection"])
+    model = prompted(classifier, **IVLP, modules_to_save=["text_projection"]).train()
     model.add_adapter("second", CLIPPromptTuningConfig(num_virtual_tokens=2))
     before = {name: value.requires_grad for name, value in model.named_parameters()}
     with without_adapters(classifier):
@@ -111,7 +108,7 @@ def test_asking_the_teacher_leaves_what_is_trainable_as_it_was(classifier):
 
 
 def test_the_term_counts_in_training_only(classifier, pixel_values, labels):
-    model = prompted(classifier, regularizer="kgcoop", regularizer_weights={"weight": 5.0})
+    model = prompted(classifier, regularizer="kgcoop", regularizer_weights={"weight": 5.0}).train()
     inputs = {"pixel_values": pixel_values, "labels": labels}
     terms = model(**inputs, return_loss_terms=True).loss_terms
     assert sorted(terms) == ["cross_entropy", "kgcoop"]
@@ -121,7 +118,7 @@ def test_the_term_counts_in_training_only(classifier, pixel_values, labels):
 
 
 def test_the_regularizer_comes_and_goes_with_its_adapter(classifier, pixel_values, labels):
-    model = prompted(classifier, regularizer="kgcoop")
+    model = prompted(classifier, regularizer="kgcoop").train()
     model.add_adapter("plain", CLIPPromptTuningConfig())
     assert list(classifier.active_regularizers) == ["kgcoop"]
     model.set_adapter("plain")
@@ -145,20 +142,20 @@ def test_a_regularizer_of_ones_own_works_with_lora_too(pixel_values, labels):
 
 
 def test_training_without_labels_is_refused_while_a_regularizer_is_active(classifier, pixel_values):
-    model = prompted(classifier, regularizer="kgcoop")
+    model = prompted(classifier, regularizer="kgcoop").train()
     with pytest.raises(ValueError, match=r"\['kgcoop'\] .* forward got none; leave out label_smoothing_factor"):
         model(pixel_values=pixel_values)
     assert model.eval()(pixel_values=pixel_values).loss is None
 
 
 def test_prograd_is_refused_by_a_training_step_that_knows_nothing_of_it(classifier, pixel_values, labels):
-    model = prompted(classifier, regularizer="prograd")
+    model = prompted(classifier, regularizer="prograd").train()
     with pytest.raises(ValueError, match="'prograd' .* changes its gradient.* train with ProGradTrainer"):
         model(pixel_values=pixel_values, labels=labels)
 
 
 def test_training_on_image_embeddings_is_refused_with_vision_prompts(classifier, pixel_values, labels):
-    model = prompted(classifier, num_vision_virtual_tokens=2)
+    model = prompted(classifier, num_vision_virtual_tokens=2).train()
     embeds = classifier.get_image_features(pixel_values).pooler_output.detach()
     with pytest.raises(ValueError, match="vision prompts, so image embeddings made in advance would leave these"):
         model(image_embeds=embeds, labels=labels)
@@ -166,15 +163,17 @@ def test_training_on_image_embeddings_is_refused_with_vision_prompts(classifier,
     torch.testing.assert_close(model(image_embeds=embeds).logits, expected)
 
 
-def test_a_new_regularizer_is_one_class_and_one_entry_in_the_table(classifier, pixel_values, labels, monkeypatch):
+def test_a_new_regularizer_is_one_class_and_a_row_in_two_tables(classifier, pixel_values, labels, monkeypatch):
     """The example of CONTRIBUTING.md, run as it stands there."""
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     (code,) = re.findall(r"```python\n( +\"\"\"Logits stay.*?)```", guide, flags=re.DOTALL)
     namespace = {"__name__": "clip_prompt_peft.regularizers.squared"}
     exec(textwrap.dedent(code).replace("from .base", "from clip_prompt_peft.regularizers.base"), namespace)
-    monkeypatch.setitem(REGULARIZERS, "squared", namespace["SquaredRegularizer"])
+    first_row, second_row = re.findall(r"```python\n +\"squared\": (.*),\n", guide)
+    monkeypatch.setitem(REGULARIZERS, "squared", eval(first_row, namespace))
+    monkeypatch.setitem(REGULARIZER_WEIGHTS, "squared", eval(second_row))
 
-    model = prompted(classifier, regularizer="squared", regularizer_weights={"weight": 0.5})
+    model = prompted(classifier, regularizer="squared", regularizer_weights={"weight": 0.5}).train()
     terms = model(pixel_values=pixel_values, labels=labels, return_loss_terms=True).loss_terms
     student = model.eval()(pixel_values=pixel_values).logits
     with model.disable_adapter():

@@ -5,18 +5,16 @@ import copy
 import hypothesis.strategies as st
 import pytest
 import torch
+from adapters import base_of, vectors_of
+from cases import new_classifier
 from class_embeds import (
     LORA,
     assert_up_to_date,
-    base_of,
     compute_anew,
     evaluate,
-    new_classifier,
     prompt_config,
     prompted_classifier,
-    sizes_as_in_a_real_model,
     train_steps,
-    vectors_of,
 )
 from conftest import CLASS_NAMES
 from hypothesis import HealthCheck, settings
@@ -26,10 +24,7 @@ from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from clip_prompt_peft import CLIPPromptTuningConfig
 
 
-@pytest.fixture(autouse=True, scope="module")
-def real_sizes():
-    with sizes_as_in_a_real_model():
-        yield
+pytestmark = pytest.mark.usefixtures("sizes_as_in_a_real_model")
 
 
 @pytest.fixture

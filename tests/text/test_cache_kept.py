@@ -4,28 +4,23 @@ import copy
 
 import pytest
 import torch
+from adapters import base_of, vectors_of
 from class_embeds import (
     CACHE,
     LORA,
     CountedRuns,
     assert_kept,
     assert_up_to_date,
-    base_of,
     evaluate,
     prompted_classifier,
-    sizes_as_in_a_real_model,
     values_compared,
-    vectors_of,
 )
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 
-@pytest.fixture(autouse=True, scope="module")
-def real_sizes():
-    with sizes_as_in_a_real_model():
-        yield
+pytestmark = pytest.mark.usefixtures("sizes_as_in_a_real_model")
 
 
 @pytest.fixture

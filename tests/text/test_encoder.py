@@ -7,6 +7,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from adapters import as_if_trained, prompted
+from class_embeds import assert_same, embeds_and_gradients
 from conftest import TINY_CLIP, golden_base_folder, needs_compile
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -20,16 +22,10 @@ from clip_prompt_peft.text.chunks import encode_in_chunks
 
 # one to many tokens, so that suffixes differ in length
 NAMES = ["cat", "golden retriever", "x-ray image", "lily of the valley", "Boeing 737-800", "food", "Cat."]
-TOLERANCE = 1e-5  # of the maximum
 
 
-def prompt_tuned(classifier, num_virtual_tokens=4, **kwargs):
-    config = CLIPPromptTuningConfig(num_virtual_tokens=num_virtual_tokens, prompt_tuning_init="RANDOM", **kwargs)
-    model = get_peft_model(classifier, config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+def prompt_tuned(classifier, **fields):
+    return as_if_trained(prompted(classifier, **fields))
 
 
 def lora_tuned(classifier, dropout=0.0):
@@ -85,27 +81,6 @@ def load(base, class_names=NAMES, **kwargs):
 def plain_tokens(classifier):
     texts = [f"a photo of a {name}." for name in classifier.class_names]
     return classifier.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")
-
-
-def embeds_and_gradients(model, image_embeds=None, **settings):
-    """Class embeddings with these settings of the encoder, and the gradients of a fixed loss on them."""
-    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name, value in {"path": "auto", "batch_size": "auto", **settings}.items():
-        setattr(classifier.class_encoder, name, value)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    torch.manual_seed(0)
-    embeds = classifier.get_class_embeds(image_embeds)
-    weights = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(1))
-    gradients = torch.autograd.grad((embeds * weights).sum(), parameters, allow_unused=True)
-    return embeds.detach(), gradients
-
-
-def assert_same(results, expected, tolerance=TOLERANCE):
-    for actual, wanted in zip((results[0], *results[1]), (expected[0], *expected[1])):
-        if wanted is not None:
-            assert (actual - wanted).abs().max() <= tolerance * wanted.abs().max()
-        else:
-            assert actual is None
 
 
 class TestPackedRows:

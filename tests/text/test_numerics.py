@@ -1,21 +1,20 @@
 """Extreme sizes, half precision and order: what must not change the result does not, and nothing overflows."""
 
-import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
-from adapters import vectors_of
-from cases import load_base
+from adapters import as_if_trained, vectors_of
+from cases import new_classifier
 from conftest import CLASS_NAMES
 from datasets import Dataset
 from packaging import version
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import CLIPPromptTuningConfig
 from clip_prompt_peft.evaluation.metrics import compute_metrics
 
 
@@ -26,29 +25,14 @@ SCORED = ["coop", "coop-csc", "cocoop", "vpt-deep", "ivlp", "maple"]  # the othe
 TRAINED = ["coop-csc", "cocoop", "maple", "promptsrc"]  # every kind of layer, and the longest loss
 
 
-def new_classifier(dtype=torch.float32, class_names=CLASS_NAMES):
-    classifier = copy.deepcopy(load_base(CLIPForPromptClassification)).to(dtype)
-    classifier.set_class_names(class_names)
-    return classifier
-
-
 def preset_model(preset, **kwargs):
     classifier = new_classifier(**kwargs)
     return get_peft_model(classifier, CLIPPromptTuningConfig.from_preset(preset, model=classifier)).eval()
 
 
 def new_model(dtype=torch.float32, class_names=CLASS_NAMES, **fields):
-    model = get_peft_model(new_classifier(dtype, class_names), CLIPPromptTuningConfig(**fields)).eval()
+    model = get_peft_model(new_classifier(class_names, dtype), CLIPPromptTuningConfig(**fields)).eval()
     return as_if_trained(model)
-
-
-def as_if_trained(model):
-    """Far from the words that the vectors started from."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "learnable_" in name:
-                parameter += 0.1 * torch.randn(parameter.shape)
-    return model
 
 
 def gradients(model):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from adapters import as_if_trained
 from conftest import ROOT, TINY_CLIP
 from peft import PeftModel, get_peft_model
 from transformers import CLIPTextModel
@@ -37,12 +38,7 @@ def padded(tokenizer):
 def inverted():
     """A text encoder with a word as if it had been learned."""
     config = CLIPPromptTuningConfig(prompt_template=TEMPLATE, start_idx=5, num_virtual_tokens=1)
-    model = get_peft_model(CLIPTextModel.from_pretrained(TINY_CLIP), config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.1)
-    return model
+    return as_if_trained(get_peft_model(CLIPTextModel.from_pretrained(TINY_CLIP), config).eval())
 
 
 @torch.no_grad()

@@ -1,7 +1,11 @@
 """Vectors that differ from class to class or from image to image."""
 
+import functools
+
+import adapters
 import pytest
 import torch
+from adapters import learnable
 from conftest import CLASS_NAMES, TINY_CLIP
 from peft import PeftModel, get_peft_model
 
@@ -9,13 +13,7 @@ from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.text import encoder
 
 
-def prompted(base, **fields):
-    fields = {"num_virtual_tokens": 3, "prompt_tuning_init": "RANDOM", **fields}
-    return get_peft_model(base, CLIPPromptTuningConfig(**fields)).eval()
-
-
-def learnable(model):
-    return {name.rpartition("learnable_")[2]: value for name, value in model.named_parameters() if "learnable" in name}
+prompted = functools.partial(adapters.prompted, num_virtual_tokens=3)
 
 
 # Class-specific
@@ -106,7 +104,8 @@ def test_adapters_that_need_a_layer_to_themselves_are_not_active_together(classi
 def image_by_image(classifier, image_embeds):
     """CoCoOp as its authors run it: one image after the other, all classes for each."""
     tensors = {
-        name.partition(".default")[0] + name.partition(".default")[2]: p for name, p in learnable(classifier).items()
+        name.rpartition("learnable_")[2].replace(".default", ""): value
+        for name, value in learnable(classifier).items()
     }
     hidden = torch.nn.functional.linear(image_embeds, tensors["meta_in.weight"], tensors["meta_in.bias"]).relu()
     shifts = torch.nn.functional.linear(hidden, tensors["meta_out.weight"], tensors["meta_out.bias"])

@@ -1,10 +1,8 @@
 """Adapter files that do not fit the model, or are damaged."""
 
-import json
-
 import pytest
 import torch
-from adapters import tuned, vectors_of
+from adapters import change_config, change_tensors, tuned, vectors_of
 from conftest import TINY_CLIP
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -13,24 +11,9 @@ from transformers import CLIPModel
 from clip_prompt_peft import AutoPeftModelForPromptClassification
 
 
-@pytest.fixture
-def texts(tokenizer):
-    return tokenizer(["a photo of a animal.", "a photo of a fire truck."], padding=True, return_tensors="pt")
-
-
 def rename(folder, new_name):
     file = folder / "adapter_model.safetensors"
     save_file({new_name(key): value for key, value in load_file(file).items()}, file)
-
-
-def change(folder, function):
-    file = folder / "adapter_model.safetensors"
-    save_file({key: function(value).contiguous() for key, value in load_file(file).items()}, file)
-
-
-def change_config(folder, **fields):
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 @pytest.fixture
@@ -52,13 +35,13 @@ def test_vectors_are_found_at_the_module_path_of_other_versions_of_transformers(
 
 
 def test_vectors_of_another_width_are_refused_with_both_shapes(base, adapter):
-    change(adapter, lambda vectors: vectors[:, :64])
+    change_tensors(adapter, lambda vectors: vectors[:, :64])
     with pytest.raises(ValueError, match=r"shape \(4, 64\), but .* ask for \(4, 128\) .* trained on .*tiny_clip"):
         PeftModel.from_pretrained(base, adapter)
 
 
 def test_another_number_of_vectors_than_the_configuration_says_is_refused(base, adapter):
-    change(adapter, lambda vectors: vectors[:3])
+    change_tensors(adapter, lambda vectors: vectors[:3])
     with pytest.raises(ValueError, match=r"shape \(3, 128\), but .* ask for \(4, 128\)"):
         PeftModel.from_pretrained(base, adapter)
 
@@ -106,7 +89,7 @@ def test_a_truncated_file_is_refused(base, adapter, load):
 
 
 def test_transformers_refuses_vectors_of_another_width(base, adapter, texts):
-    change(adapter, lambda vectors: vectors[:, :64])
+    change_tensors(adapter, lambda vectors: vectors[:, :64])
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         base.load_adapter(adapter)
     with pytest.raises(ValueError, match="none were loaded"):  # should anyone go on with what is in the model now

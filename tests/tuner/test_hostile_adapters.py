@@ -8,9 +8,9 @@ import sys
 import hostile_adapters
 import pytest
 import torch
-from adapters import tuned
+from adapters import change_config, change_tensors, tuned
 from conftest import CLASS_NAMES, TINY_CLIP
-from hostile_adapters import CONFIG, FROZEN, WAYS, WEIGHTS, read_config, write_config
+from hostile_adapters import CONFIG, FROZEN, WAYS, WEIGHTS
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -25,15 +25,6 @@ OURS = [way for way in WAYS if way != "with_peft_into_clip"]
 def adapter(classifier, tmp_path):
     tuned(classifier).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-def change(adapter, **fields):
-    write_config(adapter, read_config(adapter) | fields)
-
-
-def rewrite(adapter, function):
-    tensors = load_file(adapter / WEIGHTS)
-    save_file({name: function(tensor).contiguous() for name, tensor in tensors.items()}, adapter / WEIGHTS)
 
 
 def test_whatever_is_changed_in_an_adapter_it_is_refused_with_a_reason_or_works():
@@ -80,14 +71,14 @@ class TestTensors:
         ],
     )
     def test_that_are_no_usable_numbers_are_refused(self, adapter, way, value, said):
-        rewrite(adapter, lambda tensor: tensor.index_fill_(0, torch.tensor(1), value))
+        change_tensors(adapter, lambda tensor: tensor.index_fill_(0, torch.tensor(1), value))
         with pytest.raises(ValueError, match=said):
             hostile_adapters.run(WAYS[way](adapter).eval())
 
     @pytest.mark.parametrize("way", OURS)
     @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
     def test_of_other_types_are_refused(self, adapter, way, dtype):
-        rewrite(adapter, lambda tensor: tensor.to(dtype))
+        change_tensors(adapter, lambda tensor: tensor.to(dtype))
         with pytest.raises(ValueError, match="not of floating point numbers"):
             WAYS[way](adapter)
 
@@ -117,7 +108,7 @@ class TestTensors:
 )
 @pytest.mark.parametrize("load", ["auto class", "classifier"])
 def test_a_configuration_of_other_types_or_sizes_is_refused_by_what_is_wrong(adapter, fields, said, load):
-    change(adapter, **fields)
+    change_config(adapter, **fields)
     model_class = {"auto class": AutoPeftModelForPromptClassification, "classifier": CLIPForPromptClassification}[load]
     with pytest.raises(ValueError, match=said):
         model_class.from_pretrained(adapter)
@@ -126,7 +117,7 @@ def test_a_configuration_of_other_types_or_sizes_is_refused_by_what_is_wrong(ada
 def test_an_adapter_that_asks_for_gigabytes_is_refused_without_taking_them(classifier, tmp_path):
     hostile_adapters.make_good_adapters(tmp_path)
     folder = tmp_path / "per class"
-    change(
+    change_config(
         folder, class_names=[f"class {i}" for i in range(20_000)], num_virtual_tokens=60, replaced_token_ids=[5] * 60
     )
     before = hostile_adapters.resource.getrusage(hostile_adapters.resource.RUSAGE_SELF).ru_maxrss
@@ -156,7 +147,7 @@ class TestCode:
     def test_named_in_auto_mapping_is_not_imported(self, adapter, tmp_path, way, monkeypatch):
         (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nEvil = 1\n")
         monkeypatch.syspath_prepend(tmp_path)
-        change(adapter, auto_mapping={"base_model_class": "Evil", "parent_library": "evil_module"})
+        change_config(adapter, auto_mapping={"base_model_class": "Evil", "parent_library": "evil_module"})
         WAYS[way](adapter)
         assert "evil_module" not in sys.modules and not (tmp_path / "ran").exists()
 
@@ -169,7 +160,7 @@ class TestCode:
             path = base / file
             content = hostile_adapters.json.loads(path.read_text()) if path.exists() else {}
             path.write_text(hostile_adapters.json.dumps({**content, "auto_map": auto_map}))
-        change(adapter, base_model_name_or_path=str(base))
+        change_config(adapter, base_model_name_or_path=str(base))
         model = AutoPeftModelForPromptClassification.from_pretrained(adapter)
         assert model.class_names == CLASS_NAMES and not (tmp_path / "ran").exists()
 
@@ -210,7 +201,7 @@ def test_the_example_refuses_a_hostile_adapter_in_one_line(adapter, run_here, tm
     from PIL import Image
 
     Image.new("RGB", (48, 48)).save(tmp_path / "cat.png")
-    rewrite(adapter, lambda tensor: tensor.fill_(float("nan")))
+    change_tensors(adapter, lambda tensor: tensor.fill_(float("nan")))
     with pytest.raises(SystemExit) as exit:
         run_here(script, adapter, tmp_path / "cat.png")
     assert (

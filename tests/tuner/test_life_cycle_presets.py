@@ -2,11 +2,11 @@
 
 import copy
 import functools
-import shutil
 
 import pytest
 import torch
-from conftest import GOLDEN, TINY_CLIP
+from adapters import as_if_trained, logits_of, train_with_sgd
+from conftest import TINY_CLIP, golden_base_folder
 from peft import PeftModel, get_peft_model
 
 from clip_prompt_peft import (
@@ -29,11 +29,11 @@ BASES = ["tiny", "golden_legacy_eos", "golden_fixed_eos"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    fixed = tmp_path_factory.mktemp("golden_fixed_eos")
-    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(GOLDEN / "base" / name, fixed)
-    shutil.copy(GOLDEN / "base" / "config_eos_fixed.json", fixed / "config.json")
-    return {"tiny": TINY_CLIP, "golden_legacy_eos": str(GOLDEN / "base"), "golden_fixed_eos": str(fixed)}
+    golden = {
+        f"golden_{kind}": golden_base_folder(kind, tmp_path_factory.mktemp(kind))
+        for kind in ("legacy_eos", "fixed_eos")
+    }
+    return {"tiny": TINY_CLIP, **golden}
 
 
 @functools.cache
@@ -60,16 +60,10 @@ class Case:
     def prompted(self):
         """As if it had been trained."""
         base = self.base()
-        model = get_peft_model(base, self.config(base)).eval()
-        generator = torch.Generator().manual_seed(0)
-        for name, value in model.named_parameters():
-            if "learnable_" in name:
-                value.data += 0.1 * torch.randn(value.shape, generator=generator)
-        return model
+        return as_if_trained(get_peft_model(base, self.config(base)).eval())
 
-    @torch.no_grad()
     def logits(self, model):
-        return model(pixel_values=self.pixel_values).logits
+        return logits_of(model, self.pixel_values)
 
 
 @pytest.fixture(params=[(preset, base) for preset in PRESETS for base in BASES], ids="-".join)
@@ -81,14 +75,8 @@ def case(request, folders):
 def test_a_step_lowers_the_loss_and_changes_every_tensor_of_the_adapter_and_no_other(case):
     model = case.prompted().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    losses = []
-    for _ in range(2):
-        loss = model(pixel_values=case.pixel_values, labels=LABELS, return_loss_terms=True).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    inputs = {"pixel_values": case.pixel_values, "labels": LABELS, "return_loss_terms": True}
+    losses = train_with_sgd(model, inputs, lr=1e-4, num_steps=2)
     assert losses[1] < losses[0]
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if ".learnable_" in name}

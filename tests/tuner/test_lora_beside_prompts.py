@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from adapters import logits_of, train_with_sgd
 from conftest import CLASS_NAMES, TINY_CLIP
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -34,22 +35,9 @@ def trainable(model):
 
 
 def fit(model, pixel_values, labels, steps=3):
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(steps):
-        loss = model(pixel_values=pixel_values, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_with_sgd(model, {"pixel_values": pixel_values, "labels": labels}, lr=0.1, num_steps=steps)
     model.eval()
     return losses
-
-
-@torch.no_grad()
-def logits_of(model, pixel_values):
-    return model(pixel_values=pixel_values).logits
 
 
 def load_both(folder):

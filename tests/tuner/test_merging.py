@@ -13,11 +13,6 @@ from clip_prompt_peft import CLIPPromptTuningConfig
 MERGED = {"rtol": 0, "atol": 1e-4}  # merging changes the order of two additions
 
 
-@pytest.fixture
-def texts(tokenizer):
-    return tokenizer(["a photo of a animal.", "a photo of a fire truck."], padding=True, return_tensors="pt")
-
-
 def text_features(model, texts):
     return model.get_text_features(**texts).pooler_output
 

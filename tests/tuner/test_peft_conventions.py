@@ -1,13 +1,11 @@
 """What peft's tests ask of every method, as far as no other file shows it; docs/reliability.md has the whole list."""
 
-import copy
-import json
 import re
 
 import pytest
 import torch
-from adapters import randomize, tuned, vectors_of
-from cases import load_base
+from adapters import as_if_trained, change_config, logits_of, randomize, tuned, vectors_of
+from cases import new_classifier
 from conftest import TINY_CLIP
 from peft import (
     LoraConfig,
@@ -29,7 +27,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from transformers import CLIPModel
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import CLIPPromptTuningConfig
 
 
 # A layer of every kind
@@ -48,27 +46,13 @@ def fields(request):
     return KINDS[request.param]
 
 
-def new_classifier():
-    return copy.deepcopy(load_base(CLIPForPromptClassification))
-
-
-def prompted(**fields):
-    """As if it had been trained."""
-    model = get_peft_model(new_classifier(), CLIPPromptTuningConfig(**fields)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
+def tuned_classifier(**fields):
+    """As if it had been trained, every tensor of the adapter."""
+    return as_if_trained(get_peft_model(new_classifier(), CLIPPromptTuningConfig(**fields)).eval())
 
 
 def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in state.items())
-
-
-@torch.no_grad()
-def logits_of(model, pixel_values):
-    return model(pixel_values=pixel_values).logits
 
 
 # Files
@@ -97,8 +81,7 @@ def test_weights_are_written_as_a_pickle_only_if_asked_for_and_peft_reads_them(c
 
 def test_a_configuration_of_a_later_version_is_read_without_its_unknown_fields(clip, tmp_path):
     tuned(clip).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "from_the_future": 1}))
+    change_config(tmp_path, from_the_future=1)
     with pytest.warns(UserWarning, match="from_the_future"):
         config = PeftConfig.from_pretrained(tmp_path)
         assert check_if_peft_model(str(tmp_path))
@@ -114,7 +97,7 @@ def test_a_configuration_is_rebuilt_from_its_dictionary(fields):
 def test_a_loaded_adapter_requires_gradients_only_if_asked_to_and_lies_on_the_device(
     fields, tmp_path, low_cpu_mem_usage, is_trainable
 ):
-    model = prompted(**fields)
+    model = tuned_classifier(**fields)
     expected = get_peft_model_state_dict(model)
     model.save_pretrained(tmp_path)
     options = {"low_cpu_mem_usage": low_cpu_mem_usage, "is_trainable": is_trainable, "torch_device": "cpu"}
@@ -139,7 +122,7 @@ def test_the_base_models_state_dict_is_what_it_was(fields):
 
 @pytest.mark.parametrize(("by_state_dict", "low_cpu_mem_usage"), [(False, True), (True, False)])
 def test_an_adapter_is_injected_without_a_peft_model(fields, pixel_values, by_state_dict, low_cpu_mem_usage):
-    model = prompted(**fields)
+    model = tuned_classifier(**fields)
     state = {name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(model).items()}
     if by_state_dict and "modules_to_save" in fields:
         state = {name: value for name, value in state.items() if "text_projection" not in name}
@@ -179,7 +162,7 @@ def test_gradients_are_switched_by_adapter_name(fields):
 
 
 def test_training_reaches_every_tensor_of_the_adapter_and_no_other_through_checkpoints(fields, pixel_values, labels):
-    model = prompted(**fields).train()
+    model = tuned_classifier(**fields).train()
     plain = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     model(pixel_values=pixel_values, labels=labels).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in plain.items()}
@@ -215,7 +198,7 @@ def test_the_number_of_trained_parameters_is_reported(fields):
 
 def test_unloading_removes_every_trace_and_trained_modules_too(fields, pixel_values):
     zero_shot = logits_of(new_classifier(), pixel_values)
-    model = prompted(**fields)
+    model = tuned_classifier(**fields)
     assert not torch.allclose(logits_of(model, pixel_values), zero_shot)
     base = model.unload()
     assert not any(isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) for module in base.modules())
@@ -265,7 +248,7 @@ def test_all_layers_agree_on_what_follows_a_deleted_active_adapter(pixel_values)
 
 def test_layers_that_a_new_adapter_brings_while_adapters_are_disabled_are_disabled_too(pixel_values):
     zero_shot = logits_of(new_classifier(), pixel_values)
-    model = prompted()
+    model = tuned_classifier()
     with model.disable_adapter():
         model.add_adapter("deep", CLIPPromptTuningConfig(**DEEP))
         model.set_adapter("deep")
@@ -276,7 +259,7 @@ def test_layers_that_a_new_adapter_brings_while_adapters_are_disabled_are_disabl
 
 
 def test_the_last_adapter_can_be_deleted(fields, pixel_values):
-    model = prompted(**fields)
+    model = tuned_classifier(**fields)
     model.delete_adapter("default")
     assert model.active_adapters == [] and model.peft_config == {}
     for module in model.modules():

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from adapters import layer_of
+from adapters import layer_of, learnable, prompted
 from conftest import CLASS_NAMES, TINY_CLIP, needs_compile
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
@@ -19,16 +19,6 @@ IVLP = {
     "vision_prompt_depth": 3,
 }
 MAPLE = {**IVLP, "num_vision_virtual_tokens": 3, "vision_prompt_depth": 2, "vision_prompts_from_text": True}
-
-
-def prompted(base, **fields):
-    return get_peft_model(base, CLIPPromptTuningConfig(prompt_tuning_init="RANDOM", **fields)).eval()
-
-
-def learnable(model):
-    return {
-        name.partition("model.model.")[2]: value for name, value in model.named_parameters() if "learnable" in name
-    }
 
 
 def record_inputs(module):

@@ -1,0 +1,74 @@
+"""Modules import from the layers below their own only, and no file outgrows its subject."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+PACKAGE = ROOT / "clip_prompt_peft"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# From the bottom up. What shares a line does not import each other.
+LAYERS = [
+    {"assets", "towers", "templates"},
+    {"tuner"},  # a peft method: of this package it needs towers and templates only
+    {"text"},
+    {"regularizers"},
+    {"loss"},
+    {"modeling"},
+    {"families"},
+    {"data", "training"},
+    {"evaluation"},
+    {"peft_model"},
+    {"auto"},
+    {"protocols", "export"},
+    {"__init__"},  # the public names
+    {"commands"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def part_of(file: Path) -> str:
+    """The module or subpackage of the package that a file is, or is in."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(file: Path) -> set[str]:
+    """What a file imports of the package, wherever in the file it does so."""
+    parts = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            package = file.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            modules = [".".join((*package, *filter(None, [node.module]))) + f".{name.name}" for name in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [name.name for name in node.names]
+        else:
+            continue
+        for module in modules:
+            root, _, rest = module.partition(".")
+            if root == PACKAGE.name:
+                part = rest.partition(".")[0]
+                parts.add(part if part in LEVEL else "__init__")
+    return parts - {part_of(file)}
+
+
+def test_every_part_has_a_layer():
+    assert {part_of(file) for file in FILES} == LEVEL.keys()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file):
+    upwards = {part for part in imported_parts(file) if LEVEL[part] >= LEVEL[part_of(file)]}
+    assert not upwards, f"{part_of(file)} imports what is not below it"
+
+
+def test_the_peft_method_stands_on_towers_and_templates_alone():
+    imported = set().union(*(imported_parts(file) for file in FILES if part_of(file) == "tuner"))
+    assert imported <= {"towers", "templates"}
+
+
+def test_no_file_has_more_than_500_lines():
+    too_long = [str(file) for file in FILES if len(file.read_text(encoding="utf-8").splitlines()) > 500]
+    assert not too_long
