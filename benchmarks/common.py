@@ -113,7 +113,7 @@ def one_token_words(tokenizer) -> list[str]:
 
 def describe_prompts(classifier: CLIPForPromptClassification) -> tuple[int, int, int]:
     """Tokens that all prompts share, tokens of all suffixes, and tokens of the longest prompt."""
-    prompts = classifier._class_prompts()
+    prompts = classifier.class_prompts
     shared = int((prompts.input_ids == prompts.input_ids[0]).all(dim=0).long().cumprod(dim=0).sum())
     lengths = prompts.attention_mask.sum(dim=1)
     return shared, int((lengths - shared).sum()), int(lengths.max())

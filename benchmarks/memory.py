@@ -46,7 +46,7 @@ def measure(way: str, num_classes: int, num_vectors: int, repeats: int, size: st
         model(image_embeds=image_embeds, labels=labels).loss.backward()
         optimizer.step()
 
-    model.get_base_model()._class_prompts()
+    _ = model.get_base_model().class_prompts
     before = reset_peak(device)
     first = time_once(step, device)
     seconds = [time_once(step, device) for _ in range(repeats)] or [first]

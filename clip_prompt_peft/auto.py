@@ -1,4 +1,4 @@
-"""From a checkpoint, or a model in memory, to the classifier of its family."""
+"""The auto classes: from a checkpoint, an adapter, or a model in memory, to the classifier of its family."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .families import classifier_class
 from .modeling import PromptClassificationMixin
 from .peft_model import PeftModelForPromptClassification
 from .tuner import CLIPPromptTuningConfig
-from .tuner.files import check_folder, fetch, fetch_weights, read_config
+from .tuner.files import fetch, fetch_weights, read_config
 
 
 HUB_SETTINGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class FromPretrainedOnly:
-    """What auto classes have in common: there are no objects of them."""
+    """The base class of the auto classes, which cannot be instantiated."""
 
     def __init__(self, *args, **kwargs):
         raise EnvironmentError(  # noqa: UP024, the type that transformers' auto classes raise
@@ -30,7 +30,7 @@ class FromPretrainedOnly:
 
 class AutoModelForPromptClassification(FromPretrainedOnly):
     """
-    Picks the classifier of a checkpoint's family by its config.
+    Creates the classifier for a checkpoint, whose class is chosen by the checkpoint's config.
 
     Example:
 
@@ -50,13 +50,17 @@ class AutoModelForPromptClassification(FromPretrainedOnly):
         cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs
     ) -> PromptClassificationMixin:
         """
+        Loads the classifier of a checkpoint.
+
         Args:
-            pretrained_model_name_or_path: checkpoint of a supported family, saved classifier, or prompt adapter.
-            model_args, kwargs: for the classifier's own `from_pretrained` (`class_names`, `prompt_template`, ...).
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A checkpoint of a supported family, a saved classifier, or a prompt adapter, as a folder or Hub id.
+            model_args, kwargs:
+                The arguments of the classifier's own `from_pretrained` (`class_names`, `prompt_template`, ...).
 
         Raises:
-            OSError: no such folder or repository, or no config in it.
-            ValueError: a model of a family that is not supported; the message lists those that are.
+            OSError: If there is no such folder or repository, or no config in it.
+            ValueError: If the family is not supported. The message lists those that are.
         """
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
@@ -67,16 +71,15 @@ class AutoModelForPromptClassification(FromPretrainedOnly):
 
     @classmethod
     def from_base(cls, model: PreTrainedModel, *args, **kwargs) -> PromptClassificationMixin:
-        """A classifier around a model in memory, see [`~PromptClassificationMixin.from_base`].
+        """Creates a classifier from a model in memory, see [`~PromptClassificationMixin.from_base`].
 
         Raises:
-            ValueError: a model of a family that is not supported.
+            ValueError: If the family is not supported.
         """
         return classifier_class(model.config).from_base(model, *args, **kwargs)
 
 
 def _config_of(name_or_path: str | os.PathLike, hub: dict) -> PreTrainedConfig:
-    check_folder(name_or_path)  # of an adapter
     adapter = find_adapter_config_file(str(name_or_path), **hub)
     if adapter is not None:
         base = read_config(adapter).base_model_name_or_path
@@ -89,9 +92,9 @@ def _config_of(name_or_path: str | os.PathLike, hub: dict) -> PreTrainedConfig:
 
 class AutoPeftModelForPromptClassification(FromPretrainedOnly):
     """
-    Builds base model, class names and prompts from an adapter's folder or Hub id.
+    Creates a whole classifier, with base model, class names and prompts, from the folder or Hub id of an adapter.
 
-    peft's own `AutoPeftModel` refuses to import model classes of other packages, hence this class.
+    peft's own `AutoPeftModel` does not import model classes of other packages, so this class is needed.
 
     Example:
 
@@ -119,29 +122,44 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
         **base_model_kwargs,
     ) -> PeftModelForPromptClassification:
         """
+        Loads an adapter and its base model.
+
         Args:
-            pretrained_model_name_or_path: folder or Hub id of the adapter.
-            adapter_name: name to give it.
-            is_trainable: whether to go on training it.
-            base_model_name_or_path: base model to use instead of the one that the adapter names, for instance when
-                that was a path on another machine.
-            tokenizer: by default the base model's.
-            revision, subfolder, token, cache_dir: where the adapter is, as for `PeftModel.from_pretrained`.
-            low_cpu_mem_usage: as for `PeftModel.from_pretrained`.
-            base_model_kwargs: for the base model's `from_pretrained` (`dtype`, `device_map`, ...).
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                The folder or Hub id of the adapter.
+            adapter_name (`str`, *optional*, defaults to `"default"`):
+                The name of the adapter in the model.
+            is_trainable (`bool`, *optional*, defaults to `False`):
+                Whether the adapter is trained further.
+            base_model_name_or_path (`str`, *optional*):
+                The base model to use instead of the one that the adapter names, for instance if that is a path on
+                another machine.
+            tokenizer (*optional*):
+                The tokenizer. By default that of the base model.
+            revision, subfolder, token, cache_dir (*optional*):
+                Where the adapter is, as in `PeftModel.from_pretrained`.
+            low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
+                As in `PeftModel.from_pretrained`.
+            base_model_kwargs:
+                Arguments of the base model's `from_pretrained` (`dtype`, `device_map`, ...).
 
         Raises:
-            OSError: no such folder or repository, no access to it, no adapter in it, or a Hub that fails.
-            ValueError: an adapter of another method; a base model of a family that is not supported; weights that are
-                a pickle or damaged; an adapter that names no base model, or one that is not on this machine.
+            OSError: If there is no such folder or repository, no access to it, no adapter in it, or the Hub fails.
+            ValueError: If the adapter is of another method, its weights are pickled or damaged, it names no base model
+                that can be found here, or the base model is of a family that is not supported.
         """
         adapter = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
         adapter = {key: value for key, value in adapter.items() if value is not None}
         config_file = fetch(pretrained_model_name_or_path, CONFIG_NAME, **adapter)
-        config = _read_config(config_file)
+        config = read_config(config_file)
+        if not isinstance(config, CLIPPromptTuningConfig):
+            raise ValueError(
+                f"{config_file} is of an adapter of type {config.peft_type}, not of CLIP prompt tuning; load it with "
+                "peft's own classes."
+            )
         commit = extract_commit_hash(config_file, None)
         if commit is not None:
-            adapter["revision"] = commit  # so that the weights are of the same commit, whoever pushes meanwhile
+            adapter["revision"] = commit  # the weights have to be of the same commit, even if someone pushes meanwhile
         if config.problem_type is not None:
             base_model_kwargs.setdefault("problem_type", config.problem_type)
         folder = os.path.dirname(fetch_weights(pretrained_model_name_or_path, config, **adapter))
@@ -162,16 +180,6 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
             is_trainable=is_trainable,
             low_cpu_mem_usage=low_cpu_mem_usage,
         )
-
-
-def _read_config(path: str) -> CLIPPromptTuningConfig:
-    config = read_config(path)
-    if not isinstance(config, CLIPPromptTuningConfig):
-        raise ValueError(
-            f"{path} is of an adapter of type {config.peft_type}, not of CLIP prompt tuning; load it with peft's own "
-            "classes."
-        )
-    return config
 
 
 def _base_model_of(config: CLIPPromptTuningConfig, adapter: str | os.PathLike) -> str:

@@ -1,4 +1,4 @@
-"""A CLIP that classifies images by the embeddings of its class prompts."""
+"""The classifiers of CLIP and of the related families of dual encoders in transformers, and the table of them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,10 @@ from .text.tokenization import MASKED, READ
 
 class CLIPForPromptClassification(PromptClassificationMixin, CLIPModel):
     """
-    `CLIPModel` with class names: images are scored against the embeddings of one prompt per class.
+    `CLIPModel` with class names: images are scored against the embeddings of one prompt for each class.
 
-    Without an adapter it is the zero-shot classifier. With a prompt adapter in it, the prompts are written as the
-    active adapter wants them; any other adapter (LoRA, ...) simply changes the towers. The module paths are those of
-    `CLIPModel`, so checkpoints and adapters fit both. See [`PromptClassificationMixin`] for its methods.
-
-    Build it with [`~CLIPForPromptClassification.from_pretrained`] or [`~CLIPForPromptClassification.from_clip`].
+    See [`PromptClassificationMixin`] for its methods. Create it with [`~CLIPForPromptClassification.from_pretrained`],
+    or from a model in memory with [`~CLIPForPromptClassification.from_clip`].
 
     Example:
 
@@ -53,11 +50,11 @@ class CLIPForPromptClassification(PromptClassificationMixin, CLIPModel):
         class_names: Sequence[str] | None = None,
         prompt_template: str | None = None,
     ) -> CLIPForPromptClassification:
-        """A classifier around a `CLIPModel` in memory; another name for `from_base`."""
+        """Creates a classifier from a `CLIPModel` in memory. Another name for `from_base`."""
         return cls.from_base(clip, tokenizer, class_names, prompt_template)
 
     def to_clip(self) -> CLIPModel:
-        """The plain `CLIPModel`, sharing the modules of this classifier; another name for `to_base`."""
+        """Returns the plain `CLIPModel`, which shares its modules. Another name for `to_base`."""
         return self.to_base()
 
 
@@ -71,8 +68,9 @@ class SiglipForPromptClassification(PromptClassificationMixin, SiglipModel):
     """
     [`PromptClassificationMixin`] on `SiglipModel`.
 
-    Texts have no begin token; the tower attends both ways and pools the last of 64 positions, padding or not. Logits
-    have a bias. `config.classification_loss = "sigmoid"` trains with SigLIP's own loss in place of cross entropy.
+    Texts have no begin token. The text tower attends in both directions and pools the last of 64 positions, which can
+    be padding. Logits have a bias. `config.classification_loss = "sigmoid"` trains with the loss of SigLIP instead of
+    the cross entropy.
     """
 
     base_class = SiglipModel
@@ -83,7 +81,7 @@ class Siglip2ForPromptClassification(PromptClassificationMixin, Siglip2Model):
     """
     [`PromptClassificationMixin`] on `Siglip2Model`, the NaFlex variant of SigLIP 2 (the others are `SiglipModel`s).
 
-    As [`SiglipForPromptClassification`]; images come as patches, in their own aspect ratio.
+    It is like [`SiglipForPromptClassification`], but images are patches, in their own aspect ratio.
     """
 
     base_class = Siglip2Model
@@ -105,12 +103,15 @@ class Siglip2ForPromptClassification(PromptClassificationMixin, Siglip2Model):
         return_loss_terms: bool = False,
         **kwargs,
     ) -> PromptClassifierOutput:
-        """As the other classifiers' `forward`.
+        """Computes the same as the `forward` of the other classifiers.
 
         Args:
-            pixel_values: (B, patches, values of a patch), as the processor makes them.
-            pixel_attention_mask: (B, patches), 1 where there is a patch.
-            spatial_shapes: (B, 2), rows and columns of patches.
+            pixel_values (`torch.Tensor`, *optional*):
+                (B, patches, values of a patch), as the processor returns them.
+            pixel_attention_mask (`torch.Tensor`, *optional*):
+                (B, patches), 1 for patches that are not padding.
+            spatial_shapes (`torch.LongTensor`, *optional*):
+                (B, 2), the numbers of rows and columns of patches.
         """
         image_inputs = {
             "pixel_values": pixel_values,
@@ -124,23 +125,24 @@ class Siglip2ForPromptClassification(PromptClassificationMixin, Siglip2Model):
         return self._compare(labels, image_embeds, return_loss=return_loss, **text_inputs, **image_inputs, **kwargs)
 
     def get_image_features(self, pixel_values=None, pixel_attention_mask=None, spatial_shapes=None, **kwargs):
-        """As `Siglip2Model.get_image_features`; vision prompts are seen, too."""
+        """Computes the same as `Siglip2Model.get_image_features`, with vision prompts in the mask."""
         if pixel_values is not None and (pixel_attention_mask is None or spatial_shapes is None):
             raise ValueError(
                 "pixel_values of this model are patches, which need pixel_attention_mask and spatial_shapes beside "
-                "them; pass on all that the image processor gives."
+                "them; pass all outputs of the image processor."
             )
         mask = self._with_vision_prompts(pixel_attention_mask)
         return super().get_image_features(pixel_values, mask, spatial_shapes, **kwargs)
 
     def _with_vision_prompts(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """(B, patches + n): vision prompts stand behind the patches."""
-        n = getattr(self.prompt_layout, "num_vision_virtual_tokens", 0)
+        """Returns (B, patches + n), since vision prompts come after the patches."""
+        layout = self.prompt_layout
+        n = 0 if layout is None else layout.num_vision_virtual_tokens
         return torch.nn.functional.pad(mask, (0, n), value=1) if mask is not None and n else mask
 
 
 class ChineseCLIPForPromptClassification(PromptClassificationMixin, ChineseCLIPModel):
-    """[`PromptClassificationMixin`] on `ChineseCLIPModel`: the text tower is a BERT, which attends both ways."""
+    """[`PromptClassificationMixin`] on `ChineseCLIPModel`, whose text tower is a BERT."""
 
     base_class = ChineseCLIPModel
     padding = MASKED
@@ -148,7 +150,7 @@ class ChineseCLIPForPromptClassification(PromptClassificationMixin, ChineseCLIPM
 
 
 class AltCLIPForPromptClassification(PromptClassificationMixin, AltCLIPModel):
-    """[`PromptClassificationMixin`] on `AltCLIPModel`: the text tower is an XLM-R, which attends both ways."""
+    """[`PromptClassificationMixin`] on `AltCLIPModel`, whose text tower is an XLM-R."""
 
     base_class = AltCLIPModel
     padding = MASKED
@@ -166,7 +168,7 @@ CLASSIFIERS: tuple[type[PromptClassificationMixin], ...] = (
 
 
 def classifier_class(config: PreTrainedConfig) -> type[PromptClassificationMixin]:
-    """The classifier for models of this config; `ValueError` with the supported families if there is none."""
+    """Returns the classifier for models of this config; raises `ValueError` with the supported families otherwise."""
     for classifier in CLASSIFIERS:
         if type(config) is classifier.config_class:
             return classifier

@@ -1,4 +1,4 @@
-"""From one class of model to another without copying a weight."""
+"""The mixin that turns a dual encoder into a classifier of images by the embeddings of its class prompts."""
 
 from __future__ import annotations
 
@@ -10,228 +10,64 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .loss import PromptClassifierOutput, active_regularizers, check_labels, check_training, compute_loss
-from .regularizers import Prediction, Regularizer
+from .loss import PromptClassifierOutput, check_labels, check_regularizers, compute_loss
+from .regularizers import Prediction, Regularizer, build_regularizer
 from .regularizers.teacher import ZeroShotTeacher
 from .templates import DEFAULT_TEMPLATE, check_class_names, check_template
 from .text import ClassEncoder, normalize
+from .text.cache import Memo
 from .text.prompts import ClassPrompts, build_class_prompts
 from .text.tokenization import IGNORED, EncodedTexts, encode_texts
 from .towers import embed_width, num_positions, text_embeddings_of, token_table_name
-from .tuner.files import check_adapter_to_load, check_folder
+from .tuner.files import check_adapter, check_adapter_folder
 from .tuner.layout import PromptLayout
 
 
-def share_modules(source: PreTrainedModel, target_class: type[PreTrainedModel]) -> PreTrainedModel:
-    """A model of `target_class` that holds the very modules of `source`."""
-    with torch.device("meta"):  # these weights are thrown away at once
-        model = target_class(copy.copy(source.config))
-    for name, module in source.named_children():
-        setattr(model, name, module)
-    for name, parameter in source.named_parameters(recurse=False):  # logit scale, and bias where there is one
-        setattr(model, name, parameter)
-    for name in ("peft_config", "_hf_peft_config_loaded"):  # an adapter comes along with the modules
-        if hasattr(source, name):
-            setattr(model, name, getattr(source, name))
-    return model.train(source.training)
-
-
-class ClassTextsMixin:
+class PromptClassificationMixin:
     """
-    The text side of [`PromptClassificationMixin`].
+    Class names for a dual encoder: images are scored against the embeddings of one prompt for each class.
+
+    It comes before the model of a family, `class CLIPForPromptClassification(PromptClassificationMixin, CLIPModel)`,
+    and the class sets the attributes that differ. Without an adapter, the result is the zero-shot classifier. With a
+    prompt adapter, the prompts are written as the active adapter needs them. Other adapters (LoRA, ...) change the
+    towers. Module paths are those of the family's model, so that checkpoints and adapters fit both.
+
+    Create it with `from_pretrained`, or from a model in memory with `from_base`.
 
     **Attributes**:
-        - **padding** (`str`): what the text tower makes of padding, see [`~tokenization.encode_texts`].
-        - **default_template** (`str`): of the zero-shot prompts.
-        - **class_encoder** (`ClassEncoder`): turns prompts into class embeddings; has settings of speed and memory.
-    """
-
-    padding = IGNORED
-    default_template = DEFAULT_TEMPLATE
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        self.tokenizer = None
-        self.class_encoder = ClassEncoder()
-        self._prompts: ClassPrompts | None = None
-        self._prompts_key: tuple | None = None
-        self._fixed_class_embeds: torch.Tensor | None = None
-
-    @property
-    def text_embeddings(self) -> nn.Module:
-        """The module that embeds tokens, where prompt adapters act."""
-        return text_embeddings_of(self.text_model)
-
-    @property
-    def embed_width(self) -> int:
-        """E, the width of image and class embeddings."""
-        return embed_width(self.config)
-
-    @property
-    def prompt_layout(self) -> PromptLayout | None:
-        """How the active prompt adapter wants the prompts written; `None` without one."""
-        return getattr(self.text_embeddings, "prompt_layout", None)
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """The classes in use: those of the active prompt adapter if it has any, otherwise the classifier's own."""
-        return getattr(self.prompt_layout, "class_names", None) or self.config.class_names
-
-    @property
-    def prompt_template(self) -> str:
-        """The template of the zero-shot prompts. An active prompt adapter brings its own."""
-        return self.config.prompt_template
-
-    def set_class_names(self, class_names: Sequence[str]) -> None:
-        """Exchanges the classes, those of the active prompt adapter included.
-
-        Raises:
-            ValueError: empty, repeated or non-string names, or a prompt that is too long; nothing is changed then.
-        """
-        class_names = check_class_names(class_names)
-        layout = self.prompt_layout
-        self.build_prompts(class_names, self.prompt_template, layout)
-        self._fixed_class_embeds = None
-        self.config.class_names = class_names
-        if layout is not None:
-            layout.class_names = class_names
-        self._class_prompts()
-
-    def set_prompt_template(self, prompt_template: str) -> None:
-        """Exchanges the zero-shot template. Raises `ValueError` unless it holds `{}` exactly once."""
-        check_template(prompt_template)
-        self.config.prompt_template = prompt_template
-
-    def adopt_prompt_layout(self, layout: PromptLayout) -> None:
-        """Makes the texts of an adapter the classifier's own; called when the adapter is merged into it for good."""
-        self.set_prompt_template(layout.padded_template)
-        if layout.class_names is not None:
-            self.set_class_names(layout.class_names)
-
-    def set_class_embeds(self, class_embeds: torch.Tensor | None) -> None:
-        """Gives the classes embeddings made elsewhere, such as an ensemble of templates, in place of the prompts.
-
-        They stay as they are until `set_class_names`, are not saved, and are not used while a prompt adapter is
-        active: it brings its own prompts.
-
-        Args:
-            class_embeds: (C, E), normalised or not; `None` goes back to the prompts.
-
-        Raises:
-            ValueError: another shape than that.
-        """
-        if class_embeds is None:
-            self._fixed_class_embeds = None
-            return
-        shape = (len(self.config.class_names or ()), self.embed_width)
-        if tuple(class_embeds.shape) != shape:
-            raise ValueError(
-                f"class_embeds must be {shape}, one embedding for each of the classifier's classes, got "
-                f"{tuple(class_embeds.shape)}."
-            )
-        self._fixed_class_embeds = normalize(class_embeds.detach()).to(self.device)
-
-    def get_class_embeds(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
-        """L2-normalised class embeddings, differentiable with respect to the active adapter.
-
-        Args:
-            image_embeds: (B, E), needed if the active adapter is conditioned on the image; otherwise not used.
-
-        Returns:
-            (C, E), or (B, C, E) if they depend on the image.
-        """
-        embeds = self._class_embeds(image_embeds)
-        return embeds if embeds.requires_grad else embeds.clone()  # the encoder may keep its own for the next call
-
-    def _class_embeds(self, image_embeds: torch.Tensor | None) -> torch.Tensor:
-        layout = self.prompt_layout
-        if layout is None and self._fixed_class_embeds is not None:
-            return self._fixed_class_embeds.to(self.device)
-        if layout is None or not layout.image_conditioned:
-            return self.class_encoder(self, self._class_prompts(), layout)
-        if image_embeds is None:
-            raise ValueError(
-                "The active adapter makes its class embeddings for each image; pass image_embeds, (B, "
-                f"{self.embed_width})."
-            )
-        return self.class_encoder(self, self._class_prompts(), layout, normalize(image_embeds))
-
-    def _class_prompts(self) -> ClassPrompts:
-        """The tokenized prompts of the classes in use, built anew when names, template or adapter have changed."""
-        class_names, layout = self.class_names, self.prompt_layout
-        if class_names is None:
-            raise ValueError("The classifier has no class names; call set_class_names([...]) or load it with some.")
-        key = (tuple(class_names), self.prompt_template, _layout_key(layout))
-        if key != self._prompts_key:
-            self._prompts = self.build_prompts(class_names, self.prompt_template, layout)
-            self._prompts_key = key
-            self.config.id2label = dict(enumerate(class_names))
-            self.config.label2id = {name: index for index, name in enumerate(class_names)}
-        return self._prompts
-
-    def build_prompts(
-        self, class_names: Sequence[str], template: str, layout: PromptLayout | None = None
-    ) -> ClassPrompts:
-        """As [`build_class_prompts`], for this model."""
-        max_length = num_positions(self.text_embeddings)
-        return build_class_prompts(class_names, template, self._get_tokenizer(), max_length, layout, self.padding)
-
-    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """The tokens of any texts, as the text tower takes them."""
-        return encode_texts(texts, self._get_tokenizer(), num_positions(self.text_embeddings), self.padding)
-
-    def _get_tokenizer(self):
-        if self.tokenizer is None:
-            if not self.name_or_path:
-                raise ValueError(
-                    "The classifier needs a tokenizer to read its class names, and this model has no name_or_path to "
-                    "load one from; pass tokenizer=..."
-                )
-            self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=False)
-        return self.tokenizer
-
-
-def _layout_key(layout: PromptLayout | None) -> tuple | None:
-    if layout is None:
-        return None
-    position = (layout.start_idx, layout.num_vectors_before_class, str(layout.class_token_count))
-    return layout.padded_template, *position, tuple(layout.replaced_token_ids)
-
-
-class PromptClassificationMixin(ClassTextsMixin):
-    """
-    Class names for a dual encoder: images are scored against the embeddings of one prompt per class.
-
-    It stands in front of a family's model, `class CLIPForPromptClassification(PromptClassificationMixin, CLIPModel)`,
-    and the class says what differs by attributes. Without an adapter the result is the zero-shot classifier. With a
-    prompt adapter in it, the prompts are written as the active adapter wants them; other adapters (LoRA, ...) change
-    the towers. The module paths are those of the family's model, so checkpoints and adapters fit both.
-
-    Build it with `from_pretrained`, or around a model in memory with `from_base`.
-
-    **Attributes**:
-        - **base_class** (`type`): the family's model.
-        - **weight_names** (`dict[str, str]`, *optional*): patterns of names in checkpoints, and what they are here.
-          transformers renames weights of its own classes only.
-        - **padding**, **default_template** (`str`): see [`ClassTextsMixin`].
-        - **regularizers** (`dict[str, Regularizer]`): loss terms of your own by name, added in training beside that of
-          the active adapter.
+        - **base_class** (`type`): The model of the family.
+        - **weight_names** (`dict[str, str]`, *optional*): Patterns of tensor names in checkpoints, and their names
+          here. transformers renames tensors only for its own classes.
+        - **padding** (`str`): How the text tower treats padding, see [`~tokenization.encode_texts`].
+        - **default_template** (`str`): The template of zero-shot prompts.
+        - **class_encoder** (`ClassEncoder`): Encodes the class prompts. It has settings of speed and memory.
+        - **regularizers** (`dict[str, Regularizer]`): Further loss terms by name, added in training to that of the
+          active adapter.
     """
 
     base_class: type[PreTrainedModel]
     weight_names: dict[str, str] | None = None
+    padding = IGNORED
+    default_template = DEFAULT_TEMPLATE
 
     main_input_name = "pixel_values"
-    # The loss is a mean over the batch; without this the Trainer takes **kwargs for a promise to divide by
-    # num_items_in_batch and would not divide by the number of accumulation steps.
+    # The loss is a mean over the batch. Without this, the Trainer would assume from **kwargs that the model divides by
+    # num_items_in_batch, and would not divide by the number of accumulation steps.
     accepts_loss_kwargs = False
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        # The Trainer takes every output that is not named here for predictions.
+        # The Trainer takes every other output for predictions.
         self.config.keys_to_ignore_at_inference = ["hidden_states", "attentions"]
+        self.tokenizer = None
+        self.class_encoder = ClassEncoder()
         self.regularizers: dict[str, Regularizer] = {}
         self.teacher = ZeroShotTeacher()
+        self._prompts = Memo()
+        self._adapter_regularizers = Memo()
+        self._fixed_class_embeds: torch.Tensor | None = None
+
+    # Creating, saving and converting
 
     @classmethod
     def from_pretrained(
@@ -244,22 +80,27 @@ class PromptClassificationMixin(ClassTextsMixin):
         **kwargs,
     ):
         """
-        As the family's own `from_pretrained`, with class names. A folder or Hub id of a prompt adapter works too.
+        Loads a checkpoint as the family's own `from_pretrained` does, with class names.
 
         Args:
-            pretrained_model_name_or_path: checkpoint of the family, saved classifier, or adapter.
-            class_names: C names; by default those saved with the checkpoint or adapter.
-            prompt_template: text with one `{}`, by default the saved one or the family's `default_template`.
-            tokenizer: by default the one that lies beside the checkpoint.
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A checkpoint of the family, a saved classifier, or a prompt adapter, as a folder or Hub id.
+            class_names (`Sequence[str]`, *optional*):
+                C names. By default those saved with the checkpoint or adapter.
+            prompt_template (`str`, *optional*):
+                A text with one `{}`. By default the saved one, or `default_template`.
+            tokenizer (*optional*):
+                The tokenizer. By default the one beside the checkpoint.
 
         Raises:
-            ValueError: bad names or template (before anything is loaded), or a checkpoint of something else.
+            ValueError: If names or template are not valid (before anything is loaded), or the checkpoint is of another
+                kind of model.
         """
         if class_names is not None:
             class_names = check_class_names(class_names)
         if prompt_template is not None:
             check_template(prompt_template)
-        check_folder(pretrained_model_name_or_path)  # of an adapter
+        check_adapter_folder(pretrained_model_name_or_path)
         with_info = kwargs.pop("output_loading_info", False)
         if cls.weight_names is not None:
             kwargs.setdefault("key_mapping", cls.weight_names)
@@ -284,64 +125,48 @@ class PromptClassificationMixin(ClassTextsMixin):
         class_names: Sequence[str] | None = None,
         prompt_template: str | None = None,
     ) -> PromptClassificationMixin:
-        """A classifier around a model of the family in memory. The modules are shared with it, not copied.
+        """Creates a classifier from a model of the family in memory. They share their modules.
 
         Raises:
-            TypeError: if it is not of the family.
-            ValueError: bad names or template.
+            TypeError: If the model is of another family.
+            ValueError: If names or template are not valid.
         """
         if not isinstance(model, cls.base_class):
             hint = "; of a PeftModel pass get_base_model()" if hasattr(model, "get_base_model") else ""
             raise TypeError(
                 f"{cls.__name__} is made from a {cls.base_class.__name__}, got a {type(model).__name__}{hint}."
             )
-        classifier = share_modules(model, cls)
+        classifier = _with_modules_of(model, cls)
         classifier._set_up(class_names, prompt_template, tokenizer)
         return classifier
 
     def to_base(self) -> PreTrainedModel:
-        """The plain model of the family, sharing the modules of this classifier.
+        """Returns the plain model of the family. They share their modules.
 
         Raises:
-            ValueError: if an adapter is still in it.
+            ValueError: If an adapter is still in the classifier.
         """
         if getattr(self, "peft_config", None):
             raise ValueError(
                 f"The adapters {sorted(self.peft_config)} are still in the model; call merge_and_unload() or unload() "
                 "on the PeftModel first and then this method on what it returns."
             )
-        return share_modules(self, self.base_class)
+        return _with_modules_of(self, self.base_class)
 
     @classmethod
     def family_name(cls) -> str:
-        """Such as `"CLIP"`."""
+        """Returns the name of the family, such as `"CLIP"`."""
         return cls.base_class.__name__.removesuffix("Model")
-
-    def save_pretrained(self, save_directory, **kwargs):
-        """As the family's own `save_pretrained`; the tokenizer is saved too, since the class prompts need it.
-
-        With an adapter from `add_adapter` in it, that adapter alone is saved, as transformers does.
-        """
-        if self.class_names is not None:
-            self._class_prompts()  # brings id2label up to date, should an adapter have been switched since
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
-            self._get_tokenizer().save_pretrained(save_directory)
-
-    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
-        """As transformers' `load_adapter`; a prompt adapter that would change the frozen model raises `ValueError`."""
-        check_adapter_to_load(peft_model_id, **kwargs)
-        return super().load_adapter(peft_model_id, *args, **kwargs)
 
     def _set_up(self, class_names, prompt_template, tokenizer) -> None:
         layout = self.prompt_layout  # of an adapter that was loaded with the checkpoint
         if prompt_template is None:
             saved = getattr(self.config, "prompt_template", None)
-            prompt_template = saved or getattr(layout, "prompt_template", None) or self.default_template
+            prompt_template = saved or (layout and layout.prompt_template) or self.default_template
         if class_names is None:
-            class_names = getattr(self.config, "class_names", None) or getattr(layout, "class_names", None)
-        if self.config.problem_type is None:
-            self.config.problem_type = getattr(layout, "problem_type", None)
+            class_names = getattr(self.config, "class_names", None) or (layout and layout.class_names)
+        if self.config.problem_type is None and layout is not None:
+            self.config.problem_type = layout.problem_type
         self.tokenizer = tokenizer
         self.set_prompt_template(prompt_template)
         if class_names is None:
@@ -349,17 +174,189 @@ class PromptClassificationMixin(ClassTextsMixin):
         else:
             self.set_class_names(class_names)
 
-    # Needed by peft's auto classes when a tokenizer lies beside the adapter.
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves the model as the family's own `save_pretrained` does, and the tokenizer for the class prompts.
+
+        With an adapter from transformers' `add_adapter` in the model, only the adapter is saved.
+        """
+        if self.class_names is not None:
+            self.class_prompts  # noqa: B018, it updates id2label if an adapter has been switched
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
+            self._get_tokenizer().save_pretrained(save_directory)
+
+    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
+        """Loads an adapter as transformers does, but refuses prompt adapters that would change the frozen model."""
+        check_adapter(peft_model_id, **kwargs)
+        return super().load_adapter(peft_model_id, *args, **kwargs)
+
+    # peft's auto classes need these two if a tokenizer is saved beside the adapter.
+
     def get_input_embeddings(self) -> nn.Module:
         return getattr(self.text_embeddings, token_table_name(self.text_embeddings))
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         setattr(self.text_embeddings, token_table_name(self.text_embeddings), value)
 
+    # Classes and prompts
+
+    @property
+    def text_embeddings(self) -> nn.Module:
+        """The module that embeds tokens, where prompt adapters act."""
+        return text_embeddings_of(self.text_model)
+
+    @property
+    def embed_width(self) -> int:
+        """E, the width of image and class embeddings."""
+        return embed_width(self.config)
+
+    @property
+    def prompt_layout(self) -> PromptLayout | None:
+        """The layout of the prompt adapter in effect; `None` without one."""
+        return getattr(self.text_embeddings, "prompt_layout", None)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes in use: those of the active prompt adapter if it has any, otherwise those of the classifier."""
+        return self._class_names(self.prompt_layout)
+
+    def _class_names(self, layout: PromptLayout | None) -> list[str] | None:
+        return (layout and layout.class_names) or self.config.class_names
+
+    @property
+    def prompt_template(self) -> str:
+        """The template of the zero-shot prompts. An active prompt adapter has its own."""
+        return self.config.prompt_template
+
+    def set_class_names(self, class_names: Sequence[str]) -> None:
+        """Changes the classes, also those of the active prompt adapter.
+
+        Raises:
+            ValueError: If the names are not valid, or a prompt is too long. Nothing is changed then.
+        """
+        class_names = check_class_names(class_names)
+        layout = self.prompt_layout
+        self.build_prompts(class_names, self.prompt_template, layout)
+        self._fixed_class_embeds = None
+        self.config.class_names = class_names
+        if layout is not None:
+            self.text_embeddings.set_class_names(class_names)
+        self._class_prompts(self.prompt_layout)
+
+    def set_prompt_template(self, prompt_template: str) -> None:
+        """Changes the zero-shot template. Raises `ValueError` unless it holds `{}` exactly once."""
+        check_template(prompt_template)
+        self.config.prompt_template = prompt_template
+
+    def adopt_prompt_layout(self, layout: PromptLayout) -> None:
+        """Takes over the template and the classes of an adapter that is merged into the model for good."""
+        self.set_prompt_template(layout.padded_template)
+        if layout.class_names is not None:
+            self.set_class_names(layout.class_names)
+
+    def set_class_embeds(self, class_embeds: torch.Tensor | None) -> None:
+        """Sets class embeddings that were made elsewhere, such as those of an ensemble of templates.
+
+        They are used until `set_class_names` is called, are not saved, and are not used while a prompt adapter is
+        active, since it has its own prompts.
+
+        Args:
+            class_embeds (`torch.Tensor`, *optional*):
+                (C, E), normalised or not. `None` returns to the prompts.
+
+        Raises:
+            ValueError: If the shape is another one.
+        """
+        if class_embeds is None:
+            self._fixed_class_embeds = None
+            return
+        shape = (len(self.config.class_names or ()), self.embed_width)
+        if tuple(class_embeds.shape) != shape:
+            raise ValueError(
+                f"class_embeds must be {shape}, one embedding for each of the classifier's classes, got "
+                f"{tuple(class_embeds.shape)}."
+            )
+        self._fixed_class_embeds = normalize(class_embeds.detach()).to(self.device)
+
+    def get_class_embeds(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns L2-normalised class embeddings, differentiable with respect to the active adapter.
+
+        Args:
+            image_embeds (`torch.Tensor`, *optional*):
+                (B, E), needed if the active adapter is conditioned on the image, and otherwise not used.
+
+        Returns:
+            `torch.Tensor`: (C, E), or (B, C, E) if they depend on the image.
+        """
+        embeds = self._class_embeds(self.prompt_layout, image_embeds)
+        return embeds if embeds.requires_grad else embeds.clone()  # the encoder may keep its own for the next call
+
+    def _class_embeds(self, layout: PromptLayout | None, image_embeds: torch.Tensor | None) -> torch.Tensor:
+        if layout is None and self._fixed_class_embeds is not None:
+            return self._fixed_class_embeds.to(self.device)
+        if layout is None or not layout.image_conditioned:
+            return self.class_encoder(self, self._class_prompts(layout), layout)
+        if image_embeds is None:
+            raise ValueError(
+                "The active adapter makes its class embeddings for each image; pass image_embeds, (B, "
+                f"{self.embed_width})."
+            )
+        return self.class_encoder(self, self._class_prompts(layout), layout, normalize(image_embeds))
+
+    @property
+    def class_prompts(self) -> ClassPrompts:
+        """The tokenized prompts of the classes in use."""
+        return self._class_prompts(self.prompt_layout)
+
+    def _class_prompts(self, layout: PromptLayout | None) -> ClassPrompts:
+        """Returns the prompts for a layout, which are built again if names, template or adapter have changed."""
+        class_names = self._class_names(layout)
+        if class_names is None:
+            raise ValueError("The classifier has no class names; call set_class_names([...]) or load it with some.")
+
+        def build() -> ClassPrompts:
+            prompts = self.build_prompts(class_names, self.prompt_template, layout)
+            self.config.id2label = dict(enumerate(class_names))
+            self.config.label2id = {name: index for index, name in enumerate(class_names)}
+            return prompts
+
+        return self._prompts.get((tuple(class_names), self.prompt_template, layout), build)
+
+    def build_prompts(
+        self, class_names: Sequence[str], template: str, layout: PromptLayout | None = None
+    ) -> ClassPrompts:
+        """Calls [`build_class_prompts`] for this model."""
+        max_length = num_positions(self.text_embeddings)
+        return build_class_prompts(class_names, template, self._get_tokenizer(), max_length, layout, self.padding)
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Tokenizes texts as the text tower expects them."""
+        return encode_texts(texts, self._get_tokenizer(), num_positions(self.text_embeddings), self.padding)
+
+    def _get_tokenizer(self):
+        if self.tokenizer is None:
+            if not self.name_or_path:
+                raise ValueError(
+                    "The classifier needs a tokenizer to read its class names, and this model has no name_or_path to "
+                    "load one from; pass tokenizer=..."
+                )
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=False)
+        return self.tokenizer
+
+    # Classifying
+
     @property
     def active_regularizers(self) -> dict[str, Regularizer]:
-        """The loss terms in effect, by name: your own (`regularizers`) and that of the active prompt adapter."""
-        return active_regularizers(self)
+        """The loss terms in effect, by name: those in `regularizers`, and that of the active prompt adapter."""
+        return self._active_regularizers(self.prompt_layout)
+
+    def _active_regularizers(self, layout: PromptLayout | None) -> dict[str, Regularizer]:
+        if layout is None or layout.regularizer is None:
+            return self.regularizers
+        return {
+            **self.regularizers,
+            layout.regularizer: self._adapter_regularizers.get(layout, lambda: _build(layout)),
+        }
 
     @can_return_tuple
     def forward(
@@ -377,23 +374,33 @@ class PromptClassificationMixin(ClassTextsMixin):
     ) -> PromptClassifierOutput:
         """
         Args:
-            pixel_values: (B, 3, H, W), as the processor makes them.
-            labels: (B,) class indices; with them the mean cross entropy is returned as `loss`, in training plus the
-                active regularizers. With `config.problem_type = "multi_label_classification"` they are (B, C) zeros
-                and ones, and it is the binary cross entropy of the logits. With `config.classification_loss =
-                "sigmoid"` it is SigLIP's loss, see [`~problem_type.classification_loss`].
-            image_embeds: (B, E) in place of `pixel_values`, projected image features, normalised or not.
-            input_ids: if given, this is the family's own `forward` and returns its output.
-            attention_mask, position_ids, return_loss: as in the family's own, only with `input_ids`.
-            interpolate_pos_encoding: as in the family's own.
-            return_loss_terms: return cross entropy and regularizers one by one, too.
+            pixel_values (`torch.Tensor`, *optional*):
+                (B, 3, H, W), as the processor returns them.
+            labels (`torch.LongTensor`, *optional*):
+                (B,) class indices. With them the mean cross entropy is returned as `loss`, in training plus the active
+                regularizers. With `config.problem_type = "multi_label_classification"` they are (B, C) zeros and ones.
+                With `config.classification_loss = "sigmoid"` the loss is that of SigLIP, see
+                [`~loss.classification_loss`].
+            image_embeds (`torch.Tensor`, *optional*):
+                (B, E) instead of `pixel_values`: projected image features, normalised or not.
+            input_ids (`torch.LongTensor`, *optional*):
+                With them, the family's own `forward` is called and its output returned.
+            attention_mask, position_ids, return_loss:
+                The arguments of the family's own `forward`, only with `input_ids`.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                As in the family's own `forward`.
+            return_loss_terms (`bool`, *optional*, defaults to `False`):
+                Whether to return cross entropy and regularizers separately, too.
 
         Returns:
-            `PromptClassifierOutput` with `logits` (B, C) = `exp(logit_scale) * image_embeds @ class_embeds.T`.
+            `PromptClassifierOutput`: `logits` (B, C) = `exp(logit_scale) * image_embeds @ class_embeds.T`, and the
+            loss.
 
         Raises:
-            ValueError: both or neither of `pixel_values` and `image_embeds`; labels outside of 0 ... C - 1; no class
-                names; in training, a regularizer without labels, or vision prompts with `image_embeds`.
+            ValueError: If both or neither of `pixel_values` and `image_embeds` are given, labels are not class
+            indices,
+                there are no class names, or, in training, a regularizer gets no labels or vision prompts get
+                `image_embeds`.
         """
         image_inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
         if input_ids is None:
@@ -402,23 +409,25 @@ class PromptClassificationMixin(ClassTextsMixin):
         return self._compare(labels, image_embeds, return_loss=return_loss, **text_inputs, **image_inputs, **kwargs)
 
     def _classify(self, image_inputs, labels, image_embeds, return_loss_terms, **kwargs) -> PromptClassifierOutput:
-        """`forward` without texts; `image_inputs` are what `get_image_features` takes."""
-        pixel_values = image_inputs["pixel_values"]
-        if (pixel_values is None) == (image_embeds is None):
-            neither = f"got neither (nor input_ids, as {self.base_class.__name__} takes)."
-            raise ValueError(
-                "Give either pixel_values or image_embeds, " + (neither if pixel_values is None else "not both.")
-            )
-        self._check_labels(labels)
-        if self.training:
-            check_training(self, labels, image_embeds, return_loss_terms)
+        """Computes `forward` without texts; `image_inputs` are the arguments of `get_image_features`."""
+        layout = self.prompt_layout
+        regularizers = self._active_regularizers(layout) if self.training else {}
+        self._check_inputs(layout, image_inputs["pixel_values"], labels, image_embeds)
+        check_regularizers(regularizers, labels, return_loss_terms)
         vision = None
         if image_embeds is None:
             vision = self.get_image_features(**image_inputs, **kwargs)
             image_embeds = vision.pooler_output  # (B, E)
-        self._check_width(image_embeds)
-        prediction = self.predict(image_embeds, self._class_embeds(image_embeds))
-        loss, loss_terms = (None, None) if labels is None else compute_loss(self, prediction, labels, image_inputs)
+        if image_embeds.ndim != 2 or image_embeds.shape[1] != self.embed_width:
+            raise ValueError(
+                f"image_embeds must be (B, {self.embed_width}), the projected image features of this model, got "
+                f"{tuple(image_embeds.shape)}."
+            )
+        prediction = self.predict(image_embeds, self._class_embeds(layout, image_embeds))
+        loss = loss_terms = None
+        if labels is not None:
+            template = (layout and layout.prompt_template) or self.prompt_template
+            loss, loss_terms = compute_loss(self, prediction, labels, image_inputs, regularizers, template)
         return PromptClassifierOutput(
             loss=loss,
             logits=prediction.logits,
@@ -427,8 +436,23 @@ class PromptClassificationMixin(ClassTextsMixin):
             loss_terms=loss_terms if return_loss_terms else None,
         )
 
+    def _check_inputs(self, layout, pixel_values, labels, image_embeds) -> None:
+        if (pixel_values is None) == (image_embeds is None):
+            neither = f"got neither (nor input_ids, as {self.base_class.__name__} takes)."
+            raise ValueError(
+                "Give either pixel_values or image_embeds, " + (neither if pixel_values is None else "not both.")
+            )
+        if labels is not None and not torch.compiler.is_compiling():
+            self._class_prompts(layout)  # raises if there are no class names
+            check_labels(labels, self._class_names(layout), self.config.problem_type)
+        if self.training and image_embeds is not None and layout is not None and layout.num_vision_virtual_tokens:
+            raise ValueError(
+                "The active adapter has vision prompts, so image embeddings made in advance would leave these "
+                "untrained; train with pixel_values."
+            )
+
     def _compare(self, labels, image_embeds, **inputs):
-        """The family's own `forward`, of images and texts."""
+        """Calls the family's own `forward` of images and texts."""
         if labels is not None or image_embeds is not None:
             raise ValueError(
                 f"With input_ids this is {self.base_class.__name__}.forward, which takes no labels and no "
@@ -437,19 +461,26 @@ class PromptClassificationMixin(ClassTextsMixin):
         return super().forward(**inputs)
 
     def predict(self, image_embeds: torch.Tensor, class_embeds: torch.Tensor) -> Prediction:
-        """The logits that belong to embeddings of images (B, E) and, normalised, of classes (C, E) or (B, C, E)."""
+        """Computes the logits for image embeddings (B, E) and normalised class embeddings (C, E) or (B, C, E)."""
         return Prediction.of(image_embeds, class_embeds, self.logit_scale, getattr(self, "logit_bias", None))
 
-    def _check_labels(self, labels) -> None:
-        if labels is None or torch.compiler.is_compiling():
-            return
-        self._class_prompts()  # complains if there are no class names
-        check_labels(labels, self.class_names, self.config.problem_type)
 
-    def _check_width(self, image_embeds) -> None:
-        width = self.embed_width
-        if image_embeds.ndim != 2 or image_embeds.shape[1] != width:
-            raise ValueError(
-                f"image_embeds must be (B, {width}), the projected image features of this model, got "
-                f"{tuple(image_embeds.shape)}."
-            )
+def _build(layout: PromptLayout) -> Regularizer:
+    regularizer = build_regularizer(layout.regularizer, layout.regularizer_weights)
+    if layout.teacher_templates:
+        regularizer.teacher_templates = tuple(layout.teacher_templates)
+    return regularizer
+
+
+def _with_modules_of(source: PreTrainedModel, target_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """Creates a model of another class with the modules of `source`, without copying a weight."""
+    with torch.device("meta"):  # these weights are dropped at once
+        model = target_class(copy.copy(source.config))
+    for name, module in source.named_children():
+        setattr(model, name, module)
+    for name, parameter in source.named_parameters(recurse=False):  # logit scale and bias
+        setattr(model, name, parameter)
+    for name in ("peft_config", "_hf_peft_config_loaded"):  # an adapter comes with the modules
+        if hasattr(source, name):
+            setattr(model, name, getattr(source, name))
+    return model.train(source.training)

@@ -1,4 +1,4 @@
-"""Templates and class names as strings, and what a tokenizer makes of their words."""
+"""Prompt templates and class names as strings, and the tokens that a tokenizer makes of their words."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 
-PROBE = "a photo of a cat"
-
-
 DEFAULT_TEMPLATE = "a photo of a {}."
-
-
-PLACEHOLDER = "X"  # the word that CoOp writes where a vector will stand
-
-
 CLASS_SLOT = "{}"
+PLACEHOLDER = "X"  # CoOp's placeholder for a virtual token
+PROBE = "a photo of a cat"  # a text that shows which special tokens a tokenizer adds
 
 
 def check_template(template: str) -> None:
-    """Raises `ValueError` unless `template` is a string that holds `{}`, the place of the class name, exactly once."""
+    """Raises `ValueError` unless `template` is a string with exactly one `{}`, the place of the class name."""
     if not isinstance(template, str):
         raise ValueError(f"A prompt template must be a string such as {DEFAULT_TEMPLATE!r}, got {template!r}.")
-    _check_characters("The prompt template", template)
+    _check_encodable("The prompt template", template)
     if template.count(CLASS_SLOT) != 1:
         raise ValueError(
             f"The prompt template {template!r} holds {{}} {template.count(CLASS_SLOT)} times; it must hold it exactly "
@@ -31,10 +25,10 @@ def check_template(template: str) -> None:
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
-    """Returns the class names as a list.
+    """Checks class names and returns them as a list.
 
     Raises:
-        ValueError: if there are none, or one is empty, not a string of characters, or there twice.
+        ValueError: If the list is empty, or a name is empty, repeated, or not a valid string.
     """
     if isinstance(class_names, (str, Set, Mapping)) or not isinstance(class_names, Iterable):
         raise ValueError(f"class_names must be a list of strings in the order of the labels, got {class_names!r}.")
@@ -46,33 +40,35 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
             raise ValueError(f"class_names[{index}] is {name!r} of type {type(name).__name__}; it must be a string.")
         if not name.strip():
             raise ValueError(f"class_names[{index}] is empty; every class needs a name.")
-        _check_characters(f"class_names[{index}]", name)
+        _check_encodable(f"class_names[{index}]", name)
     repeated = [name for name, count in Counter(class_names).items() if count > 1]
     if repeated:
         raise ValueError(f"class_names must differ from each other, but these stand there twice: {repeated[:5]}.")
     return class_names
 
 
-def _check_characters(what: str, text: str) -> None:
+def _check_encodable(what: str, text: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # neither a tokenizer nor a file would take it
+    except UnicodeEncodeError as error:  # neither a tokenizer nor a file can hold it
         raise ValueError(
             f"{what} is {text!r}, which is no text: the character at {error.start} is half of a pair of surrogates."
         ) from None
 
 
 def check_label_names(label_names: Sequence[str], class_names: Sequence[str]) -> None:
-    """Makes sure that the labels of a data set mean the classes of a model: label i is class i.
+    """Checks that label i of a data set is class i of a model.
 
-    A model scores any labels in range, so without this check labels in another order only show as poor accuracy.
+    A model accepts any labels in range. Without this check, labels in another order only show as poor accuracy.
 
     Args:
-        label_names: what the labels 0, 1, ... of the data set are called, such as `dataset.features["label"].names`.
-        class_names: the classes of the model, `model.class_names`.
+        label_names (`Sequence[str]`):
+            The names of the labels 0, 1, ... of the data set, such as `dataset.features["label"].names`.
+        class_names (`Sequence[str]`):
+            The classes of the model, `model.class_names`.
 
     Raises:
-        ValueError: if they are not the same names in the same order.
+        ValueError: If they are not the same names in the same order.
 
     Example:
 
@@ -100,29 +96,33 @@ def check_label_names(label_names: Sequence[str], class_names: Sequence[str]) ->
 
 
 def context_text(template: str) -> str:
-    """The words of `template` in front of the class name: `"a photo of a"` for `"a photo of a {}."`."""
+    """Returns the words in front of the class name: `"a photo of a"` for `"a photo of a {}."`."""
     check_template(template)
     return template.split(CLASS_SLOT)[0].strip()
 
 
 def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: int | None = None) -> str:
-    """Makes room in `template` for more virtual tokens than it has words in front of the class name.
+    """Adds placeholder words to a template that has fewer words in front of the class name than virtual tokens.
 
-    Placeholder words (`X`, as CoOp writes them) are put in at `start_idx`, so that the vectors, once they replace
-    positions `start_idx ... start_idx + num_virtual_tokens - 1`, end right before the class name. Format the result
-    with class names to get the texts for a plain `CLIPModel`. A template that has room is returned as it is.
+    The placeholders (`X`, as in CoOp) are inserted at `start_idx`, so that the virtual tokens, which replace positions
+    `start_idx ... start_idx + num_virtual_tokens - 1`, end right before the class name. Format the result with class
+    names to get the texts for a plain `CLIPModel`. A template with enough words is returned unchanged.
 
     Args:
-        template: text with one `{}`.
-        num_virtual_tokens: how many token positions are to be replaced.
-        tokenizer: the tokenizer of the model.
-        start_idx: first replaced position; by default right behind the begin token, which is at 0 if there is one.
+        template (`str`):
+            A text with one `{}`.
+        num_virtual_tokens (`int`):
+            The number of token positions that are replaced.
+        tokenizer:
+            The tokenizer of the model.
+        start_idx (`int`, *optional*):
+            The first replaced position. By default the one after the begin token: 1, or 0 without a begin token.
 
     Returns:
-        The template, with placeholder words where they are needed.
+        `str`: The template, with placeholders where they are needed.
 
     Raises:
-        ValueError: if the tokenizer does not read a placeholder as one token, or `start_idx` lies inside a word.
+        ValueError: If the tokenizer splits the placeholder into several tokens, or `start_idx` is inside of a word.
 
     Example:
 
@@ -132,8 +132,7 @@ def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: i
     ```
     """
     context, num_begin = context_text(template), count_begin_tokens(tokenizer)
-    start_idx = num_begin if start_idx is None else start_idx
-    num_kept = start_idx - num_begin
+    num_kept = 0 if start_idx is None else start_idx - num_begin  # tokens of the template before the first placeholder
     num_missing = num_kept + num_virtual_tokens - len(encode_words(context, tokenizer))
     if num_missing <= 0:
         return template
@@ -143,33 +142,30 @@ def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: i
             f"least {num_virtual_tokens} tokens in front of {{}} instead of {template!r}."
         )
     words = context.split()
-    kept = next((k for k in range(len(words) + 1) if _num_tokens(words[:k], tokenizer) == num_kept), None)
-    if kept is None:
+    lengths = [len(encode_words(" ".join(words[:k]), tokenizer)) for k in range(len(words) + 1)]
+    if num_kept not in lengths:
         raise ValueError(
             f"start_idx={start_idx} is not the beginning of a word of {context!r}, so placeholders cannot be put "
             "there; choose another start_idx or write the placeholders into the template."
         )
+    kept = lengths.index(num_kept)
     padded = words[:kept] + [PLACEHOLDER] * num_missing + words[kept:]
     slot = template.index(CLASS_SLOT)
-    # a word of the template keeps its distance from the class name ("pre-{}"), a placeholder must not merge with it
+    # The last word keeps its distance from the class name ("pre-{}"); a placeholder must not merge with the name.
     gap = template[len(template[:slot].rstrip()) : slot] if kept < len(words) else " "
     return " ".join(padded) + gap + template[slot:]
 
 
-def _num_tokens(words: list[str], tokenizer) -> int:
-    return len(encode_words(" ".join(words), tokenizer))
-
-
 def encode_words(text: str, tokenizer) -> list[int]:
-    """Token ids of `text` without special tokens."""
+    """Returns the token ids of `text` without special tokens."""
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 
 def count_begin_tokens(tokenizer) -> int:
-    """How many special tokens the tokenizer puts in front of a text: 1 for CLIP, none for SigLIP.
+    """Returns the number of special tokens in front of a text: 1 for CLIP, 0 for SigLIP.
 
     Raises:
-        ValueError: if it does not leave the words together.
+        ValueError: If the tokenizer puts special tokens between words.
     """
     ids, words = tokenizer(PROBE)["input_ids"], encode_words(PROBE, tokenizer)
     for start in range(len(ids) - len(words) + 1):

@@ -1,7 +1,8 @@
-"""The parts of a CLIP and its kin, found by what they are and not by what the model is called.
+"""The parts of a CLIP or a related dual encoder: its two sides, their embeddings and layers, and the adapters in them.
 
-All are two towers, `text_model` and `vision_model`, with or without projections behind them. Their text embeddings are
-a token table plus a position table; what else they add (token types, a LayerNorm) is their own affair.
+Class names and module paths differ between families and transformers versions; the structure does not. A dual encoder
+has a `text_model` and a `vision_model`, with or without projections. Text embeddings hold a token table and a position
+table. A tower is a module with `embeddings` and with `encoder.layers` (or `encoder.layer`, as in BERT).
 """
 
 from __future__ import annotations
@@ -16,77 +17,80 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
-TOKEN_TABLES = ("token_embedding", "word_embeddings")  # as CLIP and as BERT call them
-
-
+TOKEN_TABLES = ("token_embedding", "word_embeddings")  # the names in CLIP and in BERT
 POSITION_TABLES = ("position_embedding", "position_embeddings")
+LAYER_LISTS = ("layers", "layer")
+ADAPTER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the second wraps the modules of `modules_to_save`
 
 
 def text_side(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules that text embeddings are made by."""
-    return _present(model, "text_model", "text_projection")
+    """Returns the modules that compute text embeddings."""
+    return _children(model, "text_model", "text_projection")
 
 
 def image_side(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules that image embeddings are made by."""
-    return _present(model, "vision_model", "visual_projection")
+    """Returns the modules that compute image embeddings."""
+    return _children(model, "vision_model", "visual_projection")
 
 
 def embed_width(config) -> int | None:
-    """E, the width that image and text embeddings share; `None` for the config of a model that has no such thing."""
+    """Returns E, the width of image and text embeddings, or `None` if the config has no such field."""
     width = getattr(config, "projection_dim", None)
     return getattr(getattr(config, "text_config", None), "projection_size", None) if width is None else width
 
 
 def text_embeddings_of(text_model: nn.Module) -> nn.Module:
-    """The embeddings of a text tower, which may be a head on top of a language model that has them (AltCLIP)."""
+    """Returns the embeddings of a text tower. In AltCLIP the tower is a head on top of the model that holds them."""
     return text_model.base_model.embeddings
 
 
-def token_table_name(embeddings: nn.Module) -> str | None:
-    """What text embeddings call their token table (V, D); `None` without one."""
-    return _name_of_table(embeddings, TOKEN_TABLES)
+def token_table_name(embeddings: nn.Module | None) -> str | None:
+    """Returns the attribute name of the token table (V, D) of text embeddings, or `None` if there is none."""
+    return _table_name(embeddings, TOKEN_TABLES)
 
 
-def position_table_name(embeddings: nn.Module) -> str | None:
-    """What text embeddings call their position table; `None` without one."""
-    return _name_of_table(embeddings, POSITION_TABLES)
+def position_table_name(embeddings: nn.Module | None) -> str | None:
+    """Returns the attribute name of the position table of embeddings, or `None` if there is none."""
+    return _table_name(embeddings, POSITION_TABLES)
 
 
 def is_text_embeddings(module: nn.Module | None, token_tables: tuple[str, ...] = TOKEN_TABLES) -> bool:
-    """Whether `module` looks like text embeddings: one token table, of such a name, plus one position table."""
+    """Returns whether `module` holds a token table with one of these names, and a position table."""
     return token_table_name(module) in token_tables and position_table_name(module) is not None
 
 
+def is_vision_embeddings(module: nn.Module | None) -> bool:
+    """Returns whether `module` holds a patch embedding and a position table."""
+    return all(
+        isinstance(getattr(module, name, None), nn.Module) for name in ("patch_embedding", "position_embedding")
+    )
+
+
+def takes_patches(embeddings: nn.Module) -> bool:
+    """Returns whether image embeddings take patches and a mask of them (NaFlex) instead of images of a fixed size."""
+    return isinstance(embeddings.patch_embedding, nn.Linear)
+
+
 def first_position_row(embeddings: nn.Module) -> int:
-    """Row of the position table that belongs to the first token: in RoBERTa the one behind that of the padding."""
+    """Returns the row of the position table for the first token. RoBERTa has rows for padding before it."""
     padding_row = getattr(embeddings, position_table_name(embeddings)).padding_idx
     return 0 if padding_row is None else padding_row + 1
 
 
 def num_positions(embeddings: nn.Module) -> int:
-    """How many tokens a text may have."""
+    """Returns the largest number of tokens of a text."""
     return getattr(embeddings, position_table_name(embeddings)).num_embeddings - first_position_row(embeddings)
-
-
-def _present(model: nn.Module, *names: str) -> tuple[nn.Module, ...]:
-    return tuple(part for name in names if (part := getattr(model, name, None)) is not None)
-
-
-def _name_of_table(embeddings, names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if isinstance(getattr(embeddings, name, None), nn.Embedding)), None)
-
-
-LAYER_LISTS = ("layers", "layer")
 
 
 @dataclass(frozen=True)
 class Tower:
     """
+    A text or image tower inside a model.
+
     Attributes:
-        embeddings_key: path of its embeddings.
-        layer_keys: paths of its encoder layers.
-        like: a tensor of the embeddings (..., D), for hidden size, device and dtype.
+        embeddings_key: The path of its embeddings.
+        layer_keys: The paths of its encoder layers.
+        like: A tensor (..., D) of the embeddings, which gives the hidden size, device and dtype.
     """
 
     embeddings_key: str
@@ -94,26 +98,10 @@ class Tower:
     like: torch.Tensor
 
 
-def is_vision_embeddings(module: nn.Module | None) -> bool:
-    """Whether `module` looks like a CLIP's image embeddings: patches plus a position table."""
-    return all(
-        isinstance(getattr(module, name, None), nn.Module) for name in ("patch_embedding", "position_embedding")
-    )
-
-
-def takes_patches(embeddings: nn.Module) -> bool:
-    """Whether image embeddings take patches, with a mask of those that are there, in place of an image (NaFlex)."""
-    return isinstance(embeddings.patch_embedding, nn.Linear)
-
-
 def find_towers(model: nn.Module, kind: str) -> list[Tower]:
-    """
-    Args:
-        model: to search.
-        kind: `"text"` or `"vision"`.
-    """
+    """Finds all towers of a kind, `"text"` or `"vision"`, in a model."""
     if kind == "text":
-        # by itself, a language model is just that
+        # A BERT is the text tower of a dual encoder only if there is an image tower beside it.
         names = TOKEN_TABLES if any(map(is_vision_embeddings, model.modules())) else TOKEN_TABLES[:1]
         is_embeddings, table_name = (lambda module: is_text_embeddings(module, names)), token_table_name
     else:
@@ -121,14 +109,45 @@ def find_towers(model: nn.Module, kind: str) -> list[Tower]:
     return [
         _tower(model, key, getattr(module, table_name(module)).weight)
         for key, module in model.named_modules()
-        # a tuner layer answers for the module that it wraps
+        # A tuner layer has the same tables as the module that it wraps; only one of them counts.
         if is_embeddings(module) and not key.endswith("base_layer")
     ]
 
 
 def num_tower_layers(model: nn.Module, kind: str) -> int | None:
-    """The least number of encoder layers among the towers of a kind; `None` without one."""
+    """Returns the smallest number of encoder layers among the towers of a kind, or `None` if there is no tower."""
     return min((len(tower.layer_keys) for tower in find_towers(model, kind)), default=None)
+
+
+def adapter_settings(modules: Iterable[nn.Module]) -> list[dict[str, str]]:
+    """Returns the plain values of each adapter layer: which adapter is active, disabled or merged, its scaling, ..."""
+    layers = [module for module in modules if isinstance(module, ADAPTER_LAYERS)]
+    return [{name: repr(value) for name, value in vars(layer).items() if _is_plain(value)} for layer in layers]
+
+
+def trainable_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Returns the parameters of the modules that require gradients."""
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module):
+    """Puts a model into eval mode for a while; afterwards every module is back in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _children(model: nn.Module, *names: str) -> tuple[nn.Module, ...]:
+    return tuple(part for name in names if (part := getattr(model, name, None)) is not None)
+
+
+def _table_name(embeddings, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if isinstance(getattr(embeddings, name, None), nn.Embedding)), None)
 
 
 def _tower(model: nn.Module, embeddings_key: str, like: torch.Tensor) -> Tower:
@@ -141,31 +160,9 @@ def _tower(model: nn.Module, embeddings_key: str, like: torch.Tensor) -> Tower:
     return Tower(embeddings_key, [f"{prefix}.{i}" for i in range(len(getattr(encoder, name)))], like)
 
 
-ADAPTERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-
-
-def adapter_settings(modules: Iterable[nn.Module]) -> list:
-    """Of each adapter layer among the modules, which adapter is active, disabled or merged, scaling factors, ...:
-    whatever plain values the layer holds."""
-    adapters = [module for module in modules if isinstance(module, ADAPTERS)]
-    return [{name: repr(value) for name, value in vars(adapter).items() if _is_plain(value)} for adapter in adapters]
-
-
 def _is_plain(value) -> bool:
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     if isinstance(value, (list, tuple, set)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module):
-    """The model in eval mode; every module goes back to its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -105,7 +105,7 @@ def test_cost_model_counts_the_tokens_that_are_packed(tokenizer):
         shared, suffixes, longest = common.describe_prompts(classifier)
         tokens, _ = cost_model.count_tokens(num_classes, shared, suffixes / num_classes, longest)["ours"]
         parts = torch.arange(num_classes).split(num_classes if num_classes <= 256 else 128)
-        prompts = classifier._class_prompts()
+        prompts = classifier.class_prompts
         packed = sum(pack_rows(part, prompts, shared, torch.device("cpu")).segment.numel() for part in parts)
         assert tokens == pytest.approx(packed, rel=0.05)
 

@@ -219,7 +219,7 @@ def test_class_names_stand_among_the_vectors_as_in_the_authors_prompts(name, gol
     model = prompted_model(golden_base, case).get_base_model()
     prompts = build_class_prompts(model.class_names, "", model.tokenizer, 77, model.prompt_layout)
     layer = model.text_model.embeddings
-    with layer.rows(layer.row_vectors(), prompts.context_positions):
+    with layer.per_text(layer.per_text_vectors(), prompts.context_positions):
         embeds = layer(prompts.input_ids)  # (C, L, D), with position embeddings
     embeds = embeds - layer.position_embedding.weight[: embeds.shape[1]]
     for row, expected, end in zip(embeds, case["prompt_embeds"], case["eot_index"]):

@@ -12,7 +12,7 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
-from ..towers import adapter_settings, embed_width, evaluating, image_side
+from ..towers import adapter_settings, embed_width, eval_mode, image_side
 from .columns import IMAGE, LABEL
 
 
@@ -220,7 +220,7 @@ def cache_image_embeds(
     feature = Sequence(Value(dtype), length=embed_width(model.config))
     if num_views is not None:
         feature = Sequence(feature, length=num_views)
-    with evaluating(model):
+    with eval_mode(model):
         embedded = undecoded(dataset.select_columns([IMAGE, LABEL])).map(
             _EmbedImages(model, image_processor, num_views, seed),
             batched=True,

@@ -16,7 +16,7 @@ import torch
 from ..modeling import PromptClassificationMixin
 from ..templates import CLASS_SLOT, check_template
 from ..text import normalize
-from ..towers import evaluating, num_positions
+from ..towers import eval_mode, num_positions
 
 
 TEXTS_AT_ONCE = 256
@@ -93,7 +93,7 @@ def _class_names(model: PromptClassificationMixin) -> list[str]:
 @torch.no_grad()
 def _mean_embeds(model, texts: Mapping[str, Sequence[str]]) -> torch.Tensor:
     embeds = []
-    with evaluating(model):
+    with eval_mode(model):
         for name, sentences in texts.items():
             starts = range(0, len(sentences), TEXTS_AT_ONCE)
             parts = [_encode(model, name, sentences[start : start + TEXTS_AT_ONCE]) for start in starts]

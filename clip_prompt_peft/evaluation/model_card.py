@@ -271,7 +271,7 @@ def _text_vectors(config) -> str:
         parts.append("different ones for each class")
     if config.image_conditioned:
         parts.append("shifted by what a small network sees in the image embedding")
-    if config.has_row_positions:
+    if config.class_token_position.value != "end":
         parts.append(f"class name: {config.class_token_position.value}")
     if config.text_prompt_depth != 1:
         parts.append(f"fresh ones before each of the first {config.text_prompt_depth} layers")

@@ -1,4 +1,4 @@
-"""Regularisers: loss terms on embeddings, one file each. See CONTRIBUTING.md for how to add one."""
+"""Regularizers: loss terms on embeddings, one file for each paper. CONTRIBUTING.md describes how to add one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .prograd import ProGradRegularizer, project_gradient
 from .promptsrc import PromptSRCRegularizer
 
 
-# What `CLIPPromptTuningConfig(regularizer=...)` may name.
+# The values of `CLIPPromptTuningConfig.regularizer`; tuner/config.py lists their weights, which a test compares.
 REGULARIZERS: dict[str, type[Regularizer]] = {
     "kgcoop": KgCoOpRegularizer,
     "prograd": ProGradRegularizer,
@@ -17,12 +17,7 @@ REGULARIZERS: dict[str, type[Regularizer]] = {
 
 
 def build_regularizer(name: str, weights: dict[str, float] | None = None) -> Regularizer:
-    """
-    Args:
-        name: one of `REGULARIZERS`.
-        weights: keyword arguments for it.
-
-    """
+    """Creates the regularizer `name` of `REGULARIZERS`. Weights that are left out have the values of the paper."""
     return REGULARIZERS[name](**(weights or {}))
 
 

@@ -1,8 +1,8 @@
-"""From class prompts to class embeddings: exact, and paying only for what differs between classes.
+"""From class names to class embeddings: exact, and paying only for what differs between classes.
 
-`encoder` puts the parts together: `paths` says which way of writing prompts into rows is exact for a model, `rows`
-runs the text tower over a chunk of classes, `chunks` bounds the memory of many classes, `sharding` spreads them over
-processes, and `cache` keeps the result while nothing changes.
+`prompts` writes the class names into the template and `tokenization` turns the texts into tokens. `encoder` puts the
+other parts together: `packing` prepares the inputs of the text tower and says which way is exact for a model, `chunks`
+bounds the memory of many classes and shares them over processes, and `cache` keeps the result while nothing changes.
 """
 
 from .encoder import ClassEncoder

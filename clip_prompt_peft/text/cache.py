@@ -1,109 +1,114 @@
-"""Class embeddings that are kept for as long as nothing that they depend on changes."""
+"""Remembering results for as long as nothing changes that they depend on."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPModel
 
-from ..towers import ADAPTERS, adapter_settings, text_side
-from .chunks import autocast_state
-from .packing import attention_of
-from .prompts import ClassPrompts
+from ..towers import ADAPTER_LAYERS, adapter_settings
 
 
-# Tensors up to this size, and all of an adapter, are compared by value; of larger ones, frozen, only samples.
+# Tensors up to this size, and all of an adapter, are compared by value; of larger, frozen ones only samples are.
 SMALL = 2**16
 NUM_SAMPLES = 64
-MAX_COMPARED = 2**24  # values held for comparison, of all results together; more are not worth their memory
-WRAPPED = ("base_layer", "original_module")  # what adapters call the module that they wrap
+MAX_COMPARED = 2**24  # values that are held for comparison, of all results together
+WRAPPED = ("base_layer", "original_module")  # the names that adapters give to the module that they wrap
 
 
-class ClassEmbedsCache:
-    """Holds results, each with the state of everything that it was made from: several, since adapters are switched."""
+class Memo:
+    """
+    Remembers the latest results of a computation, each with the key that it was computed for.
 
-    def __init__(self) -> None:
-        self._kept: tuple[tuple[_State, torch.Tensor], ...] = ()  # the latest used first
-
-    def clear(self) -> None:
-        self._kept = ()
-
-    def get(self, model: CLIPModel, prompts: ClassPrompts, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `encode()` gives, or gave when everything was as it is now.
-
-        Args:
-            model: whose text side makes the embeddings.
-            prompts: of the classes.
-            encode: gives (C, E) without a gradient.
-        """
-        state = _State(model, prompts)
-        kept = self._kept  # read once: another thread may exchange it
-        found = next((pair for pair in kept if pair[0] == state), None)
-        if found is None:
-            with torch.inference_mode(False), torch.no_grad():  # for later use in training, unlike inference tensors
-                found = state, encode()
-        if state.can_be_kept:
-            self._kept = _within_bounds((found, *(pair for pair in kept if pair is not found)))
-        return found[1]
-
-
-def _within_bounds(pairs: tuple[tuple[_State, torch.Tensor], ...]) -> tuple[tuple[_State, torch.Tensor], ...]:
-    """As many from the first on as there is room for, one at least."""
-    sizes = itertools.accumulate(state.num_values + embeds.numel() for state, embeds in pairs)
-    return pairs[: max(1, sum(size <= MAX_COMPARED for size in sizes))]
-
-
-def trained_parameters(model: CLIPModel) -> list[nn.Parameter]:
-    """The parameters on the text side that require gradients."""
-    return [parameter for part in text_side(model) for parameter in part.parameters() if parameter.requires_grad]
-
-
-class _State:
-    """Everything that class embeddings depend on; equal to another if both give the same embeddings.
-
-    `Tensor._version` alone does not tell: it stands still under writes to `.data` (peft merges that way), under
-    `.to()`, and under fused optimizers. An adapter is small, so it is compared by value. Frozen weights are compared
-    by identity, place in memory, version, and a sample of their values. What is not seen is somebody writing to single
-    values of a large frozen weight through `.data`.
+    It can be shared by threads: the entries are replaced as a whole, so at worst a result is computed twice.
     """
 
-    def __init__(self, model: CLIPModel, prompts: ClassPrompts) -> None:
-        walked = [pair for part in text_side(model) for pair in _walk(part)]
-        modules = [module for module, _ in walked]
-        tensors, of_adapters = [], []
-        for module, is_of_adapter in walked:
-            own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-            tensors += own
-            of_adapters += [is_of_adapter] * len(own)
-        whole = [flag or t.requires_grad or t.numel() <= SMALL for t, flag in zip(tensors, of_adapters)]
+    def __init__(self) -> None:
+        self._entries: tuple[tuple[Any, Any], ...] = ()  # the latest used first
 
-        self.prompts = prompts
+    def __reduce__(self):
+        return type(self), ()  # copies and pickles start empty
+
+    @property
+    def latest(self) -> tuple[Any, Any] | None:
+        """The key and the result that were used last."""
+        return self._entries[0] if self._entries else None
+
+    def clear(self) -> None:
+        self._entries = ()
+
+    def get(self, key, compute: Callable[[], Any]):
+        """Returns the result for an equal key if it is remembered, and otherwise what `compute()` returns."""
+        entries = self._entries
+        found = next((entry for entry in entries if entry[0] == key), None)
+        if found is None:
+            found = key, compute()
+        self._entries = self._kept((found, *(entry for entry in entries if entry is not found)))
+        return found[1]
+
+    def _kept(self, entries: tuple) -> tuple:
+        return entries[:1]
+
+
+class ClassEmbedsMemo(Memo):
+    """Remembers the class embeddings of several states, since adapters are switched, as far as memory allows."""
+
+    def _kept(self, entries: tuple) -> tuple:
+        entries = tuple((key, embeds) for key, embeds in entries if key[0].is_comparable)
+        sizes = itertools.accumulate(key[0].num_values + embeds.numel() for key, embeds in entries)
+        return entries[: max(1, sum(size <= MAX_COMPARED for size in sizes))]
+
+
+class WeightsState:
+    """
+    Everything that the outputs of some modules depend on, beside their inputs. It is equal to another state if the
+    outputs are.
+
+    `Tensor._version` alone is not enough: writes to `.data` (peft merges that way), `.to()` and fused optimizers leave
+    it unchanged. Adapters are small, so they are compared by value. Frozen weights are compared by identity, address,
+    version and a sample of their values. Writing to single values of a large frozen weight through `.data` is not
+    noticed.
+
+    Args:
+        parts (`Sequence[torch.nn.Module]`):
+            The modules.
+        with_adapters (`bool`, *optional*, defaults to `True`):
+            Whether adapters, and whatever else is trained, belong to the state.
+    """
+
+    def __init__(self, parts: tuple[nn.Module, ...], with_adapters: bool = True) -> None:
+        modules, tensors, is_small = [], [], []
+        for module, in_adapter in (pair for part in parts for pair in _walk(part)):
+            if in_adapter and not with_adapters:
+                continue
+            modules.append(module)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and (with_adapters or not tensor.requires_grad):
+                    tensors.append(tensor)
+                    is_small.append(in_adapter or tensor.requires_grad or tensor.numel() <= SMALL)
         self.objects = [weakref.ref(thing) for thing in (*modules, *tensors)]
         self.versions = [_version(tensor) for tensor in tensors]
-        self.settings = adapter_settings(modules)
-        self.settings.append((attention_of(model.text_model), autocast_state(model.text_model.device)))
-        num_whole = sum(tensor.numel() for tensor, flag in zip(tensors, whole) if flag)
-        self.can_be_kept = (
-            num_whole <= MAX_COMPARED
-            and not any(module.training for module in modules)  # dropout may make every result another one
-            and not any(tensor.is_meta for tensor in tensors)  # offloaded by accelerate: out of sight
-        )
-        self.values = _values(tensors, whole) if self.can_be_kept else []
+        self.settings = adapter_settings(modules) if with_adapters else []
+        num_small = sum(tensor.numel() for tensor, small in zip(tensors, is_small) if small)
+        # Tensors that accelerate has offloaded are out of sight. Dropout makes every result another one.
+        is_visible = num_small <= MAX_COMPARED and not any(tensor.is_meta for tensor in tensors)
+        self.is_comparable = is_visible and not (with_adapters and any(module.training for module in modules))
+        self.values = _values(tensors, is_small) if self.is_comparable else []
 
     @property
     def num_values(self) -> int:
         return sum(tensor.numel() for tensor in self.values)
 
-    def __eq__(self, other: _State) -> bool:
+    def __eq__(self, other: object) -> bool:
         return (
-            self.can_be_kept
-            and other.can_be_kept
+            isinstance(other, WeightsState)
+            and self.is_comparable
+            and other.is_comparable
             and self.settings == other.settings
-            and self.prompts == other.prompts
             and len(self.objects) == len(other.objects)
             and all(a() is b() is not None for a, b in zip(self.objects, other.objects))
             and self.versions == other.versions
@@ -112,25 +117,25 @@ class _State:
         )
 
 
-def _walk(module: nn.Module, of_adapter: bool = False) -> Iterator[tuple[nn.Module, bool]]:
-    """The module and all below it, each with whether it is an adapter's and not one that an adapter wraps."""
-    of_adapter = of_adapter or isinstance(module, ADAPTERS)
-    yield module, of_adapter
+def _walk(module: nn.Module, in_adapter: bool = False) -> Iterator[tuple[nn.Module, bool]]:
+    """Yields a module and all below it, each with whether it belongs to an adapter and is not wrapped by one."""
+    in_adapter = in_adapter or isinstance(module, ADAPTER_LAYERS)
+    yield module, in_adapter
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, of_adapter and name not in WRAPPED)
+            yield from _walk(child, in_adapter and name not in WRAPPED)
 
 
 def _version(tensor: torch.Tensor) -> tuple:
-    # inference tensors count no versions and cannot be changed outside of inference mode
+    # Inference tensors count no versions; outside of inference mode they cannot be changed.
     return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
 
 
-def _values(tensors: list[torch.Tensor], whole: list[bool]) -> list[torch.Tensor]:
-    """The values that are compared: one tensor for each device and dtype, so that comparing takes few steps."""
+def _values(tensors: list[torch.Tensor], is_small: list[bool]) -> list[torch.Tensor]:
+    """Returns the values that are compared, as one tensor for each device and dtype, which is fast to compare."""
     groups: dict[tuple, list[torch.Tensor]] = {}
-    for tensor, is_whole in zip(tensors, whole):
+    for tensor, small in zip(tensors, is_small):
         flat = tensor.detach().flatten()
-        sample = flat if is_whole else flat[:: flat.numel() // NUM_SAMPLES]
+        sample = flat if small else flat[:: flat.numel() // NUM_SAMPLES]
         groups.setdefault((tensor.device, tensor.dtype), []).append(sample)
     return [torch.cat(samples) for samples in groups.values()]

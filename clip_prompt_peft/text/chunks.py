@@ -1,4 +1,4 @@
-"""What a computation depends on beside its inputs, kept so that it can be run again."""
+"""Encoding many classes in chunks, so that memory does not grow with their number, and sharing them over processes."""
 
 from __future__ import annotations
 
@@ -12,61 +12,27 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 
-class Surroundings:
-    """The state of random number generators and of autocast, where it was made.
-
-    Args:
-        tensor: on the device of the computation.
-    """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.device_type = tensor.device.type
-        self.cpu_state = torch.get_rng_state()
-        self.devices, self.device_states = get_device_states(tensor)
-        self.autocasts = autocast_state(tensor.device)
-
-    @contextlib.contextmanager
-    def autocast(self, cache_enabled: bool = True):
-        """Autocast as it was. Without the cache, casts of weights are not kept for later use."""
-        with contextlib.ExitStack() as stack:
-            for device_type, (enabled, dtype) in self.autocasts.items():
-                stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled))
-            yield
-
-    @contextlib.contextmanager
-    def random_state(self):
-        """The generators as they were; on leaving, as they are now."""
-        with torch.random.fork_rng(self.devices, device_type=self.device_type if self.devices else "cuda"):
-            torch.set_rng_state(self.cpu_state)
-            set_device_states(self.devices, self.device_states, device_type=self.device_type)
-            yield
-
-
-def autocast_state(device: torch.device) -> dict[str, tuple[bool, torch.dtype]]:
-    """For the device and the CPU: whether autocast is on, and to which dtype."""
-    return {
-        device_type: (torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
-        for device_type in {device.type, "cpu"}
-        if torch.amp.is_autocast_available(device_type)
-    }
-
-
 Chunk = TypeVar("Chunk")
 
 
 def encode_in_chunks(
     encode: Callable[[Chunk], torch.Tensor], chunks: Sequence[Chunk], parameters: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """The results of `encode` for all chunks, one below the other, differentiable with respect to `parameters`.
+    """Concatenates the results of `encode` for all chunks, differentiably with respect to `parameters`.
 
-    Only the last chunk's computation is kept: each other is computed again when its gradient is wanted, in the same
-    autocast and random state. Values and gradients are those of a single pass.
+    Only the graph of the last chunk is kept. The others are computed again for their gradient, with the same autocast
+    and random state. Values and gradients are those of a single pass.
 
     Args:
-        encode: gives (K, E) for a chunk.
-        chunks: at least one.
-        parameters: the tensors to differentiate by, all of which require gradients; everything else that `encode` uses
-            is taken as constant.
+        encode (`Callable`):
+            Returns (K, E) for a chunk.
+        chunks (`Sequence`):
+            At least one chunk.
+        parameters (`Sequence[torch.Tensor]`):
+            The tensors that require gradients. Everything else that `encode` uses is treated as constant.
+
+    Returns:
+        `torch.Tensor`: (C, E).
     """
     if not parameters or not torch.is_grad_enabled():
         return torch.cat([encode(chunk) for chunk in chunks])
@@ -76,18 +42,19 @@ def encode_in_chunks(
 def encode_by_images(
     encode: Callable[[Chunk, torch.Tensor], torch.Tensor], pairs: Sequence[tuple[Chunk, Sequence[torch.Tensor]]]
 ) -> torch.Tensor:
-    """The results of `encode` for every chunk with the vectors of a few images at a time, computed again for the
-    gradient if there is more than one to compute.
+    """Concatenates the results of `encode` for every chunk with the vectors of a few images at a time.
 
-    The vectors come out of the images by way of parameters, so that, unlike above, autograd has to find its own way:
-    what is kept are the results, which are wanted anyway.
+    If there is more than one result, all are computed again for their gradient. The vectors depend on the images by
+    way of parameters, so autograd has to find its way through them, and `checkpoint` is used.
 
     Args:
-        encode: gives (B', K, E) for a chunk and the vectors (B', n, D) of B' images.
-        pairs: every chunk, with the vectors of all images in parts.
+        encode (`Callable`):
+            Returns (B', K, E) for a chunk and the vectors (B', n, D) of B' images.
+        pairs (`Sequence`):
+            Every chunk, with the vectors of all images in parts.
 
     Returns:
-        (B, C, E)
+        `torch.Tensor`: (B, C, E).
     """
     if len(pairs) == 1 and len(pairs[0][1]) == 1:
         (chunk, (vectors,)) = pairs[0]
@@ -99,22 +66,27 @@ def encode_by_images(
 
 
 class _Recomputed(torch.autograd.Function):
-    """Takes the parameters as inputs and returns their gradients, so that autograd delivers them as those of any other
-    operation. A `backward()` inside would go past DistributedDataParallel's reducer."""
+    """
+    Takes the parameters as inputs and returns their gradients, so that autograd treats it as any other operation. A
+    `backward()` inside would bypass the reducer of DistributedDataParallel.
+
+    Non-reentrant `torch.utils.checkpoint` is as exact, but keeps more (small tower, one thread): 2.03 s and 147 MiB
+    instead of 1.91 s and 115 MiB for 1,000 classes, 21.6 s and 506 MiB instead of 20.2 s and 158 MiB for 10,000.
+    """
 
     @staticmethod
     def forward(ctx, encode, chunks, *parameters):
         ctx.encode, ctx.chunks = encode, chunks
-        ctx.save_for_backward(*parameters)  # complains if one is changed in place before the backward pass
-        ctx.surroundings, outputs = [], []
+        ctx.save_for_backward(*parameters)  # raises if one is changed in place before the backward pass
+        ctx.states, outputs = [], []
         for chunk in chunks:
-            ctx.surroundings.append(Surroundings(parameters[0]))
+            ctx.states.append(_ComputeState(parameters[0]))
             if chunk is chunks[-1]:
                 with torch.enable_grad():
                     ctx.last = encode(chunk)
                 outputs.append(ctx.last.detach())
             else:
-                with ctx.surroundings[-1].autocast(cache_enabled=False):  # casts made here would lack a gradient
+                with ctx.states[-1].autocast(cache_enabled=False):  # cached casts of weights would lack a gradient
                     outputs.append(encode(chunk))
         ctx.sizes = [len(output) for output in outputs]
         return torch.cat(outputs)  # (C, E)
@@ -124,7 +96,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx, gradient):
         parameters = ctx.saved_tensors
         totals = [None] * len(parameters)
-        # from the last on, so that what is kept of it is gone before another one is computed
+        # The last chunk comes first, so that its graph is freed before another one is computed.
         for index, part in reversed(list(enumerate(gradient.split(ctx.sizes)))):
             output = _Recomputed.with_graph(ctx, index)
             if output.requires_grad:
@@ -135,37 +107,69 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def with_graph(ctx, index: int) -> torch.Tensor:
-        """(K, E) of a chunk, to be differentiated."""
+        """Returns the result (K, E) of a chunk with its graph."""
         if index == len(ctx.chunks) - 1 and ctx.last is not None:
             last, ctx.last = ctx.last, None  # a second backward pass computes it again
             return last
-        surroundings = ctx.surroundings[index]
-        with torch.enable_grad(), surroundings.random_state(), surroundings.autocast():
+        with torch.enable_grad(), ctx.states[index].random_state(), ctx.states[index].autocast():
             return ctx.encode(ctx.chunks[index])
 
 
 def _sum(total: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
     if total is None or new is None:
         return new if total is None else total
-    return total + new  # not in place: autograd may hand out one tensor as the gradient of several
+    return total + new  # not in place: autograd can return one tensor as the gradient of several
+
+
+class _ComputeState:
+    """The states of the random number generators and of autocast, at the time when the object is made."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.device_type = tensor.device.type
+        self.cpu_state = torch.get_rng_state()
+        self.devices, self.device_states = get_device_states(tensor)
+        self.autocasts = autocast_state(tensor.device)
+
+    @contextlib.contextmanager
+    def autocast(self, cache_enabled: bool = True):
+        with contextlib.ExitStack() as stack:
+            for device_type, (enabled, dtype) in self.autocasts.items():
+                stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled))
+            yield
+
+    @contextlib.contextmanager
+    def random_state(self):
+        with torch.random.fork_rng(self.devices, device_type=self.device_type if self.devices else "cuda"):
+            torch.set_rng_state(self.cpu_state)
+            set_device_states(self.devices, self.device_states, device_type=self.device_type)
+            yield
+
+
+def autocast_state(device: torch.device) -> dict[str, tuple[bool, torch.dtype]]:
+    """Returns, for the type of the device and for the CPU, whether autocast is on and its dtype."""
+    return {
+        device_type: (torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+        for device_type in {device.type, "cpu"}
+        if torch.amp.is_autocast_available(device_type)
+    }
 
 
 def num_processes() -> int:
-    """Processes in the default group; 1 if there is none."""
+    """Returns the number of processes in the default group, or 1 if there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def share_of_classes(num_classes: int, rank: int | None = None) -> range:
-    """The classes that a process, by default this one, encodes; shares differ by one class at most."""
+    """Returns the classes that a process, by default this one, encodes. Shares differ by at most one class."""
     size, rank = num_processes(), dist.get_rank() if rank is None else rank
     return range(num_classes * rank // size, num_classes * (rank + 1) // size)
 
 
 def gather_shares(share: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """(C, E) of all classes, from the (C / W, E) that each of the W processes holds. All of them must call it.
+    """Gathers (C, E) from the shares (C / W, E) of W processes. All of them have to call it.
 
-    Its gradient, averaged over the processes as DistributedDataParallel and its kin do, is exact: a share gets the
-    gradients of all processes' losses, and averaging divides by W.
+    Its gradient is exact if gradients are averaged over the processes, as DistributedDataParallel does: a share gets
+    the sum of the gradients of all losses, and averaging divides it by W.
     """
     return _GatherShares.apply(share, num_classes)
 
@@ -175,7 +179,7 @@ class _GatherShares(torch.autograd.Function):
     def forward(ctx, share, num_classes):
         ctx.sizes = [len(share_of_classes(num_classes, rank)) for rank in range(num_processes())]
         longest = max(ctx.sizes)
-        padded = share.new_zeros(longest, share.shape[1])  # collectives want equal sizes
+        padded = share.new_zeros(longest, share.shape[1])  # collectives need equal sizes
         padded[: len(share)] = share
         parts = [torch.empty_like(padded) for _ in ctx.sizes]
         dist.all_gather(parts, padded)

@@ -1,4 +1,4 @@
-"""Class names and a template become prompts, prompts become token ids.
+"""From class names and a template to tokenized prompts.
 
 Shapes: `C` classes, `L` text length (with begin and end token), `n` virtual tokens.
 """
@@ -17,16 +17,16 @@ from .tokenization import IGNORED, EncodedTexts, count_special_tokens, encode_te
 
 @dataclass(frozen=True, eq=False)
 class ClassPrompts:
-    """The tokenized prompts of all classes; equal to others with the same texts, tokens and positions.
+    """
+    The tokenized prompts of all classes. They are equal to others with the same texts, tokens and positions.
 
     Attributes:
-        texts: one prompt per class.
-        input_ids: (C, L), cut after the longest prompt's end token; shorter ones are padded by the tokenizer. All are
-            padded to the tower's last position if it pools that.
-        attention_mask: (C, L), what the tower is to see.
-        pad_token_id: what shorter prompts are padded with.
-        full_length: to how many tokens prompts are padded where nothing is to be saved.
-        context_positions: (C, n), where the vectors go if that differs from class to class.
+        texts: One prompt for each class.
+        input_ids: (C, L). They end with the longest prompt, or fill all positions if the tower pools the last one.
+        attention_mask: (C, L), 1 for tokens that the tower attends to.
+        pad_token_id: The token that pads shorter prompts.
+        full_length: The number of tokens that the plain path pads prompts to.
+        context_positions: (C, n), the positions of the vectors, if they differ between classes.
     """
 
     texts: list[str]
@@ -60,17 +60,23 @@ def build_class_prompts(
     """Writes every class name into the template and tokenizes the texts.
 
     Args:
-        class_names: C names.
-        template: text with one `{}`; not used when `layout` is given, which brings its own.
-        tokenizer: the tokenizer of the model.
-        max_length: positions of the text tower (77 for CLIP).
-        layout: of the active prompt adapter, if there is one.
-        padding: what the text tower makes of padding, see [`~tokenization.encode_texts`].
+        class_names (`Sequence[str]`):
+            C names.
+        template (`str`):
+            A text with one `{}`. It is not used with a `layout`, which has its own template.
+        tokenizer:
+            The tokenizer of the model.
+        max_length (`int`):
+            The number of positions of the text tower, 77 for CLIP.
+        layout (`PromptLayout`, *optional*):
+            The layout of the active prompt adapter.
+        padding (`str`, *optional*, defaults to `"ignored"`):
+            How the text tower treats padding, see [`~tokenization.encode_texts`].
 
     Raises:
-        ValueError: bad names or template; a prompt longer than `max_length`, with the class named; one that spells out
-            a special token; one whose tokens at the replaced positions are not those that the adapter replaces; other
-            classes than those that an adapter has class-specific vectors for.
+        ValueError: If names or template are not valid, a prompt is longer than `max_length` or spells out a special
+            token, its tokens at the replaced positions are not those that the adapter replaces, or the adapter has
+            class-specific vectors for other classes.
     """
     class_names = check_class_names(class_names)
     if layout is not None:
@@ -85,7 +91,7 @@ def build_class_prompts(
     if layout is not None:
         _check_replaced_tokens(class_names, input_ids, layout)
     positions = None
-    if layout is not None and layout.has_row_positions:
+    if layout is not None and layout.has_per_text_positions:
         input_ids, positions = _move_class_names(class_names, texts, input_ids, tokenizer, layout)
     full_length = max_length if padding == IGNORED else input_ids.shape[1]
     return ClassPrompts(texts, input_ids, encoded.attention_mask, tokenizer.pad_token_id, full_length, positions)
@@ -101,7 +107,7 @@ def _check_lengths(class_names, lengths, template, max_length) -> None:
 
 
 def _check_special_tokens(texts, encoded: EncodedTexts, tokenizer) -> None:
-    # a second end token would be taken for the end of the text, and pooled
+    # The tower would pool a second end token as the end of the text.
     special = torch.isin(encoded.input_ids, structural_ids(tokenizer)) & encoded.is_text  # (C, L)
     counts, expected = special.sum(dim=1), count_special_tokens(tokenizer)
     if (counts != expected).any():
@@ -138,7 +144,7 @@ def _check_class_specific(class_names, layout) -> None:
 
 
 def _move_class_names(class_names, texts, input_ids, tokenizer, layout):
-    name_at, first_token = layout.padded_template.index(CLASS_SLOT), layout.start_idx + layout.num_virtual_tokens
+    name_at, first_token = layout.padded_template.index(CLASS_SLOT), layout.end_idx
     alone = layout.class_token_count == "alone"
     num_name_tokens = count_name_tokens(class_names, texts, name_at, first_token, tokenizer, alone)
     return move_class_names(
@@ -149,16 +155,22 @@ def _move_class_names(class_names, texts, input_ids, tokenizer, layout):
 def count_name_tokens(
     class_names: Sequence[str], texts: Sequence[str], name_at: int, first_token: int, tokenizer, alone: bool
 ) -> list[int]:
-    """How many tokens, from the end of the context on, are the class name.
+    """Returns the number of tokens of each class name in its prompt.
 
     Args:
-        class_names: C names.
-        texts: their prompts, with the name at the end of the context.
-        name_at: index of the name's first character.
-        first_token: index of the name's first token.
-        tokenizer: the tokenizer of the model.
-        alone: count the tokens that the name has on its own, as CoOp's code does. It cuts off the end of a name that
-            merges with what follows it.
+        class_names (`Sequence[str]`):
+            C names.
+        texts (`Sequence[str]`):
+            Their prompts, with the name at the end of the context.
+        name_at (`int`):
+            The index of the first character of the name.
+        first_token (`int`):
+            The index of the first token of the name.
+        tokenizer:
+            The tokenizer of the model.
+        alone (`bool`):
+            Whether to count the tokens that the name has on its own, as CoOp's code does. A name that merges with the
+            text after it then loses its end.
     """
     if alone:
         return [len(tokenizer(name, add_special_tokens=False)["input_ids"]) for name in class_names]
@@ -168,7 +180,7 @@ def count_name_tokens(
             "class_token_count='alone', or leave class_token_position at 'end'."
         )
     offsets = tokenizer(list(texts), return_offsets_mapping=True)["offset_mapping"]
-    # a token that holds the end of the name together with punctuation behind it counts as the name's
+    # A token that holds the end of the name and punctuation after it belongs to the name.
     return [
         sum(start < name_at + len(name) and end > name_at for start, end in row[first_token:])
         for name, row in zip(class_names, offsets)
@@ -178,17 +190,22 @@ def count_name_tokens(
 def move_class_names(
     input_ids: torch.LongTensor, num_name_tokens: Sequence[int], start: int, n: int, num_before: int
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Moves each class name in front of those vectors that are to follow it.
+    """Moves each class name in front of the vectors that follow it.
 
     Args:
-        input_ids: (C, L), `n` context tokens at `start` with the class name behind them.
-        num_name_tokens: of each class.
-        start: position of the first vector.
-        n: number of vectors.
-        num_before: how many of them stay before the name.
+        input_ids (`torch.LongTensor`):
+            (C, L), with `n` context tokens at `start` and the class name after them.
+        num_name_tokens (`Sequence[int]`):
+            The number of tokens of each class name.
+        start (`int`):
+            The position of the first vector.
+        n (`int`):
+            The number of vectors.
+        num_before (`int`):
+            The number of vectors that stay before the name.
 
     Returns:
-        (C, L) token ids in their new order, and (C, n) the positions of the vectors.
+        The token ids (C, L) in their new order, and the positions (C, n) of the vectors.
     """
     split, end = start + num_before, start + n
     places = list(range(input_ids.shape[1]))

@@ -1,4 +1,4 @@
-"""From texts to token ids, as the tokenizer and the text tower of each family want it."""
+"""From texts to token ids, padded and masked as the text tower of each family expects it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import torch
 from ..templates import PROBE, encode_words
 
 
-IGNORED, MASKED, READ = "ignored", "masked", "read"
+IGNORED, MASKED, READ = "ignored", "masked", "read"  # how a text tower treats padding
 
 
 @dataclass(frozen=True)
 class EncodedTexts:
     """
+    The tokens of some texts.
+
     Attributes:
-        input_ids: (C, L)
-        attention_mask: (C, L), what the text tower is to see.
-        lengths: (C,) numbers of tokens without padding.
+        input_ids: (C, L).
+        attention_mask: (C, L), 1 for tokens that the text tower attends to.
+        lengths: (C,), the numbers of tokens without padding.
     """
 
     input_ids: torch.LongTensor
@@ -28,22 +30,28 @@ class EncodedTexts:
 
     @property
     def is_text(self) -> torch.BoolTensor:
-        """(C, L), where there is no padding."""
+        """(C, L), True for tokens that are not padding."""
         return torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
 
 
 def encode_texts(texts: Sequence[str], tokenizer, max_length: int, padding: str = IGNORED) -> EncodedTexts:
-    """
+    """Tokenizes and pads texts.
+
     Args:
-        texts: C texts.
-        tokenizer: of the model.
-        max_length: positions of the text tower.
-        padding: what the text tower makes of padding. `"ignored"`: it looks backwards only; `"masked"`: it looks both
-            ways, and past it. Then texts are padded to the longest. `"read"`: padding is a part of the text, whose
-            last position is pooled (SigLIP). Then all positions are filled, and masked only if the tokenizer says so.
+        texts (`Sequence[str]`):
+            C texts.
+        tokenizer:
+            The tokenizer of the model.
+        max_length (`int`):
+            The number of positions of the text tower.
+        padding (`str`, *optional*, defaults to `"ignored"`):
+            How the text tower treats padding. `"ignored"`: it is causal, so that padding has no effect. `"masked"`: it
+            attends in both directions, with padding masked. For these two, texts are padded to the longest one.
+            `"read"`: padding is part of the text, and the last position is pooled (SigLIP). Then all positions are
+            filled, and masked only if the tokenizer returns a mask.
 
     Raises:
-        ValueError: a tokenizer that pads in front of texts.
+        ValueError: If the tokenizer pads on the left.
     """
     texts = list(texts)
     if tokenizer.padding_side != "right":
@@ -56,19 +64,19 @@ def encode_texts(texts: Sequence[str], tokenizer, max_length: int, padding: str 
         mask = encoded["attention_mask"]  # (C, L)
         return EncodedTexts(encoded["input_ids"], mask, mask.sum(dim=1))
     lengths = torch.tensor([len(ids) for ids in tokenizer(texts)["input_ids"]])
-    length = max(max_length, int(lengths.max()))  # whoever calls complains of texts that are too long
+    length = max(max_length, int(lengths.max()))  # texts that are too long are reported by the caller
     encoded = tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")
     mask = encoded.get("attention_mask", torch.ones_like(encoded["input_ids"]))  # (C, L)
     return EncodedTexts(encoded["input_ids"], mask, lengths)
 
 
 def count_special_tokens(tokenizer) -> int:
-    """How many special tokens a text has, in front and behind."""
+    """Returns the number of special tokens that the tokenizer adds to a text."""
     return len(tokenizer(PROBE)["input_ids"]) - len(encode_words(PROBE, tokenizer))
 
 
 def structural_ids(tokenizer) -> torch.LongTensor:
-    """The special tokens that mean something to the model: not one that only stands for unknown words."""
+    """Returns the special tokens with a role, without a token that only stands for unknown words."""
     roles = {getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "sep", "pad", "cls", "mask")}
     return torch.tensor(
         [index for index in tokenizer.all_special_ids if index in roles or index != tokenizer.unk_token_id]

@@ -1,14 +1,13 @@
-"""Prompt tuning of CLIP as a peft method: config, layers, model, as every method of peft.
+"""Prompt tuning of CLIP as a peft method, with the files that every method of peft has.
 
-| file | what |
+| file | content |
 |---|---|
-| `config.py`, `checks.py` | all choices in one configuration |
-| `layer.py` | vectors in the text (CoOp) |
-| `meta_net.py` | made to depend on the image (CoCoOp) |
-| `deep_prompts.py` | in front of deeper layers (VPT deep, IVLP, MaPLe) |
-| `vision_prompts.py` | behind the patches of the image (VPT, IVLP, MaPLe) |
-| `coupling.py` | vision prompts as maps of text prompts (MaPLe) |
-| `model.py`, `towers.py`, `resolve.py`, `saved_weights.py` | how they get into a model, and from a file |
+| `config.py`, `presets.py` | the configuration, and the published methods as presets of it |
+| `layout.py` | from the configuration and a model to the positions of the vectors |
+| `layer.py` | vectors in the text (CoOp), conditioned on the image (CoCoOp), and the base class of all layers |
+| `vectors.py` | vectors in deeper layers and in the image tower (VPT, IVLP), mapped from text vectors (MaPLe) |
+| `model.py` | injecting, merging, and fitting saved tensors to the model |
+| `files.py` | reading and checking the files of an adapter |
 """
 
 from .config import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig

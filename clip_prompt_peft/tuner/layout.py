@@ -1,8 +1,9 @@
-"""From a configuration and a model to the layout of the prompts."""
+"""From a configuration and a model to the resolved configuration, and to the layout that the text side reads."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import copy
+from dataclasses import dataclass, fields
 
 from peft import PromptTuningInit
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -26,58 +27,142 @@ from ..towers import (
     takes_patches,
     token_table_name,
 )
-from .config import CLIPPromptTuningConfig, check_coupled_depths
+from .config import ClassTokenPosition, CLIPPromptTuningConfig, check_coupled_depths
 
 
-class PromptLayout(Protocol):
-    """What the classifier reads of the active prompt adapter: which texts the vectors expect to stand in.
+@dataclass(frozen=True)
+class PromptLayout:
+    """
+    What the layers and the classifier need to know of an adapter: which vectors stand where, in which texts.
 
-    An object with these fields is found at `prompt_layout` of the text embedding module; it is `None` there when no
-    prompt adapter is in effect. `class_names` may be assigned: it is saved with the adapter.
+    It is made once for each adapter, when that is injected. The fields have the names and meanings of those of the
+    [`CLIPPromptTuningConfig`].
     """
 
-    class_names: list[str] | None
-    problem_type: str | None
     prompt_template: str
     padded_template: str
     start_idx: int
     num_virtual_tokens: int
     replaced_token_ids: list[int]
-
-    # kind of context
+    class_names: list[str] | None
+    problem_type: str | None
     class_specific: bool
     image_conditioned: bool
-    has_row_vectors: bool  # either of the two
-    has_row_positions: bool  # positions differ from class to class
-    class_token_count: str  # "in_prompt" or "alone"
-    num_vectors_before_class: int
-    num_shared_positions: int | None  # from the begin token on, the same for all classes; None if the texts tell
-
-    num_vision_virtual_tokens: int  # above 0, image embeddings are the adapter's and cannot be made in advance
+    class_token_position: ClassTokenPosition
+    class_token_count: str
+    text_prompt_depth: int
+    num_vision_virtual_tokens: int
     regularizer: str | None
     regularizer_weights: dict[str, float] | None
     teacher_templates: list[str] | None
 
+    @classmethod
+    def of(cls, config: CLIPPromptTuningConfig) -> PromptLayout:
+        """Returns the layout of a resolved configuration."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+    @property
+    def end_idx(self) -> int:
+        """The position after the last vector, for class names that stand at the end."""
+        return self.start_idx + self.num_virtual_tokens
+
+    @property
+    def has_per_text_vectors(self) -> bool:
+        """Whether the vectors differ between classes or between images."""
+        return self.class_specific or self.image_conditioned
+
+    @property
+    def has_per_text_positions(self) -> bool:
+        """Whether the positions of the vectors differ between classes."""
+        return self.class_token_position is not ClassTokenPosition.END
+
+    @property
+    def num_vectors_before_class(self) -> int:
+        """The number of vectors in front of the class name."""
+        n = self.num_virtual_tokens
+        return {"end": n, "middle": n // 2, "front": 0}[self.class_token_position.value]
+
+    @property
+    def num_shared_positions(self) -> int | None:
+        """The number of positions, from the begin token on, that can be the same in the texts of all classes.
+
+        `None` if the texts alone decide that.
+        """
+        if not self.class_specific and not self.has_per_text_positions:
+            return None
+        return self.start_idx + (0 if self.class_specific else self.num_vectors_before_class)
+
+    @property
+    def merge_obstacle(self) -> str | None:
+        """The reason why the adapter cannot be folded into the base model, or `None` if it can."""
+        obstacles = {
+            "it has vision prompts": self.num_vision_virtual_tokens > 0,
+            "it has prompts in front of deeper layers": self.text_prompt_depth != 1,
+            "its vectors depend on the image": self.image_conditioned,
+            "its vectors differ from class to class": self.class_specific,
+            "its vectors stand at other positions in every class's text": self.has_per_text_positions,
+        }
+        return next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)
+
+
+def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> CLIPPromptTuningConfig:
+    """Returns a copy of a configuration in which all fields are set that depend on the model.
+
+    A configuration from a file has its template, token ids and depths already. It only takes over the class names and
+    the problem type of the model, if it has none.
+
+    Raises:
+        ValueError: If the model cannot take the prompts that the configuration asks for.
+    """
+    _check_towers(config, model)
+    resolved = copy.copy(config)
+    names = _config_value(model, "class_names")
+    if config.class_names is None and names is not None:
+        resolved.class_names = check_class_names(names)
+    if config.problem_type is None:
+        resolved.problem_type = _config_value(model, "problem_type")
+    _resolve_depths(resolved, model)
+    if not config.is_resolved:
+        if config.prompt_template is None:
+            resolved.prompt_template = _config_value(model, "prompt_template") or DEFAULT_TEMPLATE
+        _resolve_tokens(resolved, _tokenizer_for(config, model))
+    _check_fits(resolved, model)
+    return resolved
+
 
 def chosen_towers(config: CLIPPromptTuningConfig, model: nn.Module, kind: str) -> list[Tower]:
-    """The towers (`"text"` or `"vision"`) whose embeddings `target_modules` names; all if it names none."""
+    """Returns the towers, `"text"` or `"vision"`, whose embeddings `target_modules` names. By default all are."""
     towers = find_towers(model, kind)
     if config.target_modules is None:
         return towers
     return [tower for tower in towers if check_target_module_exists(config, tower.embeddings_key)]
 
 
-def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
-    """Fills in what depends on the model: template, number of vectors, token ids, depths, class names."""
-    config.forget_filled_in()
-    given = config.to_dict()
-    if config.prompt_template is None:
-        config.prompt_template = config_value(model, "prompt_template") or DEFAULT_TEMPLATE
-    adopt_task(config, model)
-    _resolve_depths(config, model)
-    tokenizer = _tokenizer_for(config, model)
+def _config_value(model: nn.Module, name: str):
+    """Returns a field of the model's config, or `None`: a module around a CLIP need not have a config."""
+    return getattr(getattr(model, "config", None), name, None)
+
+
+def _resolve_depths(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    for field, kind in (("text_prompt_depth", "text"), ("vision_prompt_depth", "vision")):
+        if getattr(config, field) is None:
+            depths = [len(tower.layer_keys) for tower in chosen_towers(config, model, kind)]
+            if config.vision_prompts_from_text and kind == "vision":
+                depths.append(config.text_prompt_depth)  # there is a text prompt for each vision prompt
+            setattr(config, field, max(1, min(depths, default=1)))
+    check_coupled_depths(config)
+
+
+def _resolve_tokens(config: CLIPPromptTuningConfig, tokenizer) -> None:
+    """Sets the number of vectors, their positions, and the tokens that they replace."""
     num_begin = count_begin_tokens(tokenizer)
-    _resolve_start(config, num_begin)
+    if config.start_idx is None:
+        config.start_idx = num_begin
+    if config.start_idx < num_begin:
+        raise ValueError(
+            f"start_idx must be at least {num_begin}, since the tokenizer puts {num_begin} begin token(s) in front of "
+            f"a text, got {config.start_idx}; leave it out for the first position behind them."
+        )
     init_ids = encode_words(config.prompt_tuning_init_text or "", tokenizer)
     if config.num_virtual_tokens is None:
         config.num_virtual_tokens = len(init_ids) or _room_in_template(config, tokenizer, num_begin)
@@ -90,94 +175,20 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     n, start = config.num_virtual_tokens, config.start_idx
     config.padded_template = pad_template(config.prompt_template, n, tokenizer, start)
     context_ids = encode_words(context_text(config.padded_template), tokenizer)
-    _check_next_to_class(config, num_begin + len(context_ids))
+    gap = num_begin + len(context_ids) - start - n  # tokens between the vectors and the class name
+    if config.class_token_position is not ClassTokenPosition.END and gap:
+        raise ValueError(
+            f"class_token_position={config.class_token_position.value!r} moves the class name among the vectors, so "
+            f"they must stand right before it, but in the template {config.padded_template!r} they end {gap} tokens "
+            "earlier; take more vectors, or a template with fewer words."
+        )
     config.replaced_token_ids = context_ids[start - num_begin : start - num_begin + n]
-    is_text = config.prompt_tuning_init is PromptTuningInit.TEXT
-    config.init_token_ids = (init_ids or config.replaced_token_ids) if is_text else None
-    config._filled_in = {name: getattr(config, name) for name, value in given.items() if value is None}
+    if config.prompt_tuning_init is PromptTuningInit.TEXT:
+        config.init_token_ids = init_ids or config.replaced_token_ids
 
 
-def adopt_task(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
-    """Takes the classifier's class names and problem type if the configuration has none."""
-    names = config_value(model, "class_names")
-    if config.class_names is None and names is not None:
-        config.class_names = check_class_names(names)
-    if config.problem_type is None:
-        config.problem_type = config_value(model, "problem_type")
-
-
-def config_value(model: nn.Module, name: str):
-    """A field of the model's config; `None` without such a field, or without a config, as a module around a CLIP."""
-    return getattr(getattr(model, "config", None), name, None)
-
-
-def check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
-    """Raises `ValueError` if the model, or what `target_modules` leaves of it, lacks a tower that is asked for."""
-    _check_targets(config, model)
-    name = type(model).__name__
-    if not find_towers(model, "text"):
-        raise ValueError(
-            f"{name} has no CLIP text embeddings (a module with a token table and a position table; one like BERT's "
-            "only beside an image tower), so there is nothing to tune. Models that have them: CLIPModel, "
-            "CLIPTextModel, CLIPTextModelWithProjection, those of MetaCLIP 2, SigLIP and SigLIP 2, ChineseCLIPModel, "
-            "AltCLIPModel, and the classifiers made of them (CLIPForPromptClassification, ...)."
-        )
-    chosen = "target_modules names none" if config.target_modules is not None else f"{name} has none"
-    if config.num_vision_virtual_tokens and not chosen_towers(config, model, "text"):
-        raise ValueError("target_modules must name the text embeddings too; they know the template and the classes.")
-    if config.num_vision_virtual_tokens and not chosen_towers(config, model, "vision"):
-        raise ValueError(
-            f"The adapter has vision prompts (num_vision_virtual_tokens={config.num_vision_virtual_tokens}), which "
-            f"need an image tower, and {chosen}; use a CLIPModel or a CLIPForPromptClassification."
-        )
-    _check_patches(config, model)
-    if config.image_conditioned and not find_towers(model, "vision"):
-        raise ValueError(
-            f"image_conditioned needs image embeddings, and {name} has no image tower; use a "
-            "CLIPForPromptClassification."
-        )
-
-
-def check_fits(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
-    """Raises `ValueError` if the (resolved) configuration asks for something that the model does not have."""
-    text = chosen_towers(config, model, "text")
-    _check_depth("text_prompt_depth", config.text_prompt_depth, text)
-    _check_coupling(config, text)
-    if config.num_vision_virtual_tokens:
-        _check_depth("vision_prompt_depth", config.vision_prompt_depth, chosen_towers(config, model, "vision"))
-    if config.class_specific and config.class_names is None:
-        raise ValueError(
-            "class_specific makes vectors for each class, but no class names are known; give class_names, or put the "
-            "adapter into a classifier that has some."
-        )
-    for tower in text:
-        _check_room(config, model.get_submodule(tower.embeddings_key))
-
-
-def _resolve_depths(config, model) -> None:
-    for field, kind in (("text_prompt_depth", "text"), ("vision_prompt_depth", "vision")):
-        if getattr(config, field) is None:
-            towers = chosen_towers(config, model, kind)
-            depths = [len(tower.layer_keys) for tower in towers]
-            if config.vision_prompts_from_text and kind == "vision":
-                depths.append(config.text_prompt_depth)  # each is a map of a text prompt
-            setattr(config, field, max(1, min(depths, default=1)))
-    check_coupled_depths(config)
-
-
-def _resolve_start(config, num_begin: int) -> None:
-    if config.start_idx is None:
-        config.start_idx = num_begin
-    if config.start_idx < num_begin:
-        raise ValueError(
-            f"start_idx must be at least {num_begin}, since the tokenizer puts {num_begin} begin token(s) in front of "
-            f"a text, got {config.start_idx}; leave it out for the first position behind them."
-        )
-
-
-def _room_in_template(config, tokenizer, num_begin: int) -> int:
-    context_ids = encode_words(context_text(config.prompt_template), tokenizer)
-    room = num_begin + len(context_ids) - config.start_idx
+def _room_in_template(config: CLIPPromptTuningConfig, tokenizer, num_begin: int) -> int:
+    room = num_begin + len(encode_words(context_text(config.prompt_template), tokenizer)) - config.start_idx
     if room < 1:
         raise ValueError(
             f"The template {config.prompt_template!r} has no words from position {config.start_idx} up to the class "
@@ -186,7 +197,7 @@ def _room_in_template(config, tokenizer, num_begin: int) -> int:
     return room
 
 
-def _tokenizer_for(config, model):
+def _tokenizer_for(config: CLIPPromptTuningConfig, model: nn.Module):
     if config.tokenizer_name_or_path is None and getattr(model, "tokenizer", None) is not None:
         return model.tokenizer
     name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
@@ -198,17 +209,42 @@ def _tokenizer_for(config, model):
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def _check_next_to_class(config, class_position: int) -> None:
-    end = config.start_idx + config.num_virtual_tokens
-    if config.has_row_positions and end != class_position:
+def _check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    """Checks that the model, or the part of it that `target_modules` names, has the towers that are needed."""
+    _check_targets(config, model)
+    name = type(model).__name__
+    if not find_towers(model, "text"):
         raise ValueError(
-            f"class_token_position={config.class_token_position.value!r} moves the class name among the vectors, so "
-            f"they must stand right before it, but in the template {config.padded_template!r} they end "
-            f"{class_position - end} tokens earlier; take more vectors, or a template with fewer words."
+            f"{name} has no CLIP text embeddings (a module with a token table and a position table; one like BERT's "
+            "only beside an image tower), so there is nothing to tune. Models that have them: CLIPModel, "
+            "CLIPTextModel, CLIPTextModelWithProjection, those of MetaCLIP 2, SigLIP and SigLIP 2, ChineseCLIPModel, "
+            "AltCLIPModel, and the classifiers made of them (CLIPForPromptClassification, ...)."
+        )
+    if config.image_conditioned and not find_towers(model, "vision"):
+        raise ValueError(
+            f"image_conditioned needs image embeddings, and {name} has no image tower; use a "
+            "CLIPForPromptClassification."
+        )
+    if not config.num_vision_virtual_tokens:
+        return
+    if not chosen_towers(config, model, "text"):
+        raise ValueError("target_modules must name the text embeddings too; they know the template and the classes.")
+    towers = chosen_towers(config, model, "vision")
+    if not towers:
+        problem = "target_modules names none" if config.target_modules is not None else f"{name} has none"
+        raise ValueError(
+            f"The adapter has vision prompts (num_vision_virtual_tokens={config.num_vision_virtual_tokens}), which "
+            f"need an image tower, and {problem}; use a CLIPModel or a CLIPForPromptClassification."
+        )
+    takes_mask = any(takes_patches(model.get_submodule(tower.embeddings_key)) for tower in towers)
+    if takes_mask and not getattr(model, "masks_vision_prompts", False):
+        raise ValueError(
+            f"{name} masks the patches of an image, and its mask would not cover vision prompts; use "
+            "Siglip2ForPromptClassification (from_base), or leave num_vision_virtual_tokens out."
         )
 
 
-def _check_targets(config, model) -> None:
+def _check_targets(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     if config.target_modules is None:
         return
     for key, module in model.named_modules():
@@ -221,14 +257,21 @@ def _check_targets(config, model) -> None:
             )
 
 
-def _check_patches(config, model) -> None:
-    towers = chosen_towers(config, model, "vision") if config.num_vision_virtual_tokens else []
-    takes_mask = any(takes_patches(model.get_submodule(tower.embeddings_key)) for tower in towers)
-    if takes_mask and not getattr(model, "masks_vision_prompts", False):
+def _check_fits(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    """Checks that the model has the layers, positions and tokens that a resolved configuration asks for."""
+    text = chosen_towers(config, model, "text")
+    _check_depth("text_prompt_depth", config.text_prompt_depth, text)
+    if config.num_vision_virtual_tokens:
+        _check_depth("vision_prompt_depth", config.vision_prompt_depth, chosen_towers(config, model, "vision"))
+    if config.vision_prompts_from_text:
+        _check_coupling(config, text)
+    if config.class_specific and config.class_names is None:
         raise ValueError(
-            f"{type(model).__name__} masks the patches of an image, and nothing would tell the mask of vision prompts "
-            "behind them; use Siglip2ForPromptClassification (from_base), or leave num_vision_virtual_tokens out."
+            "class_specific makes vectors for each class, but no class names are known; give class_names, or put the "
+            "adapter into a classifier that has some."
         )
+    for tower in text:
+        _check_room(config, model.get_submodule(tower.embeddings_key))
 
 
 def _check_depth(field: str, depth: int, towers: list[Tower]) -> None:
@@ -240,9 +283,7 @@ def _check_depth(field: str, depth: int, towers: list[Tower]) -> None:
             )
 
 
-def _check_coupling(config, text) -> None:
-    if not config.vision_prompts_from_text:
-        return
+def _check_coupling(config: CLIPPromptTuningConfig, text: list[Tower]) -> None:
     if config.num_virtual_tokens != config.num_vision_virtual_tokens:
         raise ValueError(
             "vision_prompts_from_text maps each text vector to one vision prompt, so num_vision_virtual_tokens="
@@ -255,15 +296,15 @@ def _check_coupling(config, text) -> None:
         )
 
 
-def _check_room(config, embeddings: nn.Module) -> None:
-    vocab_size = getattr(embeddings, token_table_name(embeddings)).num_embeddings
+def _check_room(config: CLIPPromptTuningConfig, embeddings: nn.Module) -> None:
     end = config.start_idx + config.num_virtual_tokens
-    if end + 1 >= num_positions(embeddings):  # a class token and the end token must follow
+    if end + 1 >= num_positions(embeddings):  # a class token and the end token follow
         raise ValueError(
             f"start_idx={config.start_idx} and num_virtual_tokens={config.num_virtual_tokens} reach position "
             f"{end - 1}, but the text tower has {num_positions(embeddings)} positions and needs at least two after "
             "the vectors, for the class name and the end token; take fewer vectors."
         )
+    vocab_size = getattr(embeddings, token_table_name(embeddings)).num_embeddings
     highest = max(config.replaced_token_ids + (config.init_token_ids or []), default=0)
     if highest >= vocab_size:
         raise ValueError(

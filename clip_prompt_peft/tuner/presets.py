@@ -1,11 +1,11 @@
-"""The published methods as settings of one configuration: a row each."""
+"""The published methods as presets of the configuration, one row for each."""
 
 from __future__ import annotations
 
 
-# The settings of the papers for ViT-B/16, as their authors' code has them. Where a row names no initialisation, the
-# vectors start from the words that they replace ("a photo of a" with the default template); with 2 vectors the last
-# two of these words stay in the prompt. `None` is every layer of a tower.
+# The settings for ViT-B/16 in the code of the papers' authors. Without a `prompt_tuning_init`, vectors start from the
+# words that they replace ("a photo of a" with the default template; 2 vectors leave the last two of these words in the
+# prompt). A depth of `None` means every layer of the tower.
 PRESETS: dict[str, dict] = {
     "coop": {"num_virtual_tokens": 16, "prompt_tuning_init": "RANDOM"},
     "coop-csc": {"num_virtual_tokens": 16, "prompt_tuning_init": "RANDOM", "class_specific": True},
@@ -38,14 +38,16 @@ PRESETS: dict[str, dict] = {
 
 
 def preset_settings(name: str, num_text_layers: int | None = None, num_vision_layers: int | None = None) -> dict:
-    """The fields of a preset, its depths cut to the layers that there are.
+    """Returns the fields of a preset, with depths limited to the number of layers.
 
     Args:
-        name: one of `PRESETS`.
-        num_text_layers, num_vision_layers: of the model at hand; `None` leaves the paper's depths.
+        name (`str`):
+            One of `PRESETS`.
+        num_text_layers, num_vision_layers (`int`, *optional*):
+            The numbers of layers of the model. `None` keeps the depth of the paper.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: If the name is unknown.
     """
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}; there are {sorted(PRESETS)}.")
@@ -53,6 +55,6 @@ def preset_settings(name: str, num_text_layers: int | None = None, num_vision_la
     for field, num_layers in (("text_prompt_depth", num_text_layers), ("vision_prompt_depth", num_vision_layers)):
         if num_layers is not None and settings.get(field) is not None:
             settings[field] = min(settings[field], num_layers)
-    if settings.get("vision_prompts_from_text"):  # each is a map of a text prompt
+    if settings.get("vision_prompts_from_text"):  # there is a text prompt for each vision prompt
         settings["vision_prompt_depth"] = min(settings["vision_prompt_depth"], settings["text_prompt_depth"])
     return settings

@@ -1,23 +1,23 @@
-"""Vectors of their own, or linear maps of text vectors (MaPLe)."""
+"""Learnable vectors for the image tower and for deeper layers: vision prompts, deep prompts, and MaPLe's coupling."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from .config import CLIPPromptTuningConfig
-from .layer import CLIPPromptLayer, build_linear, random_vectors
+from .layer import RANDOM_STD, CLIPPromptLayer, empty_linear, empty_vectors
+from .layout import PromptLayout
 
 
 class CLIPVectorsLayer(CLIPPromptLayer):
     """
-    A layer with (n, D) vectors for each adapter: its own, or, where it is coupled, maps of those of a text layer.
+    The base class of layers with (n, D) vectors for each adapter: its own, or linear maps of those of a text layer.
 
     **Attributes**:
-        - **learnable_prompts** (`nn.ParameterDict`): (n, D).
-        - **learnable_projections** (`nn.ModuleDict`): linear, from the text width to D.
-        - **text_sources** (`dict[str, CLIPPromptLayer]`): the layer whose vectors are mapped. In a plain dictionary,
-          so that it is not a submodule of two modules.
+        - **learnable_prompts** (`nn.ParameterDict`): The vectors (n, D).
+        - **learnable_projections** (`nn.ModuleDict`): Linear layers from the width of the text tower to D (MaPLe).
+        - **text_sources** (`dict[str, CLIPPromptLayer]`): The layer whose vectors are mapped. A plain dictionary, so
+          that the layer does not become a submodule of two modules.
     """
 
     adapter_layer_names = ("learnable_prompts", "learnable_projections")
@@ -29,32 +29,40 @@ class CLIPVectorsLayer(CLIPPromptLayer):
         self.learnable_projections = nn.ModuleDict({})
         self.text_sources: dict[str, CLIPPromptLayer] = {}
 
-    def update_layer(self, adapter_name: str, config: CLIPPromptTuningConfig, n: int, like: torch.Tensor) -> None:
-        """Adds an adapter with vectors of its own, or starts one of that name anew.
+    def update_layer(
+        self, adapter_name: str, layout: PromptLayout, n: int, like: torch.Tensor, text_width: int | None = None
+    ) -> None:
+        """Adds the tensors of an adapter, not initialised. They replace those of an older one of that name.
 
         Args:
-            n: number of vectors.
-            like: a tensor of the tower (..., D), for width, device and dtype.
+            adapter_name (`str`):
+                The name of the adapter.
+            layout (`PromptLayout`):
+                Its layout.
+            n (`int`):
+                The number of vectors.
+            like (`torch.Tensor`):
+                A tensor (..., D) of the tower, which gives the width, device and dtype.
+            text_width (`int`, *optional*):
+                The width of the text vectors, if the vectors here are maps of them. The layer that they come from has
+                to be entered in `text_sources`.
         """
-        with self._starting(adapter_name, config):
-            vectors = random_vectors((n, like.shape[-1]), like, draw=not config._loaded)
-            self.learnable_prompts[adapter_name] = nn.Parameter(vectors)
+        self._begin(adapter_name, layout)
+        if text_width is None:
+            self.learnable_prompts[adapter_name] = nn.Parameter(empty_vectors((n, like.shape[-1]), like))
+        else:
+            self.learnable_projections[adapter_name] = empty_linear(text_width, like.shape[-1], like)
 
-    def couple(self, adapter_name: str, config: CLIPPromptTuningConfig, width: int, like: torch.Tensor) -> None:
-        """Adds an adapter whose vectors are maps of text vectors, or starts one of that name anew.
-
-        Which layer these come from is to be entered in `text_sources`.
-
-        Args:
-            width: of the text vectors.
-            like: a tensor of this tower (..., D).
-        """
-        with self._starting(adapter_name, config):
-            projection = build_linear(width, like.shape[-1], like, draw=not config._loaded)
-            self.learnable_projections[adapter_name] = projection
+    @torch.no_grad()
+    def reset_adapter_parameters(self, adapter_name: str, config) -> None:
+        """Initialises the tensors of an adapter at random."""
+        if adapter_name in self.learnable_prompts:
+            self.learnable_prompts[adapter_name].normal_(std=RANDOM_STD)
+        else:
+            self.learnable_projections[adapter_name].reset_parameters()
 
     def vectors(self, adapter_name: str) -> torch.Tensor:
-        """(n, D)"""
+        """Returns the vectors (n, D) of an adapter, differentiably."""
         self._check_weights(adapter_name)
         if adapter_name not in self.learnable_projections:
             return self.learnable_prompts[adapter_name]
@@ -65,15 +73,18 @@ class CLIPVectorsLayer(CLIPPromptLayer):
 
 class CLIPDeepPrompts(CLIPVectorsLayer):
     """
-    Wraps an encoder layer: the states at the prompts' places are replaced by vectors before the layer runs.
+    Wraps an encoder layer and replaces the hidden states at the positions of the prompts before the layer runs.
 
-    What the layers before made of their own prompts is dropped; layers behind the last wrapped one carry on what they
-    get. In a text tower the places are `start_idx ... start_idx + n - 1`, in an image tower the last n.
+    What earlier layers have made of their prompts is dropped. Layers after the last wrapped one do not replace
+    anything. In a text tower the positions are `start_idx ... start_idx + n - 1`, in an image tower the last n.
 
     Args:
-        base_layer: the encoder layer to wrap.
-        adapter_name: name of the first adapter.
-        at_end: whether the places are the last n, as in an image tower.
+        base_layer (`torch.nn.Module`):
+            The encoder layer to wrap.
+        adapter_name (`str`):
+            The name of the first adapter.
+        at_end (`bool`):
+            Whether the positions are the last n, as in an image tower.
 
     Source: Jia et al., Visual Prompt Tuning (ECCV 2022), "deep"; MaPLe and IVLP for both towers of CLIP.
     """
@@ -83,7 +94,7 @@ class CLIPDeepPrompts(CLIPVectorsLayer):
         self.at_end = at_end
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
-        """As the encoder layer's; `hidden_states` is (B, L, D)."""
+        """Calls the encoder layer with the replaced `hidden_states` (B, L, D)."""
         if not self.disable_adapters:
             for name in self._active_here():
                 hidden_states = self._replace(hidden_states, name)
@@ -92,21 +103,21 @@ class CLIPDeepPrompts(CLIPVectorsLayer):
     def _replace(self, states: torch.Tensor, name: str) -> torch.Tensor:
         vectors = self.vectors(name).to(states)  # (n, D)
         n, length = vectors.shape[0], states.shape[1]
-        start = length - n if self.at_end else self.prompt_configs[name].start_idx
+        start = length - n if self.at_end else self.prompt_layouts[name].start_idx
         vectors = vectors.expand(states.shape[0], -1, -1)  # (B, n, D)
         return torch.cat([states[:, :start], vectors, states[:, start + n :]], dim=1)
 
 
 class CLIPVisionLearnableEmbeddings(CLIPVectorsLayer):
     """
-    Wraps `CLIPVisionEmbeddings` or those of another family: n vectors are appended to class token and patches.
+    Wraps `CLIPVisionEmbeddings`, or those of a related model, and appends n vectors to class token and patches.
 
-    They come after the position embeddings have been added and get none of their own, and before the pre-LayerNorm,
-    which CLIP applies to the result (MaPLe, IVLP and PromptSRC; VPT for other vision transformers puts them after the
-    class token, which for tokens without position makes no difference).
+    The vectors get no position embeddings, and come before the pre-LayerNorm that CLIP applies to the result, as in
+    MaPLe, IVLP and PromptSRC. VPT for other vision transformers inserts them after the class token, which makes no
+    difference for tokens without position.
     """
 
-    # Where transformers looks for the input embeddings of an image tower, and for its positions.
+    # transformers looks for the input embeddings of an image tower, and for its positions, here.
     @property
     def patch_embedding(self) -> nn.Module:
         return self.get_base_layer().patch_embedding
@@ -122,10 +133,10 @@ class CLIPVisionLearnableEmbeddings(CLIPVectorsLayer):
     def forward(self, *args, **kwargs) -> torch.Tensor:
         """
         Returns:
-            (B, 1 + patches + n, D), or one less without a class token
+            `torch.Tensor`: (B, 1 + patches + n, D), or one less without a class token.
 
         Raises:
-            ValueError: if more than one active adapter has vision prompts.
+            ValueError: If several active adapters have vision prompts.
         """
         embeddings = self.base_layer(*args, **kwargs)  # (B, 1 + patches, D)
         adapters = self._active_here()

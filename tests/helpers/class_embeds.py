@@ -52,7 +52,7 @@ def evaluate(model):
 @torch.no_grad()
 def compute_anew(model):
     classifier = base_of(model)
-    return ClassEncoder(path="plain")(classifier, classifier._class_prompts(), classifier.prompt_layout)
+    return ClassEncoder(path="plain")(classifier, classifier.class_prompts, classifier.prompt_layout)
 
 
 def base_of(model):

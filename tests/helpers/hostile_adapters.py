@@ -231,7 +231,7 @@ def run(model) -> list[torch.Tensor]:
     if isinstance(clip, CLIPForPromptClassification):
         return [model(pixel_values=images).logits]
     layout = clip.text_model.embeddings.prompt_layout
-    if layout.has_row_vectors or layout.has_row_positions:
+    if layout.has_per_text_vectors or layout.has_per_text_positions:
         return []  # these need the classifier
     texts = base(CLIPForPromptClassification).tokenizer(
         [layout.padded_template.replace("{}", "cat")], padding=True, return_tensors="pt"

@@ -83,7 +83,7 @@ def test_vectors_and_positions_of_each_text_can_be_handed_in(clip, tokenizer):
     layer = clip.text_model.embeddings
     ids = tokenizer(["a photo of a cat."] * 2, return_tensors="pt")["input_ids"]
     vectors, positions = torch.randn(2, 3, 128), torch.tensor([[1, 2, 3], [2, 4, 1]])
-    with layer.rows(vectors, positions):
+    with layer.per_text(vectors, positions):
         embeds = layer(ids) - layer.position_embedding.weight[: ids.shape[1]]
     torch.testing.assert_close(embeds[0, 1:4], vectors[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(embeds[1, [2, 4, 1]], vectors[1], atol=1e-6, rtol=0)
@@ -110,10 +110,10 @@ def image_by_image(classifier, image_embeds):
     }
     hidden = torch.nn.functional.linear(image_embeds, tensors["meta_in.weight"], tensors["meta_in.bias"]).relu()
     shifts = torch.nn.functional.linear(hidden, tensors["meta_out.weight"], tensors["meta_out.bias"])
-    prompts, layer, embeds = classifier._class_prompts(), classifier.text_model.embeddings, []
+    prompts, layer, embeds = classifier.class_prompts, classifier.text_model.embeddings, []
     for shift in shifts:
         vectors = (tensors["embeddings"] + shift).expand(len(prompts.texts), -1, -1)
-        with layer.rows(vectors):
+        with layer.per_text(vectors):
             features = classifier.get_text_features(prompts.input_ids, prompts.attention_mask).pooler_output
         embeds.append(torch.nn.functional.normalize(features, dim=-1))
     return torch.stack(embeds)
