@@ -149,7 +149,8 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
                 Further arguments of the base model's `from_pretrained` (`dtype`, `device_map`, ...).
 
         Raises:
-            OSError: If the folder or repository does not exist, cannot be accessed, or holds no adapter.
+            OSError: If the folder or repository does not exist, cannot be accessed, or holds no adapter, or if the Hub
+                fails.
             ValueError: If the adapter is of another method, its weights are pickled or damaged, its base model is not
                 named or cannot be found, or the family of the base model is not supported.
         """
