@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor
 
 from .modeling import PromptClassificationMixin
 from .text import normalize
-from .towers import find_towers, takes_patches
+from .towers import eval_mode, find_towers, takes_patches
 
 
 logger = logging.getLogger(__name__)
@@ -142,9 +142,7 @@ def export_classifier(
     _check_images(classifier, images, labels, int8)
     _check_packages()
     image_processor = image_processor or _load_image_processor(classifier)
-    was_training = classifier.training
-    classifier.eval()
-    try:
+    with eval_mode(classifier):
         baked = BakedClassifier(classifier, classifier.get_class_embeds())
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -154,8 +152,6 @@ def export_classifier(
                 file.unlink()  # an 8-bit graph of an earlier export must not remain beside the new one
             for file in Path(folder).iterdir():
                 os.replace(file, path / file.name)
-    finally:
-        classifier.train(was_training)
     return report
 
 

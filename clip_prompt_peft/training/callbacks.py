@@ -11,11 +11,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters of a model that require a gradient, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 class GaussianPromptAveraging(TrainerCallback, ExportableState):
     """
     Replaces the trained parameters with their Gaussian-weighted average over the epochs, at the end of training.
@@ -80,13 +75,13 @@ class GaussianPromptAveraging(TrainerCallback, ExportableState):
         epoch = round(state.epoch)
         weight = float(gaussian_weights(max(state.num_train_epochs, epoch), self.mean, self.std)[epoch - 1])
         self._total += weight
-        for name, parameter in trainable_parameters(model).items():
+        for name, parameter in _named_trainable_parameters(model).items():
             self._sums[name] = self._sums.get(name, 0) + weight * parameter.detach().to("cpu", torch.float64)
 
     @torch.no_grad()
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self._total > 0:
-            for name, parameter in trainable_parameters(model).items():
+            for name, parameter in _named_trainable_parameters(model).items():
                 parameter.copy_(self._sums[name] / self._total)
 
 
@@ -114,7 +109,7 @@ class StopAtNonFinite(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._parameters = trainable_parameters(model)
+        self._parameters = _named_trainable_parameters(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         broken = [name for name, parameter in self._parameters.items() if not torch.isfinite(parameter).all()]
@@ -124,3 +119,8 @@ class StopAtNonFinite(TrainerCallback):
                 f"{state.global_step}: training has diverged, or the inputs contain NaN. Nothing was saved since. "
                 "Try a lower learning rate, warm-up steps, max_grad_norm=1, or bf16 or float32 instead of fp16."
             )
+
+
+def _named_trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters of a model that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

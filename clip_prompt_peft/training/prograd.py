@@ -6,7 +6,7 @@ import torch
 from transformers import Trainer
 
 from ..regularizers import project_gradient
-from .callbacks import trainable_parameters
+from ..towers import trainable_parameters
 
 
 class ProGradMixin:
@@ -48,7 +48,7 @@ class ProGradMixin:
         # the direction matters, so the factor of a gradient scaler is harmless, and it prevents underflow.
         if self.accelerator.scaler is not None:
             term = self.accelerator.scaler.scale(term)
-        parameters = list(trainable_parameters(self.model).values())
+        parameters = trainable_parameters([self.model])
         gradients = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
         if self._general is not None:
             gradients = [old + new for old, new in zip(self._general, gradients)]
@@ -58,7 +58,7 @@ class ProGradMixin:
     def _project(self) -> None:
         regularizer = self._regularizer()
         general, self._general = self._general, None
-        for parameter, direction in zip(trainable_parameters(self.model).values(), general or ()):
+        for parameter, direction in zip(trainable_parameters([self.model]), general or ()):
             if parameter.grad is not None:
                 direction = self.accelerator.reduce(direction, reduction="mean")
                 parameter.grad.copy_(project_gradient(parameter.grad, direction, regularizer.projection))

@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
+from ..towers import trainable_parameters
 from ..tuner.presets import PRESETS
-from .callbacks import GaussianPromptAveraging, trainable_parameters
+from .callbacks import GaussianPromptAveraging
 from .prograd import ProGradTrainer
 
 
@@ -153,7 +154,7 @@ def sgd_with_epoch_cosine(
     Raises:
         ValueError: If the model has no trainable parameters.
     """
-    parameters = list(trainable_parameters(model).values())
+    parameters = trainable_parameters([model])
     if not parameters:
         raise ValueError("The model has nothing to train; put an adapter into it first, or load it with is_trainable.")
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
