@@ -48,7 +48,7 @@ class Prediction:
             logit_bias (`torch.Tensor`, *optional*):
                 A bias that is added to all logits, as in SigLIP.
         """
-        with torch.autocast(class_embeds.device.type, enabled=False):  # bfloat16 has steps of 0.1 at 30
+        with torch.autocast(class_embeds.device.type, enabled=False):  # bfloat16 rounds near 30 to 0.125
             image_embeds = normalize(image_embeds.to(class_embeds.dtype))
             if class_embeds.ndim == 2:
                 similarity = image_embeds @ class_embeds.T  # (B, C)
