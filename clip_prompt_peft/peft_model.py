@@ -179,7 +179,7 @@ class PeftModelForPromptClassification(PeftModel):
         base = self.active_peft_config.base_model_name_or_path
         if not is_hub_id(base):
             logger.warning(
-                "The base model %r of this adapter is not on the Hub. Set "
+                "The base model %r of this adapter is not a Hub id. Set "
                 "model.active_peft_config.base_model_name_or_path to the Hub id of the base model and push again.",
                 base,
             )
