@@ -199,7 +199,7 @@ class TestPatches:
 
     def test_patches_without_their_mask_are_refused(self):
         case = Case("Siglip2")
-        with pytest.raises(ValueError, match="pixel_attention_mask and spatial_shapes beside them"):
+        with pytest.raises(ValueError, match="need pixel_attention_mask and spatial_shapes"):
             case.classifier()(pixel_values=case.images["pixel_values"])
 
     def test_a_batch_may_mix_adapters(self):
