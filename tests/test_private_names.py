@@ -10,6 +10,7 @@ import pkgutil
 import re
 
 import pytest
+import torch
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 
@@ -91,7 +92,9 @@ def overridden_names():
     modules = [
         importlib.import_module(info.name)
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-        if not re.search(r"\.(report|export|metrics)(\.|$)", info.name)  # need further packages, inherit nothing
+        if not re.search(
+            r"\.(report|export|metrics|commands)(\.|$)", info.name
+        )  # of other packages
     ]
     classes = {c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__}
     for our_class in classes:
@@ -169,6 +172,32 @@ def tensors_and_children_of_a_module(clip):
     assert clip._modules["text_model"] is clip.text_model
 
 
+def hooks_of_a_module(clip):
+    """`Module._forward_hooks`, `_forward_pre_hooks`: a text tower with hooks would be run on packed prompts."""
+    hooks = [clip.register_forward_hook(print), clip.register_forward_pre_hook(print)]
+    assert list(clip._forward_hooks.values()) == list(clip._forward_pre_hooks.values()) == [print]
+    for hook in hooks:
+        hook.remove()
+
+
+def hooks_of_transformers(clip):
+    """`transformers.utils.output_capturing`: after a call with `output_attentions`, prompts would not be packed."""
+    clip.text_model(torch.tensor([[0, 1]]), output_attentions=True)
+    hooks = [hook for module in clip.text_model.modules() for hook in module._forward_hooks.values()]
+    assert {hook.__module__ for hook in hooks} == {"transformers.utils.output_capturing"}
+
+
+def parts_of_a_text_model(clip):
+    """`CLIPTextModel.encoder`, `final_layer_norm`: packed prompts would have other embeddings. They are run one after
+    the other, since the text model takes token ids only."""
+    ids = torch.tensor([[0, 5, 7, 1]])
+    embeds = clip.text_model.embeddings(input_ids=ids)
+    mask = torch.full((1, 1, 4, 4), torch.finfo(torch.float32).min).triu(1)
+    states = clip.text_model.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    expected = clip.text_model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(clip.text_model.final_layer_norm(states), expected)
+
+
 def adapter_mark_of_transformers(clip):
     """`PreTrainedModel._hf_peft_config_loaded`: a classifier with an adapter would save all of its weights."""
     assert clip._hf_peft_config_loaded is False
@@ -207,14 +236,17 @@ ATTRIBUTES = {
     "_parameters": tensors_and_children_of_a_module,
     "_buffers": tensors_and_children_of_a_module,
     "_modules": tensors_and_children_of_a_module,
+    "_forward_hooks": hooks_of_a_module,
+    "_forward_pre_hooks": hooks_of_a_module,
     "_hf_peft_config_loaded": adapter_mark_of_transformers,
     "_raise_exceptions_for_missing_entries": missing_entries,
 }
+OTHERS = (active_adapter_of_a_layer, wrapped_names, hooks_of_transformers, parts_of_a_text_model)
 
 
 @pytest.mark.parametrize(
     "check",
-    dict.fromkeys([*ATTRIBUTES.values(), active_adapter_of_a_layer, wrapped_names]),
+    dict.fromkeys([*ATTRIBUTES.values(), *OTHERS]),
     ids=lambda check: check.__name__,
 )
 def test_the_attribute_is_what_it_was(check, clip):

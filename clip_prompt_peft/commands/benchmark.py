@@ -41,6 +41,7 @@ from ..protocols import (
     few_shot_scores,
     few_shot_table,
     mean_scores,
+    methods_table,
     transfer,
     transfer_table,
 )
@@ -70,7 +71,7 @@ class BenchmarkArguments:
     model_name_or_path: str = argument(TINY_CLIP, "Hub id or folder of a CLIP.")
     device: str = argument("cpu", "Where to compute: cpu, cuda, ...")
     output_dir: str = argument("outputs/few_shot_benchmark", "Folder for results, tables and figures.")
-    metric: str = argument("accuracy", f"Metric of the tables, one of {', '.join(METRICS)}.")
+    metric: str = argument("accuracy", f"Metric of tables and figures, one of {', '.join(METRICS)}.")
 
 
 def main() -> None:
@@ -126,22 +127,18 @@ def write_tables(
     results: Results, curve: list[Run], base_new: list[Run], others: list[Run], args: BenchmarkArguments
 ) -> str:
     """Writes all tables to `tables.md` and returns them."""
-    shots, source = max(args.shots), curve[0].source
+    metric, source = args.metric, curve[0].source
+    trained = f"trained on {max(args.shots)} images of each"
     spread = f", mean ± standard deviation over {len(args.seeds)} seeds" if len(args.seeds) > 1 else ""
-    text = f"""\
-Percent {args.metric.replace("_", " ")}{spread}
-
-{source}, all classes:
-
-{few_shot_table(results, curve, args.metric)}
-
-{source}, trained on {shots} images of each base class; H is the harmonic mean:
-
-{base_new_table(results, base_new, args.metric)}
-"""
+    tables = {
+        f"{source}, all classes": few_shot_table(results, curve, metric),
+        f"{source}, {trained} base class; H is the harmonic mean": base_new_table(results, base_new, metric),
+    }
     if len(others[0].tests) > 1:
-        text += f"\nTrained on {shots} images of each class of {source}, tested elsewhere:\n\n"
-        text += transfer_table(results, others, args.metric) + "\n"
+        tables[f"{trained.capitalize()} class of {source}, tested elsewhere"] = transfer_table(results, others, metric)
+    tables[f"{source}, {trained} class, with the trained parameters of each method"] = methods_table(results, others)
+    text = f"Percent {metric.replace('_', ' ')}{spread}\n"
+    text += "".join(f"\n{title}:\n\n{table}\n" for title, table in tables.items())
     with open(os.path.join(args.output_dir, "tables.md"), "w") as file:
         file.write(text)
     return text

@@ -11,14 +11,13 @@ from dataclasses import field
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
 import transformers
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from .. import AutoPeftModelForPromptClassification, PeftModelForPromptClassification
 from ..assets import TINY_CLIP
-from ..evaluation.tables import aligned
+from ..evaluation.tables import aligned, percent
 
 
 # The metrics in a table of results, and the names of their columns.
@@ -111,11 +110,6 @@ def results_table(zero_shot: Results, tuned: Sequence[Results]) -> str:
     for test_set, before in zero_shot.items():
         line = [test_set]
         for metric in COLUMNS:
-            line += [_percent([before[metric]]), _percent([results[test_set][metric] for results in tuned])]
+            line += [percent([before[metric]]), percent([results[test_set][metric] for results in tuned])]
         lines.append(line)
     return aligned(lines)
-
-
-def _percent(values: Sequence[float]) -> str:
-    values = 100 * np.asarray(values)
-    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")

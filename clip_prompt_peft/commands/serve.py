@@ -45,7 +45,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # other decoders of Pillow star
 
 MAX_CONNECTIONS = 64
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-UNTRAINED = "_untrained"  # not a valid name; this adapter keeps the PeftModel alive when no other is loaded
+UNTRAINED = "-untrained"  # not a valid name; this adapter keeps the PeftModel alive when no other is loaded
 
 Scores = list[tuple[str, float]]  # labels and probabilities, the most probable first
 

@@ -192,7 +192,7 @@ class ClassEncoder:
             return fastest
         if PATHS.index(self.path) < PATHS.index(fastest):
             raise ValueError(
-                f"path={self.path!r} would not give this model's embeddings, or is not known to; the fastest path that "
-                f"does is {fastest!r}. Leave it at {AUTO!r}."
+                f"path={self.path!r} would not give this model's embeddings, as far as is known; the fastest path "
+                f"that does is {fastest!r}. Leave it at {AUTO!r}."
             )
         return self.path

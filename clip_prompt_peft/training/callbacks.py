@@ -109,10 +109,10 @@ class StopAtNonFinite(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._parameters = _named_trainable_parameters(model)
+        self._trained = _named_trainable_parameters(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        broken = [name for name, parameter in self._parameters.items() if not torch.isfinite(parameter).all()]
+        broken = [name for name, parameter in self._trained.items() if not torch.isfinite(parameter).all()]
         if broken:
             raise FloatingPointError(
                 f"NaN or Inf in {len(broken)} of the trained tensors ({broken[0]}, ...) after step "

@@ -18,6 +18,8 @@ def test_prints_and_draws_and_a_second_time_only_draws_again(run_here, tmp_path)
     assert re.search(r"\| method +\| 1 shot +\| 2 shots +\|", printed)
     assert re.search(r"\| linear-probe +\| [\d.]+ ± [\d.]+ +\| – +\| – +\|", printed)
     assert re.search(r"\| prompt-tuning +(\| [\d.]+ ± [\d.]+ +){4}\|", printed)  # source, two domains and their mean
+    assert re.search(r"\| linear-probe +\| [\d.]+ ± [\d.]+ +\| [\d.]+ ± [\d.]+ +\| [\d.]+ ± [\d.]+ +\| \d", printed)
+    assert re.search(r"\| prompt-tuning +(\| [\d.]+ ± [\d.]+ +){3}\| 512 +\| 2\.2 KB +\|", printed)
     assert (folder / "tables.md").read_text() in printed
     pictures = sorted(path.name for path in folder.glob("*.png"))
     assert {"few_shot_curve.png", "base_new.png", "confusion_linear-probe.png", "reliability_prompt-tuning.png"} <= {

@@ -210,7 +210,7 @@ def test_what_is_no_usable_image_is_refused_and_changes_nothing(loaded, image, s
         ({}, 422, "Give either adapters or class_names"),
         ({"adapters": "pets", "class_names": "cat"}, 422, "Give either adapters or class_names"),
         ({"adapters": "birds"}, 404, "'birds' is not loaded; loaded are ['meals', 'pets']"),
-        ({"adapters": "_untrained"}, 404, "'_untrained' is not loaded"),
+        ({"adapters": "-untrained"}, 404, "'-untrained' is not loaded"),
         ({"adapters": "__base__"}, 404, "'__base__' is not loaded"),
         ({"adapters": ["pets", "pets"]}, 422, "got 2 for 1 images"),
         ({"class_names": ["cat", "cat"]}, 422, "stand there twice"),
@@ -288,7 +288,7 @@ def test_an_upload_that_does_not_tell_its_length_is_cut_off(loaded):
         ("%2fetc", 404),
         ("pets%00", 422),
         ("pets.", 422),
-        ("_untrained", 422),
+        ("-untrained", 422),
         ("__base__", 422),
         ("a" * 300, 422),
         ("damaged", 422),
@@ -317,7 +317,7 @@ def test_loading_twice_or_too_many_and_unloading_what_is_not_there_are_refused(l
     again, third = (requests.put(f"{loaded}/adapters/{name}") for name in ("pets", "third"))
     assert again.status_code == 409 and "loaded already" in again.json()["detail"]
     assert third.status_code == 409 and "2 adapters are loaded, which is the limit" in third.json()["detail"]
-    for name in ("third", "_untrained", "birds"):
+    for name in ("third", "-untrained", "birds"):
         assert requests.delete(f"{loaded}/adapters/{name}").status_code == 404
     assert set(requests.get(f"{loaded}/adapters").json()["loaded"]) == {"pets", "meals"}
 
