@@ -14,6 +14,9 @@ from test_hub import run_client
 from clip_prompt_peft import CLIPForPromptClassification
 
 
+pytestmark = pytest.mark.slow  # a server and waiting for it
+
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.text_model.embeddings.learnable_embeddings"
 

@@ -203,6 +203,7 @@ def test_dozens_of_adapters_share_one_base_and_answer_by_name(classifier, pixel_
         torch.testing.assert_close(logits, expected[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_its_table(monkeypatch, capsys):
     script = ROOT / "benchmarks" / "many_adapters.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--num_adapters", "6", "--batch_size", "3"])
