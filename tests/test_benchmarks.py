@@ -66,7 +66,7 @@ def test_cost_model_counts_the_tokens_that_are_packed(tokenizer):
     import common
     import cost_model
 
-    from clip_prompt_peft.text.packing import pack_rows
+    from clip_prompt_peft.text.packing import pack_prompts
 
     for num_classes in (100, 512):
         classifier = common.build_classifier(num_classes, "tiny")
@@ -74,7 +74,7 @@ def test_cost_model_counts_the_tokens_that_are_packed(tokenizer):
         tokens, _ = cost_model.count_tokens(num_classes, shared, suffixes / num_classes, longest)["ours"]
         parts = torch.arange(num_classes).split(num_classes if num_classes <= 256 else 128)
         prompts = classifier.class_prompts
-        packed = sum(pack_rows(part, prompts, shared, torch.device("cpu")).segment.numel() for part in parts)
+        packed = sum(pack_prompts(part, prompts, shared, torch.device("cpu")).segment.numel() for part in parts)
         assert tokens == pytest.approx(packed, rel=0.05)
 
 
