@@ -14,7 +14,7 @@ import argparse
 from common import SIZES, add_prompts, build_classifier, describe_prompts, print_table
 
 from clip_prompt_peft.text.encoder import CHUNK, MANY_CLASSES
-from clip_prompt_peft.text.packing import ROW_TOKENS
+from clip_prompt_peft.text.packing import PACKED_TOKENS
 
 
 SAMPLED = 1000  # classes whose names are really tokenized; longer lists have names like these
@@ -56,7 +56,7 @@ def count_tokens(num_classes: int, shared: int, suffix: float, longest: int) -> 
     """
     in_chunks = num_classes > MANY_CLASSES
     chunk = (CHUNK if in_chunks else num_classes) * suffix  # tokens
-    rows_of_chunk = max(1, round(chunk / ROW_TOKENS))  # each with the shared tokens
+    rows_of_chunk = max(1, round(chunk / PACKED_TOKENS))  # each with the shared tokens
     packed = num_classes * suffix * (1 + rows_of_chunk * shared / chunk)
     return {
         "CoOp: 77 tokens": (num_classes * POSITIONS, FORWARD_AND_BACKWARD),

@@ -1,7 +1,7 @@
-"""Learnable text embeddings for a frozen CLIP, native to peft and transformers.
+"""Learnable text embeddings for a frozen CLIP, as a method of peft and a classifier of transformers.
 
 Importing the package registers the method with peft, so that `get_peft_model`, `PeftModel.from_pretrained` and
-`CLIPModel.load_adapter` understand its adapters.
+`CLIPModel.load_adapter` support its adapters.
 """
 
 from .assets import load_templates

@@ -1,4 +1,4 @@
-"""The auto classes: from a checkpoint, an adapter, or a model in memory, to the classifier of its family."""
+"""Auto classes, which load the classifier for a checkpoint, an adapter, or a model in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FromPretrainedOnly:
 
     def __init__(self, *args, **kwargs):
         raise EnvironmentError(  # noqa: UP024, the type that transformers' auto classes raise
-            f"{type(self).__name__} is made to be used through {type(self).__name__}.from_pretrained(name_or_path)."
+            f"{type(self).__name__} cannot be instantiated; use {type(self).__name__}.from_pretrained(name_or_path)."
         )
 
 
@@ -74,27 +74,28 @@ class AutoModelForPromptClassification(FromPretrainedOnly):
         """Creates a classifier from a model in memory, see [`~PromptClassificationMixin.from_base`].
 
         Raises:
-            ValueError: If the family is not supported.
+            ValueError: If the family is not supported. The message lists those that are.
         """
         return classifier_class(model.config).from_base(model, *args, **kwargs)
 
 
 def _config_of(name_or_path: str | os.PathLike, hub: dict) -> PreTrainedConfig:
+    """Returns the config of a checkpoint, or of the base model of an adapter."""
     adapter = find_adapter_config_file(str(name_or_path), **hub)
     if adapter is not None:
         base = read_config(adapter).base_model_name_or_path
         if not base:
             raise ValueError(f"The adapter {str(name_or_path)!r} does not name its base model; load that one first.")
+        name_or_path = base
         hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-        return AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)
     return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
 
 
 class AutoPeftModelForPromptClassification(FromPretrainedOnly):
     """
-    Creates a whole classifier, with base model, class names and prompts, from the folder or Hub id of an adapter.
+    Creates a classifier with base model, class names and prompts from the folder or Hub id of an adapter.
 
-    peft's own `AutoPeftModel` does not import model classes of other packages, so this class is needed.
+    It takes the place of `AutoPeftModel` in peft, which does not import model classes of other packages.
 
     Example:
 
@@ -134,35 +135,37 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
             base_model_name_or_path (`str`, *optional*):
                 The base model to use instead of the one that the adapter names, for instance if that is a path on
                 another machine.
-            tokenizer (*optional*):
-                The tokenizer. By default that of the base model.
-            revision, subfolder, token, cache_dir (*optional*):
-                Where the adapter is, as in `PeftModel.from_pretrained`.
+            tokenizer (*optional*, defaults to that of the base model):
+                The tokenizer.
+            revision, subfolder (`str`, *optional*):
+                The revision of the adapter on the Hub, and its folder in the repository.
+            token (`str` or `bool`, *optional*):
+                The token for the Hub.
+            cache_dir (`str`, *optional*):
+                The folder for downloads.
             low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
-                As in `PeftModel.from_pretrained`.
+                Whether to create the adapter on the meta device before its weights are loaded.
             base_model_kwargs:
-                Arguments of the base model's `from_pretrained` (`dtype`, `device_map`, ...).
+                Further arguments of the base model's `from_pretrained` (`dtype`, `device_map`, ...).
 
         Raises:
-            OSError: If there is no such folder or repository, no access to it, no adapter in it, or the Hub fails.
-            ValueError: If the adapter is of another method, its weights are pickled or damaged, it names no base model
-                that can be found here, or the base model is of a family that is not supported.
+            OSError: If the folder or repository does not exist, cannot be accessed, or holds no adapter, or if the Hub
+                fails.
+            ValueError: If the adapter is of another method, its weights are pickled or damaged, its base model is not
+                named or cannot be found, or the family of the base model is not supported.
         """
-        adapter = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
-        adapter = {key: value for key, value in adapter.items() if value is not None}
-        config_file = fetch(pretrained_model_name_or_path, CONFIG_NAME, **adapter)
+        source = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+        config_file = fetch(pretrained_model_name_or_path, CONFIG_NAME, **source)
         config = read_config(config_file)
         if not isinstance(config, CLIPPromptTuningConfig):
             raise ValueError(
-                f"{config_file} is of an adapter of type {config.peft_type}, not of CLIP prompt tuning; load it with "
-                "peft's own classes."
+                f"{config_file} is of type {config.peft_type}, not of CLIP prompt tuning; load it with peft's classes."
             )
-        commit = extract_commit_hash(config_file, None)
-        if commit is not None:
-            adapter["revision"] = commit  # the weights have to be of the same commit, even if someone pushes meanwhile
+        # The weights have to be of the same commit as the configuration, even if someone pushes in the meantime.
+        source["revision"] = extract_commit_hash(config_file, None) or revision
+        folder = os.path.dirname(fetch_weights(pretrained_model_name_or_path, config, **source))
         if config.problem_type is not None:
             base_model_kwargs.setdefault("problem_type", config.problem_type)
-        folder = os.path.dirname(fetch_weights(pretrained_model_name_or_path, config, **adapter))
         model = AutoModelForPromptClassification.from_pretrained(
             base_model_name_or_path or _base_model_of(config, pretrained_model_name_or_path),
             class_names=config.class_names,
@@ -174,11 +177,7 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
             **base_model_kwargs,
         )
         return PeftModelForPromptClassification.from_pretrained(
-            model,
-            folder,
-            adapter_name=adapter_name,
-            is_trainable=is_trainable,
-            low_cpu_mem_usage=low_cpu_mem_usage,
+            model, folder, adapter_name, is_trainable, low_cpu_mem_usage=low_cpu_mem_usage
         )
 
 
@@ -188,7 +187,7 @@ def _base_model_of(config: CLIPPromptTuningConfig, adapter: str | os.PathLike) -
         raise ValueError(f"The adapter {str(adapter)!r} does not name its base model; pass base_model_name_or_path.")
     if not os.path.isdir(base) and not is_hub_id(base):
         raise ValueError(
-            f"The adapter {str(adapter)!r} names the base model {base!r}, which is no folder of this machine and "
-            "cannot be a Hub id; pass base_model_name_or_path."
+            f"The adapter {str(adapter)!r} names the base model {base!r}, which is no folder of this machine and no "
+            "Hub id; pass base_model_name_or_path."
         )
     return base

@@ -1,4 +1,4 @@
-"""The classifiers of CLIP and of the related families of dual encoders in transformers, and the table of them."""
+"""The classifiers for CLIP and related dual encoders in transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .text.tokenization import MASKED, READ
 
 class CLIPForPromptClassification(PromptClassificationMixin, CLIPModel):
     """
-    `CLIPModel` with class names: images are scored against the embeddings of one prompt for each class.
+    `CLIPModel` with class names, which scores images against the embeddings of one prompt for each class.
 
     See [`PromptClassificationMixin`] for its methods. Create it with [`~CLIPForPromptClassification.from_pretrained`],
     or from a model in memory with [`~CLIPForPromptClassification.from_clip`].
@@ -128,8 +128,8 @@ class Siglip2ForPromptClassification(PromptClassificationMixin, Siglip2Model):
         """Computes the same as `Siglip2Model.get_image_features`, with vision prompts in the mask."""
         if pixel_values is not None and (pixel_attention_mask is None or spatial_shapes is None):
             raise ValueError(
-                "pixel_values of this model are patches, which need pixel_attention_mask and spatial_shapes beside "
-                "them; pass all outputs of the image processor."
+                "pixel_values of this model are patches, which need pixel_attention_mask and spatial_shapes; pass all "
+                "outputs of the image processor."
             )
         mask = self._with_vision_prompts(pixel_attention_mask)
         return super().get_image_features(pixel_values, mask, spatial_shapes, **kwargs)
@@ -168,13 +168,16 @@ CLASSIFIERS: tuple[type[PromptClassificationMixin], ...] = (
 
 
 def classifier_class(config: PreTrainedConfig) -> type[PromptClassificationMixin]:
-    """Returns the classifier for models of this config; raises `ValueError` with the supported families otherwise."""
+    """Returns the classifier class for a model config.
+
+    Raises:
+        ValueError: If the family is not supported. The message lists those that are.
+    """
     for classifier in CLASSIFIERS:
         if type(config) is classifier.config_class:
             return classifier
     supported = ", ".join(f"{one.config_class.model_type} ({one.base_class.__name__})" for one in CLASSIFIERS)
     raise ValueError(
-        f"A {type(config).__name__} (model type {config.model_type!r}) is not of a family that is known to have a "
-        f"text and an image tower with one embedding space. Supported are: {supported}. Checkpoints of open_clip work "
-        "through their weights in transformers' format."
+        f"{type(config).__name__} (model type {config.model_type!r}) is not of a supported family: {supported}. "
+        "Checkpoints of open_clip have to be in transformers' format."
     )

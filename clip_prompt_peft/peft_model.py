@@ -1,4 +1,4 @@
-"""Writing a folder so that a full disk or a killed process never leaves half a file in it."""
+"""The `PeftModel` of a prompt-tuned classifier, batches with several adapters, atomic saving, and registration."""
 
 from __future__ import annotations
 
@@ -22,159 +22,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .evaluation.model_card import CardDetails, add_prompt_section, empty_card, is_hub_id
 from .modeling import PromptClassificationMixin
-from .towers import image_side
+from .towers import image_side, trainable_parameters
 from .tuner import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig, CLIPPromptTuningModel
 
 
-@contextmanager
-def replacing_files(folder: str | os.PathLike, kept: Sequence[str], last: str) -> Iterator[str]:
-    """Gives a new folder to write into; what is in it then replaces the files of the same names in `folder`.
-
-    If the body raises, `folder` stays as it is. A link in the place of a file is replaced, not followed.
-
-    Args:
-        folder: to change; exists.
-        kept: names of files that the body reads and changes; the new folder has copies of them.
-        last: name of the files without which the others are nothing. They come last, and old ones that differ go
-            first: whoever is killed in between leaves a folder that is refused, and not a mixture of old and new.
-    """
-    with TemporaryDirectory(dir=folder, prefix=".saving-") as new:
-        for name in kept:
-            if os.path.isfile(os.path.join(folder, name)):
-                shutil.copy(os.path.join(folder, name), new)
-        yield new
-        files = sorted((file for file in Path(new).rglob("*") if file.is_file()), key=lambda file: file.name == last)
-        targets = {file: Path(folder) / file.relative_to(new) for file in files}
-        for file, target in targets.items():
-            if file.name == last and target.is_file() and target.read_bytes() != file.read_bytes():
-                target.unlink()
-        for file, target in targets.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-
-
 BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
-
-
-def mixed_batch_forward(
-    model: PeftModel,
-    adapter_names: Sequence[str],
-    pixel_values: torch.Tensor | None = None,
-    image_embeds: torch.Tensor | None = None,
-    **image_inputs,
-) -> ImageClassifierOutput:
-    """Scores every image against the classes of its own adapter, as `adapter_names` does for LoRA in peft.
-
-    All images go through the image tower together, unless there are prompts (or `modules_to_save`) in the image tower
-    as well: then those of one adapter do. Which adapter is active stays as it is.
-
-    Args:
-        model: a prompt-tuned classifier, in eval mode.
-        adapter_names: B names of loaded prompt adapters, or `"__base__"` for the model without prompts.
-        pixel_values, image_embeds, image_inputs: as for the classifier.
-
-    Returns:
-        `ImageClassifierOutput` whose `logits` are (B, C) where all images have the same classes, otherwise a list of B
-        tensors (C of that adapter,).
-
-    Raises:
-        TypeError: names that are not a list of strings; a base model that is no classifier.
-        ValueError: unknown names, or another number of them than there are images; training mode; merged adapters.
-    """
-    classifier = model.get_base_model()
-    images = pixel_values if pixel_values is not None else image_embeds
-    image_inputs["pixel_values"] = pixel_values
-    _check_model(model, classifier)
-    _check_names(model, adapter_names, images)
-    if image_embeds is None and not _image_tower_is_tuned(model, classifier):
-        image_embeds, image_inputs = classifier.get_image_features(**image_inputs).pooler_output, {}  # (B, E)
-    logits: list[torch.Tensor] = [None] * len(adapter_names)
-    class_lists = []
-    for name, rows in _rows_by_name(adapter_names).items():
-        with _only(model, name):
-            output = classifier(**_rows_of({"image_embeds": image_embeds, **image_inputs}, rows))
-            class_lists.append(classifier.class_names)
-        for row, of_image in zip(rows, output.logits):  # of_image: (C,)
-            logits[row] = of_image
-    same_classes = all(names == class_lists[0] for names in class_lists)
-    return ImageClassifierOutput(logits=torch.stack(logits) if same_classes else logits)
-
-
-def _check_model(model, classifier) -> None:
-    if not isinstance(classifier, PromptClassificationMixin):
-        raise TypeError(
-            f"adapter_names is for images that are scored against class names, but the base model is a "
-            f"{type(classifier).__name__}; make it a classifier (AutoModelForPromptClassification.from_base), or "
-            "switch with set_adapter."
-        )
-    if model.training:
-        raise ValueError("adapter_names is for inference, but the model is in training mode; call model.eval() first.")
-    merged = {name for layer in _tuner_layers(model, classifier) for name in layer.merged_adapters}
-    if merged:
-        raise ValueError(
-            f"adapter_names cannot be used while adapters are merged ({sorted(merged)}); call unmerge_adapter() first."
-        )
-
-
-def _check_names(model, adapter_names, images) -> None:
-    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
-        raise TypeError(f"adapter_names must be a list with one name for each image, got {adapter_names!r}.")
-    loaded = [name for name, config in model.peft_config.items() if isinstance(config, CLIPPromptTuningConfig)]
-    unknown = sorted({*adapter_names} - {*loaded, BASE})
-    if unknown:
-        raise ValueError(
-            f"There is no prompt adapter {unknown[0]!r}; loaded are {sorted(loaded)}, and {BASE!r} stands for none."
-        )
-    if images is None:
-        raise ValueError("Give either pixel_values or image_embeds, got neither.")
-    if len(adapter_names) != len(images):
-        raise ValueError(
-            f"adapter_names must name one adapter for each image, got {len(adapter_names)} names for {len(images)} "
-            "images."
-        )
-    if not len(images):
-        raise ValueError("The batch is empty; give at least one image.")
-
-
-def _rows_by_name(adapter_names: Sequence[str]) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(adapter_names):
-        rows.setdefault(name, []).append(row)
-    return rows
-
-
-def _rows_of(inputs: dict, rows: list[int]) -> dict:
-    """Of tensors those rows, of settings what they are."""
-    return {name: value[rows] if torch.is_tensor(value) else value for name, value in inputs.items()}
-
-
-def _tuner_layers(model: PeftModel, part: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    layer_class = model.base_model.tuner_layer_cls
-    return (module for module in part.modules() if isinstance(module, layer_class))
-
-
-def _image_tower_is_tuned(model: PeftModel, classifier: PromptClassificationMixin) -> bool:
-    for part in image_side(classifier):
-        saved = any(isinstance(module, AuxiliaryTrainingWrapper) for module in part.modules())
-        if saved or any(_tuner_layers(model, part)):
-            return True
-    return False
-
-
-@contextmanager
-def _only(model: PeftModel, name: str) -> Iterator[None]:
-    """Makes one adapter the active one for a while; under a name that no layer has, the model is the base model."""
-    tuner = model.base_model
-    active = tuner.active_adapter
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]  # set_adapter changes that
-    tuner.set_adapter(name, inference_mode=True)
-    try:
-        yield
-    finally:
-        tuner.set_adapter(active, inference_mode=True)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
+CARD_NAME = "README.md"
+NEW_FILES = ".saving-"  # the prefix of the temporary folder that an adapter is written into
 
 logger = logging.getLogger(__name__)
 
@@ -183,36 +37,43 @@ class PeftModelForPromptClassification(PeftModel):
     """
     The `PeftModel` that `get_peft_model` returns for a [`CLIPPromptTuningConfig`].
 
-    It differs from `PeftModel` in three things: its model card names the classes, the template and the number of
-    vectors, and shows how to load the adapter; and `forward` takes `adapter_names`, one for each image of a batch, see
-    [`~mixed_batch.mixed_batch_forward`]; saving replaces an older adapter as a whole or not at all.
+    It adds to `PeftModel`:
+    - a section in the model card about classes, template and vectors, which shows how to load the adapter;
+    - `adapter_names` in `forward`, with one adapter for each image of a batch;
+    - atomic saving: an older adapter in the folder is replaced completely or not at all.
 
-    The model may already hold adapters of other methods (LoRA, ...) from `model.add_adapter(config, name)`; see
+    The model may already hold adapters of other methods (LoRA, ...) from `model.add_adapter(config, name)`, see
     docs/lora_beside_prompts.md.
 
     **Attributes**:
-        - **card_metrics** (`dict[str, float]`) -- Results by name for the model card. Set by the user.
-        - **card_details** (`CardDetails`) -- Training data, settings and a comparison with the zero-shot model for the
-          model card. Set by the user.
-        - **hub_repo_id** (`str`): id of the adapter's repository, for the card's snippet. Set by `push_to_hub`; set it
-          yourself before `Trainer.push_to_hub`, which does not tell the model.
+        - **card_metrics** (`Mapping[str, float]`, *optional*) -- Results by name for the model card. Set it before
+          saving.
+        - **card_details** (`CardDetails`, *optional*) -- Training data, settings and a comparison with the zero-shot
+          model for the model card. Set it before saving.
+        - **hub_repo_id** (`str`, *optional*) -- The Hub id of the adapter, which the model card shows. `push_to_hub`
+          sets it. Set it yourself before `Trainer.push_to_hub`, which does not pass the id on to the model.
+
+    Raises:
+        ValueError: If the model holds an adapter of another method that would be lost or switched off.
     """
 
     card_metrics: Mapping[str, float] | None = None
     card_details: CardDetails | None = None
     hub_repo_id: str | None = None
-    _is_saving = False
 
     def __init__(self, model, peft_config, adapter_name: str = "default", **kwargs) -> None:
-        """
-        Raises:
-            ValueError: an adapter of another method in the model that would be lost or switched off by this one.
-        """
         _check_other_methods(model, adapter_name)
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
-        """As the base model's `forward`; with `adapter_names`, each image is scored by the adapter of that name."""
+        """Runs the base model. With `adapter_names`, each image is scored by its own adapter.
+
+        Args:
+            adapter_names (`Sequence[str]`, *optional*):
+                The name of an adapter for each image, see [`mixed_batch_forward`].
+            args, kwargs:
+                The arguments of the base model.
+        """
         if adapter_names is None:
             return super().forward(*args, **kwargs)
         return mixed_batch_forward(self, adapter_names, *args, **kwargs)
@@ -225,14 +86,13 @@ class PeftModelForPromptClassification(PeftModel):
         save_embedding_layers: bool | str = False,
         **kwargs,
     ) -> None:
-        """As `PeftModel.save_pretrained`, with two differences.
+        """Saves adapters and the model card, with the arguments of `PeftModel.save_pretrained`.
 
-        What is in the folder stays as it is until all that is new has been written beside it: neither a full disk nor
-        a killed process leaves half a file. And the Hub is never asked whether the vocabulary has grown since, which
-        peft does by default.
+        Files in the folder are only replaced once all new ones are written, so neither a full disk nor a killed
+        process leaves half a file. Unlike peft, it does not ask the Hub for the vocabulary size of the base model.
 
         Raises:
-            ValueError: NaN or Inf in the adapter.
+            ValueError: If the adapter holds NaN or Inf, or `save_directory` is a file.
         """
         if not kwargs.get("is_main_process", True):
             return
@@ -240,37 +100,32 @@ class PeftModelForPromptClassification(PeftModel):
             raise ValueError(f"An adapter is saved into a folder, but {str(save_directory)!r} is a file.")
         self._check_finite(selected_adapters, kwargs.get("state_dict"))
         os.makedirs(save_directory, exist_ok=True)
-        self._is_saving = True
-        try:
-            with replacing_files(save_directory, kept=["README.md"], last=CONFIG_NAME) as folder:
-                super().save_pretrained(folder, safe_serialization, selected_adapters, save_embedding_layers, **kwargs)
-        finally:
-            self._is_saving = False
+        with replace_files_at_once(save_directory) as new_files:
+            super().save_pretrained(new_files, safe_serialization, selected_adapters, save_embedding_layers, **kwargs)
 
-    def _check_finite(
-        self, selected_adapters: list[str] | None, state_dict: Mapping[str, torch.Tensor] | None
-    ) -> None:
-        for adapter_name in set(selected_adapters or self.peft_config) & set(self.peft_config):
+    def _check_finite(self, selected_adapters: list[str] | None, state_dict) -> None:
+        for adapter_name in self.peft_config.keys() & (selected_adapters or self.peft_config):
             tensors = get_peft_model_state_dict(self, state_dict, adapter_name, save_embedding_layers=False)
-            broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-            if broken:
+            broken = next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+            if broken is not None:
                 raise ValueError(
-                    f"The adapter {adapter_name!r} is not saved, since {broken[0]!r} holds NaN or Inf: its training "
-                    "has diverged. Train again with a lower learning rate; the callback StopAtNonFinite tells the "
-                    "step at which it happens."
+                    f"The adapter {adapter_name!r} is not saved, since {broken!r} holds NaN or Inf: the training "
+                    "diverged. Use a lower learning rate; the callback StopAtNonFinite reports the step."
                 )
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """Writes peft's card plus a section of ours.
+        """Writes the model card of peft with a section about the prompts.
 
-        `save_pretrained` calls this, and so does the Trainer before it pushes. The latter goes past `push_to_hub`, so
-        a base model that others cannot load is warned of here, but not whenever something is merely saved.
+        Args:
+            output_dir (`str`):
+                The folder of the card. A card in it is updated and keeps its text and tags.
         """
-        if not self._is_saving:
+        # The Trainer, unlike `save_pretrained`, calls this with its output folder right before it pushes.
+        if not os.path.basename(output_dir).startswith(NEW_FILES):
             self._warn_of_local_base_model()
-        path = os.path.join(output_dir, "README.md")
+        path = os.path.join(output_dir, CARD_NAME)
         if not os.path.exists(path):
-            empty_card().save(path)  # peft would start from a page of "[More Information Needed]"
+            empty_card().save(path)  # peft would start with a template full of "[More Information Needed]"
         tags = ModelCard.load(path).data.tags or []  # peft replaces them
         super().create_or_update_model_card(output_dir)
         card = ModelCard.load(path)
@@ -290,21 +145,24 @@ class PeftModelForPromptClassification(PeftModel):
         create_pr: bool = False,
         tags: list[str] | None = None,
     ) -> CommitInfo:
-        """Uploads adapter and model card. A card that is on the Hub already keeps what else stands in it.
+        """Uploads the adapter and its model card, with the arguments of `push_to_hub` in transformers.
 
-        Written anew, since transformers' own `push_to_hub` puts a card of its own in place of the one that
-        `save_pretrained` wrote. The arguments are the same.
+        A card on the Hub keeps its text and tags. The method of transformers would replace the card that
+        `save_pretrained` writes with one of its own.
 
         Raises:
-            huggingface_hub.errors.HfHubHTTPError: whatever the Hub answers; nothing is changed then.
+            huggingface_hub.errors.HfHubHTTPError: If the Hub refuses or fails. The repository keeps its files then.
         """
         self._warn_of_local_base_model()
         api = HfApi(token=token)
         self.hub_repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        try:
+            card = ModelCard.load(self.hub_repo_id, token=token)
+        except EntryNotFoundError:
+            card = empty_card()
+        card.data.tags = [*(card.data.tags or []), *(tags or [])]
         with TemporaryDirectory() as folder:
-            card = self._card_on_hub(token)
-            card.data.tags = [*(card.data.tags or []), *(tags or [])]
-            card.save(os.path.join(folder, "README.md"))
+            card.save(os.path.join(folder, CARD_NAME))
             self.save_pretrained(folder)
             if revision is not None and not revision.startswith("refs/pr"):
                 api.create_branch(self.hub_repo_id, branch=revision, exist_ok=True)
@@ -317,47 +175,165 @@ class PeftModelForPromptClassification(PeftModel):
                 create_pr=create_pr,
             )
 
-    def _card_on_hub(self, token) -> ModelCard:
-        try:
-            return ModelCard.load(self.hub_repo_id, token=token)
-        except EntryNotFoundError:
-            return empty_card()
-
     def _warn_of_local_base_model(self) -> None:
         base = self.active_peft_config.base_model_name_or_path
         if not is_hub_id(base):
             logger.warning(
-                "The base model of this adapter is %r, which nobody else can load. Set "
+                "The base model %r of this adapter is not a Hub id. Set "
                 "model.active_peft_config.base_model_name_or_path to the Hub id of the base model and push again.",
                 base,
             )
 
 
 def _check_other_methods(model, adapter_name: str) -> None:
-    # configurations of all methods share one dictionary, and peft lets one adapter at a time have its modules_to_save
-    others = {
-        name: config
-        for name, config in (getattr(model, "peft_config", None) or {}).items()
-        if not isinstance(config, CLIPPromptTuningConfig)
-    }
+    # Adapters of all methods share one dictionary of configurations, and peft allows only one of them at a time to
+    # have its `modules_to_save` active.
+    configs = getattr(model, "peft_config", None) or {}
+    others = {name: config for name, config in configs.items() if not isinstance(config, CLIPPromptTuningConfig)}
     if adapter_name in others:
         raise ValueError(
-            f"The model already holds a {others[adapter_name].peft_type.value} adapter named {adapter_name!r}, whose "
-            "configuration would be lost; give the prompts another name with adapter_name."
+            f"The model already holds a {others[adapter_name].peft_type.value} adapter named {adapter_name!r}; choose "
+            "another adapter_name for the prompts."
         )
-    with_modules = [name for name, config in others.items() if getattr(config, "modules_to_save", None)]
-    if with_modules:
+    for name, config in others.items():
+        if getattr(config, "modules_to_save", None):
+            raise ValueError(
+                f"The adapter {name!r} in the model has modules_to_save, which peft would switch off when prompts are "
+                "added; merge it into the model first, or train it without modules_to_save."
+            )
+
+
+def mixed_batch_forward(
+    model: PeftModel,
+    adapter_names: Sequence[str],
+    pixel_values: torch.Tensor | None = None,
+    image_embeds: torch.Tensor | None = None,
+    **image_inputs,
+) -> ImageClassifierOutput:
+    """Scores every image of a batch against the classes of its own adapter, like `adapter_names` for LoRA in peft.
+
+    The image tower runs once for all images. If adapters change it (vision prompts, `modules_to_save`), it runs once
+    for each adapter. The active adapter stays the same.
+
+    Args:
+        model (`PeftModel`):
+            A prompt-tuned classifier in eval mode.
+        adapter_names (`Sequence[str]`):
+            B names of prompt adapters, or `"__base__"` for the model without prompts.
+        pixel_values, image_embeds, image_inputs:
+            The inputs of the classifier.
+
+    Returns:
+        `ImageClassifierOutput`: `logits` are (B, C) if all images have the same classes, and otherwise a list of B
+        tensors (C,), each with the C classes of its adapter.
+
+    Raises:
+        TypeError: If `adapter_names` is not a list of strings, or the base model is not a classifier.
+        ValueError: If a name is unknown, there is not one name for each image, the model is in training mode, or
+            adapters are merged.
+    """
+    classifier = model.get_base_model()
+    _check_model(model, classifier)
+    _check_names(model, adapter_names, image_embeds if pixel_values is None else pixel_values)
+    image_inputs["pixel_values"] = pixel_values
+    # Adapters of other methods, such as LoRA, act on all images, so they do not have to be told apart.
+    own_layers = (model.base_model.tuner_layer_cls, AuxiliaryTrainingWrapper)
+    tower_parts = (part for side in image_side(classifier) for part in side.modules())
+    if image_embeds is None and not any(isinstance(part, own_layers) for part in tower_parts):
+        image_embeds, image_inputs = classifier.get_image_features(**image_inputs).pooler_output, {}  # (B, E)
+    inputs = {"image_embeds": image_embeds, **image_inputs}
+    logits: dict[int, torch.Tensor] = {}  # (C,) by the index of the image
+    class_lists = []
+    for name in dict.fromkeys(adapter_names):
+        indices = [i for i, name_of_image in enumerate(adapter_names) if name_of_image == name]
+        with _only_active(model, name):
+            own_inputs = {key: value[indices] if torch.is_tensor(value) else value for key, value in inputs.items()}
+            output = classifier(**own_inputs)
+            class_lists.append(classifier.class_names)
+        logits.update(zip(indices, output.logits))
+    in_order = [logits[i] for i in range(len(adapter_names))]
+    same_classes = all(names == class_lists[0] for names in class_lists)
+    return ImageClassifierOutput(logits=torch.stack(in_order) if same_classes else in_order)
+
+
+def _check_model(model: PeftModel, classifier) -> None:
+    if not isinstance(classifier, PromptClassificationMixin):
+        raise TypeError(
+            f"adapter_names needs a classifier, but the base model is a {type(classifier).__name__}; create one with "
+            "AutoModelForPromptClassification.from_base, or switch adapters with set_adapter."
+        )
+    if model.training:
+        raise ValueError("adapter_names is for inference, but the model is in training mode; call model.eval() first.")
+    layers = [part for part in classifier.modules() if isinstance(part, model.base_model.tuner_layer_cls)]
+    merged = {name for layer in layers for name in layer.merged_adapters}
+    if merged:
         raise ValueError(
-            f"The adapter {with_modules[0]!r} in the model has modules_to_save, which peft would switch off as soon "
-            "as prompts are put beside it; merge it into the model first, or train it without modules_to_save."
+            f"Some adapters are merged ({sorted(merged)}); call unmerge_adapter() before using adapter_names."
         )
+
+
+def _check_names(model: PeftModel, adapter_names, images: torch.Tensor | None) -> None:
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise TypeError(f"adapter_names must be a list with one name for each image, got {adapter_names!r}.")
+    loaded = sorted(name for name, config in model.peft_config.items() if isinstance(config, CLIPPromptTuningConfig))
+    unknown = sorted({*adapter_names} - {*loaded, BASE})
+    if unknown:
+        raise ValueError(f"There is no prompt adapter {unknown[0]!r}; loaded are {loaded}, and {BASE!r} means none.")
+    if images is None:
+        raise ValueError("Give either pixel_values or image_embeds, got neither.")
+    if len(adapter_names) != len(images):
+        raise ValueError(
+            f"adapter_names needs one name for each image, got {len(adapter_names)} names for {len(images)} images."
+        )
+    if not len(images):
+        raise ValueError("The batch is empty; give at least one image.")
+
+
+@contextmanager
+def _only_active(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """Activates one adapter for a while. No layer has an adapter named `BASE`, which gives the base model."""
+    active, trainable = model.base_model.active_adapter, trainable_parameters([model])
+    model.base_model.set_adapter(adapter_name, inference_mode=True)
+    try:
+        yield
+    finally:
+        model.base_model.set_adapter(active, inference_mode=True)  # which freezes its parameters
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def replace_files_at_once(folder: str | os.PathLike) -> Iterator[str]:
+    """Provides a temporary folder for the files of an adapter, and then moves them to `folder`.
+
+    If the body raises, `folder` stays as it is. The configuration is moved last, and an old one that differs is
+    removed first: a process that is killed in between leaves a folder that cannot be loaded instead of old and new
+    files together. A link is replaced, and its target is not changed.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            An existing folder. Its model card is copied to the temporary folder, to be updated there.
+    """
+    with TemporaryDirectory(dir=folder, prefix=NEW_FILES) as new_files:
+        card = os.path.join(folder, CARD_NAME)
+        if os.path.isfile(card):
+            shutil.copy(card, new_files)
+        yield new_files
+        files = sorted(filter(Path.is_file, Path(new_files).rglob("*")), key=lambda file: file.name == CONFIG_NAME)
+        targets = {file: Path(folder) / file.relative_to(new_files) for file in files}
+        for file, target in targets.items():
+            if file.name == CONFIG_NAME and target.is_file() and target.read_bytes() != file.read_bytes():
+                target.unlink()
+        for file, target in targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
 
 
 def register() -> None:
-    """Enters the method into peft's mappings.
+    """Adds the method to the mappings of peft.
 
-    `peft.utils.register_peft_method` takes only names of the closed enum `PeftType`. The mappings that it fills are
-    plain dicts that accept members of our own enums, so those are filled here.
+    `peft.utils.register_peft_method` only accepts members of the closed enum `PeftType`. The mappings are plain
+    dictionaries, so members of our own enums can be added to them directly.
     """
     method = CLIPPromptPeftType.CLIP_PROMPT_TUNING
     PEFT_TYPE_TO_CONFIG_MAPPING[method] = CLIPPromptTuningConfig

@@ -29,6 +29,12 @@ CLASS_NAMES = ["animal", "plant", "food", "vehicle"]
 # With older ones torch.compile breaks off, with an error, on one model or another; 2.6 to 2.11 were tried.
 needs_compile = pytest.mark.skipif(torch.__version__ < (2, 10), reason="torch.compile of torch 2.10 or newer")
 
+
+def slow_param(value):
+    """A case of a large table that a quick run leaves out."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 # For state machines: a short run in the suite, always the same; HYPOTHESIS_PROFILE=nightly for a long one.
 settings.register_profile("suite", max_examples=10, stateful_step_count=12, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=120, stateful_step_count=25, deadline=None)
@@ -70,7 +76,9 @@ def labels():
     return torch.tensor([0, 3, 1])
 
 
-@pytest.fixture(params=range(4), ids=["CLIPModel", "CLIPTextModelWithProjection", "CLIPTextModel", "classifier"])
+@pytest.fixture(
+    params=[0, slow_param(1), 2, 3], ids=["CLIPModel", "CLIPTextModelWithProjection", "CLIPTextModel", "classifier"]
+)
 def case(request, tokenizer, pixel_values, labels):
     """Every model with a CLIP text tower, one after the other."""
     from cases import MODEL_CLASSES, Case
@@ -118,7 +126,7 @@ def golden_base_folder(kind, tmp_path):
     return str(tmp_path)
 
 
-@pytest.fixture(params=["legacy_eos", "fixed_eos"])
+@pytest.fixture(params=["legacy_eos", slow_param("fixed_eos")])
 def golden_base(request, tmp_path):
     """The base model of the golden numbers, with either kind of end token configuration."""
     return golden_base_folder(request.param, tmp_path)
@@ -142,5 +150,23 @@ def run_here(monkeypatch, capsys, tmp_path):
         finally:
             torch.set_num_threads(threads)
         return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+@pytest.fixture
+def run_benchmark(benchmarks_on_path, monkeypatch, capfd):
+    """Runs a benchmark in this process, and returns the cells of the table that it prints, without the header."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr("sys.argv", [module.__file__, *arguments])
+        module.main()
+        rows = [line.strip("|").split("|") for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
+        return [[cell.strip() for cell in row] for row in rows[2:]]
 
     return run

@@ -64,6 +64,7 @@ def logits_of(model, pixel_values):
     return logits
 
 
+@pytest.mark.slow
 def test_onnxruntime_gives_the_logits_of_the_model_on_100_real_images(exported, pixel_values):
     logits, _ = run(exported.path / ONNX_FILE, pixel_values)
     torch.testing.assert_close(logits, logits_of(exported.model, pixel_values), rtol=0, atol=1e-4)
@@ -71,6 +72,7 @@ def test_onnxruntime_gives_the_logits_of_the_model_on_100_real_images(exported, 
         assert (logits - logits_of(exported.model, pixel_values)).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_batch_may_have_any_size(exported, pixel_values, batch_size):
     logits, embeds = run(exported.path / ONNX_FILE, pixel_values[:batch_size])
@@ -78,6 +80,7 @@ def test_the_batch_may_have_any_size(exported, pixel_values, batch_size):
     torch.testing.assert_close(logits, logits_of(exported.model, pixel_values)[:batch_size], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_class_embeddings_file_gives_the_logits(exported, pixel_values):
     with safe_open(exported.path / CLASS_EMBEDS_FILE, framework="pt") as file:
         class_embeds, scale = file.get_tensor("class_embeds"), file.get_tensor("scale")
@@ -88,6 +91,7 @@ def test_the_class_embeddings_file_gives_the_logits(exported, pixel_values):
     torch.testing.assert_close(logits, logits_of(exported.model, pixel_values), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_labels_and_preprocessing_are_saved_beside_the_graph(exported, dataset, pixel_values):
     assert json.loads((exported.path / "labels.json").read_text()) == class_names_of(dataset)
     processor = AutoImageProcessor.from_pretrained(exported.path)
@@ -95,6 +99,7 @@ def test_labels_and_preprocessing_are_saved_beside_the_graph(exported, dataset, 
     assert torch.equal(processor(image, return_tensors="pt")["pixel_values"][0], pixel_values[0])
 
 
+@pytest.mark.slow
 def test_the_report_lists_the_files_and_the_differences(exported, dataset):
     report = exported.report
     assert report.num_images == len(dataset)
@@ -106,6 +111,7 @@ def test_the_report_lists_the_files_and_the_differences(exported, dataset):
     assert saved["int8"]["accuracy"] == report.int8.accuracy
 
 
+@pytest.mark.slow
 def test_the_8_bit_variant_is_as_accurate_and_much_smaller(exported, dataset):
     examples = with_pixel_values(dataset, AutoImageProcessor.from_pretrained(TINY_CLIP))[:]
     pixel_values, labels = torch.stack(examples["pixel_values"]), torch.tensor(examples["labels"])
@@ -119,12 +125,14 @@ def test_the_8_bit_variant_is_as_accurate_and_much_smaller(exported, dataset):
     assert exported.report.files[INT8_FILE] < exported.report.files[ONNX_FILE] / 2
 
 
+@pytest.mark.slow
 def test_export_does_not_change_the_model(exported, dataset, pixel_values):
     fresh = tuned_model(dataset)
     assert exported.model.training == fresh.training
     assert torch.equal(logits_of(exported.model, pixel_values), logits_of(fresh, pixel_values))
 
 
+@pytest.mark.slow
 def test_deep_prompts_in_both_towers_are_exported(dataset, pixel_values, tmp_path):
     model = tuned_model(dataset, "maple")
     report = export_classifier(model, tmp_path, images=dataset["image"][:20])
@@ -141,6 +149,7 @@ def test_an_adapter_conditioned_on_the_image_cannot_be_exported(dataset, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_lora_in_the_image_tower_is_exported_and_replaces_an_earlier_export(
     exported, dataset, pixel_values, tmp_path
 ):
@@ -155,6 +164,7 @@ def test_a_lora_in_the_image_tower_is_exported_and_replaces_an_earlier_export(
     assert not (tmp_path / INT8_FILE).exists()  # it belonged to another model
 
 
+@pytest.mark.slow
 def test_a_graph_with_other_logits_is_an_error_and_the_earlier_export_stays(exported, dataset, monkeypatch, tmp_path):
     (tmp_path / ONNX_FILE).write_text("older")
     monkeypatch.setattr("clip_prompt_peft.export.TOLERANCE", 0.0)
@@ -163,6 +173,7 @@ def test_a_graph_with_other_logits_is_an_error_and_the_earlier_export_stays(expo
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(ONNX_FILE, "older")]
 
 
+@pytest.mark.slow
 def test_an_8_bit_variant_that_loses_accuracy_is_not_kept(
     exported, dataset, pixel_values, monkeypatch, tmp_path, caplog
 ):

@@ -12,6 +12,9 @@ from clip_prompt_peft import CLIPPromptTuningConfig
 from clip_prompt_peft.export import CLASS_EMBEDS_FILE, ONNX_FILE, export_classifier
 
 
+pytestmark = pytest.mark.slow  # exports
+
+
 @pytest.mark.skipif(torch.__version__ < (2, 10), reason="torch 2.6 cannot export its own MultiheadAttention")
 # ALL_PRESETS=1 in the environment adds more families, whose tracing takes a while
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from adapters import train_with_sgd
+from conftest import slow_param
 from families import CLASS_NAMES, FAMILIES, Case
 from peft import PeftModel, get_peft_model
 
@@ -31,7 +32,14 @@ DIFFERENT = (
 )
 
 
-@pytest.fixture(params=[(name, preset) for name in OTHERS for preset in DIFFERENT], ids="-".join)
+PAIRS = [(name, preset) for name in OTHERS for preset in DIFFERENT]
+
+
+def is_in_a_quick_run(name, preset):
+    return name == "Siglip" or preset == "maple"
+
+
+@pytest.fixture(params=[pair if is_in_a_quick_run(*pair) else slow_param(pair) for pair in PAIRS], ids="-".join)
 def case_and_preset(request):
     name, preset = request.param
     return Case(name), preset

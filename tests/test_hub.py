@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 
+pytestmark = pytest.mark.slow  # a server and processes
+
+
 HAND_WRITTEN = "---\nlicense: mit\ntags:\n- mine\n---\n# Pets\n\nA text that somebody wrote on the Hub.\n"
 
 

@@ -3,15 +3,18 @@
 import json
 import re
 
-import hub_client
 import pytest
 import torch
 from adapters import tuned
+from conftest import TINY_CLIP
 from hub_stand_in import HubStandIn
 from safetensors.torch import save
 from test_hub import run_client
 
 from clip_prompt_peft import CLIPForPromptClassification
+
+
+pytestmark = pytest.mark.slow  # a server and waiting for it
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -22,7 +25,7 @@ KEY = "base_model.model.text_model.embeddings.learnable_embeddings"
 def good(tmp_path_factory):
     """The files of an adapter whose base model is on this machine."""
     folder = tmp_path_factory.mktemp("good")
-    classifier = CLIPForPromptClassification.from_pretrained(hub_client.LOCAL_BASE, class_names=["cat", "dog"])
+    classifier = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=["cat", "dog"])
     tuned(classifier).save_pretrained(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_importing_loads_nothing_that_only_data_metrics_plots_or_reports_need():
     # transformers 5.18 itself, and so peft, load sklearn where it is installed
     script = (

@@ -6,12 +6,13 @@ import weakref
 import pytest
 import torch
 from adapters import layer_of
-from conftest import ROOT
+
+
+pytestmark = pytest.mark.slow  # many models, and the garbage collector after each
 
 
 @pytest.fixture
-def leaks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def leaks(benchmarks_on_path):
     import leaks
 
     return leaks

@@ -47,7 +47,7 @@ def test_the_problem_type_is_shared_with_the_adapter(multi_label, load, tmp_path
 
 
 def test_an_unknown_problem_type_is_refused():
-    with pytest.raises(ValueError, match="problem_type must be None or one of 'single_label_classification'"):
+    with pytest.raises(ValueError, match=r"problem_type must be None or one of \('single_label_classification'"):
         CLIPPromptTuningConfig(problem_type="regression")
 
 

@@ -92,9 +92,7 @@ def overridden_names():
     modules = [
         importlib.import_module(info.name)
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-        if not re.search(
-            r"\.(report|export|metrics|commands)(\.|$)", info.name
-        )  # of other packages
+        if not re.search(r"\.(report|export|metrics|commands)(\.|$)", info.name)  # of other packages
     ]
     classes = {c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__}
     for our_class in classes:

@@ -379,6 +379,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.model.load_state_dict(state)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_any_sequence_of_operations_gives_what_a_new_model_gives(sizes_as_in_a_real_model):
     AnyOrder.steps.clear()

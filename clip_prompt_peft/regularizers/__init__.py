@@ -1,4 +1,4 @@
-"""Regularizers: loss terms on embeddings, one file for each paper. CONTRIBUTING.md describes how to add one."""
+"""Regularizers, the loss terms on embeddings and logits. CONTRIBUTING.md describes how to add one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .prograd import ProGradRegularizer, project_gradient
 from .promptsrc import PromptSRCRegularizer
 
 
-# The values of `CLIPPromptTuningConfig.regularizer`; tuner/config.py lists their weights, which a test compares.
+# The keys are the values of `CLIPPromptTuningConfig.regularizer`. A test compares their weights with tuner/config.py.
 REGULARIZERS: dict[str, type[Regularizer]] = {
     "kgcoop": KgCoOpRegularizer,
     "prograd": ProGradRegularizer,
@@ -17,7 +17,7 @@ REGULARIZERS: dict[str, type[Regularizer]] = {
 
 
 def build_regularizer(name: str, weights: dict[str, float] | None = None) -> Regularizer:
-    """Creates the regularizer `name` of `REGULARIZERS`. Weights that are left out have the values of the paper."""
+    """Creates a regularizer of `REGULARIZERS` by name. Weights default to the values of the authors' code."""
     return REGULARIZERS[name](**(weights or {}))
 
 

@@ -1,4 +1,4 @@
-"""What every loss term looks like."""
+"""The base class of regularizers and the predictions that they compare."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from ..text import normalize
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier makes of a batch.
+    """
+    The embeddings and logits that a classifier computes for a batch.
 
     Attributes:
-        image_embeds: (B, E), L2-normalised.
-        class_embeds: (C, E), or (B, C, E) where they depend on the image; L2-normalised.
-        logits: (B, C).
+        image_embeds (`torch.Tensor`):
+            (B, E), L2-normalized.
+        class_embeds (`torch.Tensor`):
+            (C, E), or (B, C, E) if they depend on the image; L2-normalized.
+        logits (`torch.Tensor`):
+            (B, C).
     """
 
     image_embeds: torch.Tensor
@@ -32,14 +36,19 @@ class Prediction:
         logit_scale: torch.Tensor,
         logit_bias: torch.Tensor | None = None,
     ) -> Prediction:
-        """
+        """Computes the logits from embeddings.
+
         Args:
-            image_embeds: (B, E), normalised or not.
-            class_embeds: (C, E) or (B, C, E), normalised.
-            logit_scale: logarithm of the factor.
-            logit_bias: added to all logits, if there is one (SigLIP).
+            image_embeds (`torch.Tensor`):
+                (B, E), normalized or not.
+            class_embeds (`torch.Tensor`):
+                (C, E) or (B, C, E), normalized.
+            logit_scale (`torch.Tensor`):
+                The logarithm of the factor by which similarities are multiplied.
+            logit_bias (`torch.Tensor`, *optional*):
+                A bias that is added to all logits, as in SigLIP.
         """
-        with torch.autocast(class_embeds.device.type, enabled=False):  # bfloat16 would round a logit of 30 to 0.1
+        with torch.autocast(class_embeds.device.type, enabled=False):  # bfloat16 rounds near 30 to 0.125
             image_embeds = normalize(image_embeds.to(class_embeds.dtype))
             if class_embeds.ndim == 2:
                 similarity = image_embeds @ class_embeds.T  # (B, C)
@@ -53,27 +62,30 @@ class Prediction:
 
 class Regularizer(nn.Module):
     """
-    A loss term that compares the prompted model (student) with the same model without its adapter (teacher).
+    The base class of loss terms that compare a model with its adapter (student) to the same model without (teacher).
 
     A subclass implements `forward` and takes its weights, all with defaults, as arguments of `__init__`.
 
     **Attributes**:
-        - **teacher_templates** (`tuple[str, ...]`, *optional*): the teacher's class embeddings are the mean over these
-          templates; `None` means the classifier's own template.
-        - **adds_to_loss** (`bool`): whether the classifier adds the term to its loss. If not, the term is only handed
-          out in `loss_terms`, and the training step has to make something of it.
+        - **teacher_templates** (`tuple[str, ...]`, *optional*) -- The templates over which the class embeddings of the
+          teacher are averaged. By default, the template of the classifier is used.
+        - **adds_to_loss** (`bool`) -- Whether the classifier adds the term to its loss. Otherwise, it only returns the
+          term in `loss_terms`, for a training step that uses it in another way.
     """
 
     teacher_templates: tuple[str, ...] | None = None
     adds_to_loss: bool = True
 
     def forward(self, student: Prediction, teacher: Prediction) -> torch.Tensor:
-        """
+        """Computes the term for a batch.
+
         Args:
-            student: differentiable.
-            teacher: without gradient.
+            student (`Prediction`):
+                The prediction with the adapter, with gradients.
+            teacher (`Prediction`):
+                The prediction without the adapter, without gradients.
 
         Returns:
-            The weighted term, a scalar.
+            `torch.Tensor`: The weighted term, a scalar.
         """
         raise NotImplementedError

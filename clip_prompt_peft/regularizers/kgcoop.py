@@ -1,4 +1,4 @@
-"""Knowledge-guided context optimization: class embeddings stay near those of the hand-written prompts."""
+"""KgCoOp (knowledge-guided context optimization), which keeps class embeddings close to those of the template."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from .base import Prediction, Regularizer
 
 class KgCoOpRegularizer(Regularizer):
     """
-    `weight * (1 - mean_c cos(t_c, t0_c))`: t the class embeddings, t0 those of the zero-shot template.
+    Adds `weight * (1 - mean_c cos(t_c, t0_c))` to the loss, where t are the class embeddings and t0 those of the
+    teacher.
 
-    It looks at class embeddings only, so it costs nothing per image. To hold on to the image embeddings and the logits
-    as well, use [`PromptSRCRegularizer`]; to hold on to the direction of the gradient instead, [`ProGradRegularizer`].
+    It uses only class embeddings, so its cost does not depend on the number of images. [`PromptSRCRegularizer`] also
+    regularizes image embeddings and logits, [`ProGradRegularizer`] the direction of the gradient instead.
 
     Args:
-        weight: 8 in the authors' scripts.
+        weight (`float`, *optional*, defaults to 8.0):
+            The weight of the term, by default that of the authors' scripts.
 
-    Source: Yao et al., Visual-Language Prompt Tuning with Knowledge-guided Context Optimization (CVPR 2023).
+    Source:
+        Yao et al., Visual-Language Prompt Tuning with Knowledge-guided Context Optimization (CVPR 2023).
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Prompt-aligned gradient: no step that works against what the zero-shot model knows."""
+"""ProGrad (prompt-aligned gradient), which removes the part of the gradient that opposes the zero-shot model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,25 @@ from .base import Prediction, Regularizer
 
 class ProGradRegularizer(Regularizer):
     """
-    The direction of general knowledge: `-mean_b sum_c softmax(z0 / T) log_softmax(z / T) * T^2`, z the logits.
+    Computes `-mean_b sum_c softmax(z0 / T) log_softmax(z / T) * T^2`, where z are the logits and z0 those of the
+    teacher.
 
-    It is not added to the loss. Where the gradient of the cross entropy, g, points away from the gradient of this
-    term, g_kl, the component along g_kl is taken out of g: `g - projection * <g, u> u` with `u = g_kl / |g_kl|`. That
-    takes a training step of its own, [`ProGradTrainer`].
+    The term is not added to the loss. Its gradient g_kl is the direction of general knowledge. Where the gradient g of
+    the cross entropy opposes it (`<g, g_kl> < 0`), g becomes `g - projection * <g, u> u` with `u = g_kl / |g_kl|`. The
+    training step of [`ProGradTrainer`] does this.
 
     Args:
-        projection: how much of the component is taken out, lambda in the paper.
-        temperature: T.
+        projection (`float`, *optional*, defaults to 1.0):
+            The share of the opposing component that is removed, lambda in the paper.
+        temperature (`float`, *optional*, defaults to 1.0):
+            The temperature T.
 
-    Source: Zhu et al., Prompt-aligned Gradient for Prompt Tuning (ICCV 2023); as in the authors' code, the
-    divergence leaves out the teacher's entropy, which has no gradient.
+    Raises:
+        ValueError: If `temperature` is not positive.
+
+    Source:
+        Zhu et al., Prompt-aligned Gradient for Prompt Tuning (ICCV 2023). As in the authors' code, the entropy of the
+        teacher is left out, which has no gradient.
 
     Example:
 
@@ -46,15 +53,18 @@ class ProGradRegularizer(Regularizer):
 
 
 def project_gradient(gradient: torch.Tensor, general: torch.Tensor, projection: float = 1.0) -> torch.Tensor:
-    """Takes out of `gradient` what works against `general`, both of the same parameter, compared as flat vectors.
+    """Removes the component of `gradient` that opposes `general`. Both are treated as flat vectors.
 
     Args:
-        gradient: of the cross entropy.
-        general: of the general knowledge.
-        projection: 1 removes the opposing component, less removes that share of it.
+        gradient (`torch.Tensor`):
+            The gradient of the cross entropy with respect to a parameter.
+        general (`torch.Tensor`):
+            The gradient of the general knowledge with respect to the same parameter.
+        projection (`float`, *optional*, defaults to 1.0):
+            The share of the opposing component that is removed.
 
     Returns:
-        A tensor of the same shape; `gradient` itself where the two do not oppose each other.
+        `torch.Tensor`: The new gradient, which equals `gradient` if the two do not oppose each other.
     """
     norm = general.norm()
     if norm == 0:

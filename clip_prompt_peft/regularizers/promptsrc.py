@@ -1,4 +1,4 @@
-"""Self-regulating prompts: embeddings and logits stay near those of the model without prompts."""
+"""PromptSRC (self-regulating prompts), which keeps embeddings and logits close to those of the zero-shot model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from .base import Prediction, Regularizer
 
 class PromptSRCRegularizer(Regularizer):
     """
-    `text * mean|t - t0| + image * mean|v - v0| + logits * KL(p0 || p) / (B C)`: t, v the normalised class and image
-    embeddings, p the probabilities; 0 marks the teacher's.
+    Adds `text * mean|t - t0| + image * mean|v - v0| + logits * KL(p0 || p) / (B C)` to the loss, where t and v are the
+    normalized class and image embeddings and p the probabilities. Those of the teacher have the index 0.
 
-    The teacher's class embeddings are a mean over 60 templates. With vision prompts, or anything else that changes the
-    image tower, each step runs that tower a second time without them.
+    The class embeddings of the teacher are a mean over 60 templates. If adapters change the image tower (vision
+    prompts, ...), each step runs it a second time without them.
 
     Args:
-        text: weight of the class embeddings.
-        image: weight of the image embeddings.
-        logits: weight of the divergence. The sum is divided by the number of logits, not by the batch size.
+        text (`float`, *optional*, defaults to 25.0):
+            The weight of the class embeddings.
+        image (`float`, *optional*, defaults to 10.0):
+            The weight of the image embeddings.
+        logits (`float`, *optional*, defaults to 1.0):
+            The weight of the divergence, which is divided by the number of logits instead of the batch size.
 
-    Source: Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting (ICCV 2023);
-    the weights are those of the authors' code.
+    Source:
+        Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting (ICCV 2023). The
+        defaults are the weights in the authors' code.
 
     Example:
 
@@ -47,15 +51,11 @@ class PromptSRCRegularizer(Regularizer):
 
 
 def mean_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference over all entries; `teacher` is broadcast to the student's shape."""
+    """Returns the mean absolute difference of two tensors. `teacher` is broadcast to the shape of `student`."""
     return (student - teacher).abs().mean()
 
 
 def mean_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) of the probabilities, summed and divided by the number of logits.
-
-    Args:
-        student, teacher: (B, C) logits.
-    """
+    """Returns KL(teacher || student) of logits (B, C), summed and divided by their number."""
     summed = F.kl_div(student.log_softmax(dim=-1), teacher.log_softmax(dim=-1), reduction="sum", log_target=True)
     return summed / student.numel()

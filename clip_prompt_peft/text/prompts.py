@@ -1,4 +1,4 @@
-"""From class names and a template to tokenized prompts.
+"""Tokenized prompts from class names and a template.
 
 Shapes: `C` classes, `L` text length (with begin and end token), `n` virtual tokens.
 """
@@ -18,15 +18,21 @@ from .tokenization import IGNORED, EncodedTexts, count_special_tokens, encode_te
 @dataclass(frozen=True, eq=False)
 class ClassPrompts:
     """
-    The tokenized prompts of all classes. They are equal to others with the same texts, tokens and positions.
+    The tokenized prompts of all classes. Two of them are equal if all their attributes are.
 
     Attributes:
-        texts: One prompt for each class.
-        input_ids: (C, L). They end with the longest prompt, or fill all positions if the tower pools the last one.
-        attention_mask: (C, L), 1 for tokens that the tower attends to.
-        pad_token_id: The token that pads shorter prompts.
-        full_length: The number of tokens that the plain path pads prompts to.
-        context_positions: (C, n), the positions of the vectors, if they differ between classes.
+        texts (`list[str]`):
+            One prompt for each class.
+        input_ids (`torch.LongTensor`):
+            (C, L), as long as the longest prompt, or with all positions if the tower pools the last one.
+        attention_mask (`torch.LongTensor`):
+            (C, L), 1 for tokens that the tower attends to.
+        pad_token_id (`int`):
+            The token that pads shorter prompts.
+        full_length (`int`):
+            The number of tokens to which the plain path pads prompts.
+        context_positions (`torch.LongTensor`, *optional*):
+            (C, n), the positions of the vectors if they differ between classes.
     """
 
     texts: list[str]
@@ -57,7 +63,7 @@ def build_class_prompts(
     layout: PromptLayout | None = None,
     padding: str = IGNORED,
 ) -> ClassPrompts:
-    """Writes every class name into the template and tokenizes the texts.
+    """Inserts each class name into the template and tokenizes the texts.
 
     Args:
         class_names (`Sequence[str]`):
@@ -74,25 +80,24 @@ def build_class_prompts(
             How the text tower treats padding, see [`~tokenization.encode_texts`].
 
     Raises:
-        ValueError: If names or template are not valid, a prompt is longer than `max_length` or spells out a special
-            token, its tokens at the replaced positions are not those that the adapter replaces, or the adapter has
-            class-specific vectors for other classes.
+        ValueError: If a name or the template is not valid, a prompt is longer than `max_length` or contains a special
+            token, the tokens that the adapter replaces are not in their places, or its class-specific vectors belong
+            to other classes.
     """
     class_names = check_class_names(class_names)
     if layout is not None:
         _check_class_specific(class_names, layout)
-    template = template if layout is None else layout.padded_template
+        template = layout.padded_template
     check_template(template)
     texts = [template.replace(CLASS_SLOT, name) for name in class_names]
     encoded = encode_texts(texts, tokenizer, max_length, padding)
     _check_lengths(class_names, encoded.lengths, template, max_length)
     _check_special_tokens(texts, encoded, tokenizer)
-    input_ids = encoded.input_ids  # (C, L)
+    input_ids, positions = encoded.input_ids, None  # (C, L)
     if layout is not None:
-        _check_replaced_tokens(class_names, input_ids, layout)
-    positions = None
-    if layout is not None and layout.has_per_text_positions:
-        input_ids, positions = _move_class_names(class_names, texts, input_ids, tokenizer, layout)
+        _check_replaced_tokens(texts, input_ids, layout)
+        if layout.has_per_text_positions:
+            input_ids, positions = _move_class_names(class_names, texts, input_ids, tokenizer, layout)
     full_length = max_length if padding == IGNORED else input_ids.shape[1]
     return ClassPrompts(texts, input_ids, encoded.attention_mask, tokenizer.pad_token_id, full_length, positions)
 
@@ -113,33 +118,29 @@ def _check_special_tokens(texts, encoded: EncodedTexts, tokenizer) -> None:
     if (counts != expected).any():
         bad = int((counts != expected).nonzero()[0])
         raise ValueError(
-            f"The prompt {texts[bad]!r} has {int(counts[bad])} special tokens, but a text has {expected} of them, "
-            f"those that the tokenizer adds; leave {', '.join(map(repr, tokenizer.all_special_tokens))} out of names."
+            f"The prompt {texts[bad]!r} has {int(counts[bad])} special tokens, but the tokenizer adds {expected}; "
+            f"leave {', '.join(map(repr, tokenizer.all_special_tokens))} out of class names."
         )
 
 
-def _check_replaced_tokens(class_names, input_ids, layout) -> None:
+def _check_replaced_tokens(texts, input_ids, layout) -> None:
     start, n = layout.start_idx, layout.num_virtual_tokens
-    expected = torch.tensor(layout.replaced_token_ids)
-    replaced = input_ids[:, start : start + n]  # (C, n)
-    fits = replaced.shape[1] == n and (replaced == expected).all(dim=1)
-    if not torch.as_tensor(fits).all():
-        bad = 0 if fits is False else int((~fits).nonzero()[0])
-        raise ValueError(
-            f"The prompt {layout.padded_template.replace(CLASS_SLOT, class_names[bad])!r} does not have the tokens "
-            f"{layout.replaced_token_ids} at positions {start} ... {start + n - 1}, which the adapter's vectors "
-            "replace. The class name must not merge with the words before it; use the template and the tokenizer "
-            "that the adapter was made with."
-        )
+    expected = list(layout.replaced_token_ids)
+    for text, replaced in zip(texts, input_ids[:, start : start + n].tolist()):
+        if replaced != expected:
+            raise ValueError(
+                f"The prompt {text!r} does not have the tokens {expected} at positions {start} ... {start + n - 1}, "
+                "which the adapter replaces; use its template and its tokenizer. The class name must not merge with "
+                "the words before it."
+            )
 
 
 def _check_class_specific(class_names, layout) -> None:
     if layout.class_specific and layout.class_names is not None and class_names != layout.class_names:
         raise ValueError(
             f"The adapter has vectors of their own for each of its {len(layout.class_names)} classes "
-            f"({layout.class_names[:5]}, in this order) and none for others, such as these {len(class_names)} "
-            f"({class_names[:5]}); disable or switch the adapter, or train one with class_specific=False, which "
-            "serves any classes."
+            f"({layout.class_names[:5]}, in this order), not for these {len(class_names)} ({class_names[:5]}); "
+            "disable or switch the adapter, or train one with class_specific=False."
         )
 
 
@@ -176,7 +177,7 @@ def count_name_tokens(
         return [len(tokenizer(name, add_special_tokens=False)["input_ids"]) for name in class_names]
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{type(tokenizer).__name__} does not tell which tokens of a prompt are the class name; set "
+            f"{type(tokenizer).__name__} does not tell which tokens of a prompt belong to the class name; set "
             "class_token_count='alone', or leave class_token_position at 'end'."
         )
     offsets = tokenizer(list(texts), return_offsets_mapping=True)["offset_mapping"]

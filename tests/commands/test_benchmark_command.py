@@ -12,6 +12,7 @@ SHORT = ["--shots", 1, 2, "--seeds", 1, 2, "--num_train_epochs", 1]
 SHORT += ["--methods", "linear-probe", "prompt-tuning", "--ensemble", "imagenet_simple"]
 
 
+@pytest.mark.slow
 def test_prints_and_draws_and_a_second_time_only_draws_again(run_here, tmp_path):
     printed = run_here("benchmark", *SHORT)
     folder = tmp_path / "outputs/few_shot_benchmark"

@@ -44,6 +44,7 @@ def test_a_loss_that_is_no_number_ends_the_training_without_saving(run_here, tmp
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_loop_with_accelerate_tunes_like_the_trainer(run_here, tmp_path):
     printed = run_here(SCRIPT, "--num_train_epochs", 12)
     row = re.search(r"^test +(\d.+)$", printed, flags=re.MULTILINE).group(1).split()

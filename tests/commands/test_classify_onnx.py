@@ -28,6 +28,7 @@ sys.exit(f"imported {others}" if others else 0)
 """
 
 
+@pytest.mark.slow
 def test_it_prints_the_models_probabilities_for_pictures_of_any_shape(tmp_path):
     dataset = load_image_dataset(files={"train": str(EMOJI / "noto-test.parquet")})["train"]
     model = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=class_names_of(dataset)).eval()

@@ -15,6 +15,7 @@ def test_an_example_is_short_and_alone(script):
         assert not re.search(rf"^(import|from) {other.stem}\b", source, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_without_arguments_three_seeds_give_the_table_of_the_readme(run_here, tmp_path):
     printed = run_here("run_prompt_tuning.py")
     zero_shot, accuracy, deviation, zero_shot_mean, class_mean, _ = map(

@@ -3,150 +3,18 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
 from conftest import EMOJI, TINY_CLIP
-from hub_stand_in import HubStandIn
-from huggingface_hub import ModelCard
-from PIL import Image
-from safetensors.torch import load, load_file
-from transformers import AutoImageProcessor
+from running_commands import write_image_folder
+from safetensors.torch import load_file
 
-from clip_prompt_peft import AutoPeftModelForPromptClassification
-from clip_prompt_peft.data import load_image_dataset, with_pixel_values
+from clip_prompt_peft.data import load_image_dataset
 
 
 OTHER_STYLES = ("noto", "fluent3d")
-
-
-def run(command, *arguments, folder, env=None):
-    """Runs a command in a process of its own and returns its exit code, output and errors."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"clip_prompt_peft.commands.{command}", *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def write_image_folder(folder, classes, num_images, split="train"):
-    """Writes a folder of emoji with sub-folders whose names have an underscore."""
-    dataset = load_image_dataset(files={"train": str(EMOJI / f"noto-{split}.parquet")})["train"]
-    names = dataset.features["label"].names
-    for index, label in enumerate(dataset["label"]):
-        target = folder / f"{names[label]}_emoji"
-        if names[label] in classes and len(list(target.glob("*"))) < num_images:
-            target.mkdir(parents=True, exist_ok=True)
-            dataset[index]["image"].save(target / f"{index}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """The command on the embedded pictures, with few epochs and two seeds."""
-    folder = tmp_path_factory.mktemp("tuned")
-    code, printed, errors = run("train", "--num_train_epochs", 12, "--num_seeds", 2, folder=folder)
-    assert code == 0, printed + errors
-    results = json.loads((folder / "outputs/prompt_tuning/results.json").read_text())
-    return folder, printed, results
-
-
-def test_tuning_beats_the_zero_shot_model_on_its_own_style(tuned):
-    _, _, results = tuned
-    assert results["seeds"] == [1, 2]
-    for run_results in results["tuned"]:
-        for metric in ("accuracy", "mean_class_accuracy"):
-            assert run_results["fluenthc"][metric] > results["zero_shot"]["fluenthc"][metric] + 0.05
-
-
-def test_the_table_shows_every_style_with_mean_and_deviation(tuned):
-    _, printed, results = tuned
-    for style in ("fluenthc", *OTHER_STYLES):
-        accuracies = 100 * torch.tensor([run_results[style]["accuracy"] for run_results in results["tuned"]])
-        zero_shot = 100 * results["zero_shot"][style]["accuracy"]
-        expected = rf"{style} +{zero_shot:.1f} +{accuracies.mean():.1f} ± {accuracies.std(correction=0):.1f} "
-        assert re.search(expected, printed), printed
-    assert "Saved outputs/prompt_tuning/seed2: 2.2 KB" in printed
-
-
-def test_the_zero_shot_row_is_what_plain_clip_answers(tuned, clip, tokenizer):
-    _, _, results = tuned
-    dataset = load_image_dataset(files={"train": str(EMOJI / "noto-test.parquet")})["train"]
-    examples = with_pixel_values(dataset, AutoImageProcessor.from_pretrained(TINY_CLIP))[:]
-    texts = [f"a photo of a {name}." for name in dataset.features["label"].names]
-    with torch.no_grad():
-        text = tokenizer(texts, padding=True, return_tensors="pt")
-        answers = clip(**text, pixel_values=torch.stack(examples["pixel_values"])).logits_per_image.argmax(dim=-1)
-    accuracy = (answers == torch.tensor(examples["labels"])).float().mean().item()
-    assert results["zero_shot"]["noto"]["accuracy"] == pytest.approx(accuracy)
-
-
-def test_the_printed_line_loads_an_adapter_of_the_same_accuracy(tuned, monkeypatch):
-    folder, printed, results = tuned
-    monkeypatch.chdir(folder)
-    adapter = re.search(r'AutoPeftModelForPromptClassification\.from_pretrained\("(.+)"\)', printed).group(1)
-    model = AutoPeftModelForPromptClassification.from_pretrained(adapter).eval()
-    dataset = load_image_dataset(files={"train": str(EMOJI / "fluenthc-test.parquet")})["train"]
-    examples = with_pixel_values(dataset, AutoImageProcessor.from_pretrained(adapter))[:]
-    with torch.no_grad():
-        answers = model(pixel_values=torch.stack(examples["pixel_values"])).logits.argmax(dim=-1)
-    accuracy = (answers == torch.tensor(examples["labels"])).float().mean().item()
-    assert results["tuned"][0]["fluenthc"]["accuracy"] == pytest.approx(accuracy)
-
-
-def test_the_card_holds_the_results(tuned):
-    folder, _, results = tuned
-    card = ModelCard.load(folder / "outputs/prompt_tuning/seed1/README.md")
-    value = results["tuned"][0]["fluenthc"]["accuracy"]
-    assert re.search(rf"accuracy \(fluenthc\), tuned.*\| {value:.4g} \|", card.text)
-
-
-def test_what_is_pushed_names_its_base_model_and_its_own_place(tmp_path):
-    arguments = ["--num_train_epochs", 1, "--num_seeds", 1, "--shots", 1, "--hub_base_model_id", "user/tiny-clip"]
-    with HubStandIn() as hub:
-        env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_x"}
-        arguments += ["--push_to_hub", "--hub_model_id", "user/emoji"]
-        code, printed, errors = run("train", *arguments, folder=tmp_path, env=env)
-        assert code == 0, printed + errors
-        files = hub.repos["user/emoji"]
-    assert "Pushed to user/emoji" in printed
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "user/tiny-clip"
-    assert 'from_pretrained("user/emoji")' in files["README.md"].decode()
-    assert (
-        load(files["adapter_model.safetensors"]).keys()
-        == load_file(tmp_path / "outputs/prompt_tuning/adapter_model.safetensors").keys()
-    )
-
-
-def test_predict_prints_the_labels_of_the_model_and_reports_what_it_cannot_read(tuned, run_here, capsys, tmp_path):
-    folder, _, _ = tuned
-    adapter = folder / "outputs/prompt_tuning/seed1"
-    images = write_image_folder(tmp_path / "images", classes=("food", "clock"), num_images=2)
-    broken = images / "broken.png"
-    broken.write_text("no image")
-    with pytest.raises(SystemExit) as exit:
-        run_here("predict", adapter, images, tmp_path / "gone.jpg", "--top_k", 2)
-    printed, errors = capsys.readouterr().out, exit.value.code
-
-    assert "2 of 6 files" in errors
-    assert f"{broken}: not an image" in errors
-    assert f"{tmp_path / 'gone.jpg'}: no such file" in errors
-    model = AutoPeftModelForPromptClassification.from_pretrained(str(adapter)).eval()
-    image_processor = AutoImageProcessor.from_pretrained(TINY_CLIP)
-    for path in images.glob("*/*.png"):
-        pixel_values = image_processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            probabilities = model(pixel_values=pixel_values).logits.softmax(dim=-1)[0]
-        best, second = probabilities.topk(2).indices.tolist()
-        expected = rf"{path} +{model.class_names[best]} +{probabilities[best]:.1%} +{model.class_names[second]} "
-        assert re.search(expected, printed), printed
 
 
 def tune_folder(run_here, images, output_dir, *arguments):
@@ -188,6 +56,7 @@ def test_a_file_with_odd_column_names_trains_by_the_same_command(run_here, tmp_p
     assert "odd.parquet: 1 images of each of 12 classes" in printed
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_to_the_same_vectors(run_here, tmp_path):
     images = write_image_folder(tmp_path / "images", classes=("food", "clock"), num_images=6)
     arguments = ["--augment", "--save_strategy", "epoch", "--per_device_train_batch_size", 4]
@@ -216,6 +85,7 @@ def test_the_best_checkpoint_is_chosen_on_a_few_validation_images_and_not_on_the
     assert state["best_metric"] == max(accuracies)
 
 
+@pytest.mark.slow
 def test_settings_may_stand_in_a_file(run_here, tmp_path):
     settings = {"style": "noto", "num_train_epochs": 1, "num_seeds": 1, "seed": 7, "shots": 1, "output_dir": "out"}
     settings["num_virtual_tokens"] = 6
@@ -280,18 +150,3 @@ def test_pushing_on_a_base_model_that_nobody_can_find_is_warned_of(run_here, cap
     with pytest.raises(SystemExit):  # the mistake keeps it from reaching for the Hub
         run_here("train", "--push_to_hub", "--num_seeds", 1, "--num_virtual_tokens", 90)
     assert "--hub_base_model_id ORGANISATION/NAME" in caplog.text
-
-
-def test_a_published_method_is_trained_as_its_authors_do(tmp_path):
-    arguments = ["--method", "maple", "--num_train_epochs", 2, "--num_seeds", 1]
-    code, printed, errors = run("train", *arguments, "--save_strategy", "epoch", folder=tmp_path)
-    assert code == 0, printed + errors
-    outputs = tmp_path / "outputs/prompt_tuning"
-    config = json.loads((outputs / "adapter_config.json").read_text())
-    assert config["vision_prompts_from_text"] and config["text_prompt_depth"] == 3  # all layers of the tiny CLIP
-    (checkpoint,) = outputs.glob("checkpoint-*")
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
-    assert state["train_batch_size"] == 4 and max(rates) == 0.0035  # MaPLe's
-    assert state["num_train_epochs"] == 2  # the user's
-    assert re.search(r"fluenthc +22.5 ", printed)

@@ -43,6 +43,7 @@ def parts():
     return model, compare_with_zero_shot(model, dataset, AutoImageProcessor.from_pretrained(TINY_CLIP)), dataset
 
 
+@pytest.mark.slow
 def test_shows_numbers_words_and_pictures_and_needs_no_other_file(parts, tmp_path):
     model, comparison, dataset = parts
     write_report(tmp_path / "report.html", model, comparison, dataset, "My <prompts>", {"Tuned on": "<b>pets</b>"})
@@ -65,6 +66,7 @@ def test_without_jinja2_it_is_told_how_to_get_it(parts, tmp_path, monkeypatch):
         write_report(tmp_path / "report.html", *parts, "title")
 
 
+@pytest.mark.slow
 def test_the_example_writes_a_report_on_an_adapter(parts, run_here, tmp_path):
     model, _, _ = parts
     model.save_pretrained(tmp_path / "adapter")

@@ -54,6 +54,7 @@ def test_a_card_shows_them_as_code_and_nothing_else_changes(model, tmp_path):
     assert "\n# heading" not in card.text and "{{ 7 * 7 }}" in card.text
 
 
+@pytest.mark.slow
 def test_a_report_shows_them_as_text(model, tmp_path):
     pytest.importorskip("matplotlib"), pytest.importorskip("jinja2")
     from clip_prompt_peft.evaluation.comparison import Answers, Comparison

@@ -129,6 +129,7 @@ def test_a_second_time_nothing_is_done(finished, styles):
     assert all(again.metrics(run, test) == finished.metrics(run, test) for run in all_runs() for test in run.tests)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_line_it_goes_on_with_nothing_lost_or_doubled(finished, open_benchmark, tmp_path):
     lines = finished.path.read_bytes().splitlines(keepends=True)
     (tmp_path / "killed").mkdir()
@@ -152,6 +153,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(open_benchmark, backbone, m
     assert not benchmark.results.path.exists()
 
 
+@pytest.mark.slow
 def test_lora_changes_both_towers_and_leaves_none_of_it(open_benchmark, backbone):
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     benchmark = open_benchmark()
@@ -222,6 +224,7 @@ def test_embeddings_are_those_of_the_images_whatever_was_asked_for_before(styles
     assert embedded["labels"].tolist() == pixels["labels"] == images.labels
 
 
+@pytest.mark.slow
 def test_published_methods_are_run_by_name_with_what_they_need(open_benchmark, backbone):
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     benchmark = open_benchmark()

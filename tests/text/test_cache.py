@@ -306,5 +306,5 @@ class NeverStale(RuleBasedStateMachine):
             assert_up_to_date(self.model)
 
 
-TestNeverStale = NeverStale.TestCase
+TestNeverStale = pytest.mark.slow(NeverStale.TestCase)
 TestNeverStale.settings = settings(suppress_health_check=list(HealthCheck))

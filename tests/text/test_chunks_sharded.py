@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 
+pytestmark = pytest.mark.slow  # starts processes
+
+
 LAUNCHERS = {2: accelerate_launch(2), 3: torchrun(3)}
 
 

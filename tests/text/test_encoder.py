@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapters import as_if_trained, prompted
 from class_embeds import assert_same, embeds_and_gradients
-from conftest import TINY_CLIP, golden_base_folder, needs_compile
+from conftest import TINY_CLIP, golden_base_folder, needs_compile, slow_param
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoTokenizer, CLIPConfig, CLIPModel, Trainer, TrainingArguments
@@ -58,7 +58,7 @@ ADAPTERS = {
 }
 
 
-@pytest.fixture(params=["narrow", "legacy_eos", "fixed_eos"])
+@pytest.fixture(params=["narrow", slow_param("legacy_eos"), slow_param("fixed_eos")])
 def base(request, tmp_path):
     """Two models that differ in width; of the second, both end token configurations."""
     return narrow_clip(tmp_path) if request.param == "narrow" else golden_base_folder(request.param, tmp_path)
@@ -132,7 +132,7 @@ class TestPackedRows:
             ["cat"],
             ["cat", "CAT"],  # the same tokens
             ["cat", "cat cat", "cat cat cat"],  # beginnings of each other
-            [f"{word} {number}" for word in ("cat", "red car") for number in range(100)],
+            slow_param([f"{word} {number}" for word in ("cat", "red car") for number in range(100)]),
             ["cat", " ".join(["cat"] * 69)],  # fills all positions
         ],
         ids=["one", "equal_tokens", "beginnings_of_each_other", "many", "as_long_as_can_be"],
@@ -410,6 +410,7 @@ class TestChunks:
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 @needs_compile
 class TestCompiled:
     def test_a_step_in_chunks_gives_the_loss_and_gradient_of_one_that_is_not(self, labels):

@@ -5,6 +5,7 @@ import torch
 from adapters import tuned
 from cases import new_classifier
 from class_embeds import assert_same, embeds_and_gradients
+from conftest import slow_param
 
 
 NAMES = ["cat", "golden retriever", "x-ray image", "lily of the valley", "C++", "arrow"]
@@ -31,12 +32,12 @@ def results_of(model, path, batch_size=None):
     return embeds_and_gradients(model, image_embeds, path=path, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("path", ["cut", "packed"])
+@pytest.mark.parametrize("path", [slow_param("cut"), "packed"])
 def test_the_path_gives_the_embeddings_and_gradients_of_the_plain_one(model, path):
     assert_same(results_of(model, path), results_of(model, "plain"))
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [slow_param(1), 4])
 def test_chunks_of_classes_give_the_embeddings_and_gradients_of_all_at_once(model, batch_size):
     assert_same(results_of(model, "packed", batch_size), results_of(model, "plain"))
 

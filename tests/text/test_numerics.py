@@ -8,7 +8,7 @@ import torch
 import transformers
 from adapters import as_if_trained, vectors_of
 from cases import new_classifier
-from conftest import CLASS_NAMES
+from conftest import CLASS_NAMES, slow_param
 from datasets import Dataset
 from packaging import version
 from peft import get_peft_model
@@ -76,7 +76,7 @@ def test_tiny_image_embeddings_keep_their_direction(dtype):
 
 
 @pytest.mark.parametrize("preset", TRAINED)
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", [slow_param(torch.float16), torch.bfloat16], ids=str)
 def test_a_scaled_step_over_a_half_precision_base_is_the_unscaled_one(preset, dtype, pixel_values, labels):
     def step(scaler):
         torch.manual_seed(0)
@@ -192,6 +192,7 @@ def new_trainer(tmp_path, **kwargs):
     return Trainer(get_peft_model(new_classifier(), CLIPPromptTuningConfig()), arguments, train_dataset=rows(12))
 
 
+@pytest.mark.slow
 def test_full_determinism_gives_bit_identical_runs(tmp_path):
     def train():
         trainer = new_trainer(tmp_path, full_determinism=True, seed=3)

@@ -84,6 +84,7 @@ def test_trained_parameters_end_as_the_weighted_mean_over_epochs(tmp_path):
     assert any(not torch.equal(result[name], record.epochs[-1][name]) for name in result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore_by_trainer", [False, True])
 def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path, restore_by_trainer):
     flag = {"restore_callback_states_from_checkpoint": restore_by_trainer}
@@ -95,6 +96,7 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path, restore_by_tr
     torch.testing.assert_close(resumed, expected)
 
 
+@pytest.mark.slow
 def test_a_training_that_stops_early_is_averaged_over_its_epochs(tmp_path):
     class Stop(TrainerCallback):
         def on_epoch_end(self, args, state, control, **kwargs):

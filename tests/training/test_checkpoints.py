@@ -56,6 +56,7 @@ def test_missing_truncated_and_modified_files_are_noticed(trained, tmp_path_fact
             assert damage is not None and damage.startswith(name.partition(".")[0]), (name, damage)
 
 
+@pytest.mark.slow
 def test_files_truncated_anywhere_are_noticed(trained):
     generator = torch.Generator().manual_seed(0)
     for file in files_of(trained / "checkpoint-3"):

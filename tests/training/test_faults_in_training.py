@@ -42,6 +42,7 @@ def vectors_in(folder):
     return vectors
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_ends_with_the_same_vectors_once_it_is_continued():
     command = [sys.executable, kill_and_resume.__file__, "--kills", "1", "--trainings", "short"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -51,6 +52,7 @@ def test_a_training_that_is_killed_ends_with_the_same_vectors_once_it_is_continu
 
 
 class TestBrokenOffWhileSaving:
+    @pytest.mark.slow
     def test_the_half_checkpoint_is_passed_over_and_the_run_ends_as_if_nothing_had_been(
         self, run_here, tmp_path, monkeypatch, caplog
     ):
@@ -80,6 +82,7 @@ class TestBrokenOffWhileSaving:
         with pytest.raises(SystemExit, match="checkpoint-3' is not whole: trainer_state.json is missing. .* true"):
             run_here(COMMAND, *SMALL, "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-3")
 
+    @pytest.mark.slow
     def test_on_a_full_disk_it_is_told_what_there_is_to_continue(self, run_here, tmp_path, caplog):
         run_here(
             COMMAND, *CHECKPOINTS, "--output_dir", "before"

@@ -31,6 +31,7 @@ def whole_batches(tmp_path_factory):
     return functools.cache(train)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_projected_as_those_of_one_large_batch(whole_batches, tmp_path):
     regularized_training.train("prograd", str(tmp_path), batch_size=2, accumulation_steps=4)
     assert_close(vectors_in(tmp_path), whole_batches("prograd"), **NEAR)
@@ -47,6 +48,7 @@ def test_the_projection_makes_a_difference(whole_batches, tmp_path):
     assert max(differences.values()) > 50 * NEAR["atol"]
 
 
+@pytest.mark.slow
 def test_classes_encoded_in_chunks_have_their_gradients_projected_too(whole_batches, tmp_path, monkeypatch):
     monkeypatch.setattr("clip_prompt_peft.text.encoder.ClassEncoder._chunk_size", lambda self, num_classes: 1)
     regularized_training.train("prograd", str(tmp_path), batch_size=8, accumulation_steps=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import EMOJI, TINY_CLIP
+from conftest import EMOJI, TINY_CLIP, slow_param
 from datasets import Dataset
 from peft import get_peft_model
 from PIL import Image
@@ -97,7 +97,7 @@ class TestTraining:
         new_trainer(on_embeds, embedded_dataset, tmp_path, max_steps=2).train()
         torch.testing.assert_close(vectors_of(on_embeds), vectors_of(on_images), rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize("steps", [2, 4])
+    @pytest.mark.parametrize("steps", [2, slow_param(4)])
     def test_with_gradient_accumulation_equals_one_large_batch(self, embedded_dataset, tmp_path, steps):
         large, accumulated = new_model(), new_model()
         at_once = new_trainer(large, embedded_dataset, tmp_path)
@@ -113,6 +113,7 @@ class TestTraining:
         assert losses_of(in_parts) == pytest.approx(losses_of(at_once), abs=1e-5)
         torch.testing.assert_close(vectors_of(accumulated), vectors_of(large), rtol=0, atol=1e-6)
 
+    @pytest.mark.slow
     def test_with_bf16_follows_training_in_float32(self, dataset, tmp_path):
         full, half = new_model(), new_model()
         in_full = new_trainer(full, dataset, tmp_path)
@@ -123,6 +124,7 @@ class TestTraining:
         assert losses_of(in_half) == pytest.approx(losses_of(in_full), abs=0.05)
         assert losses_of(in_half) != losses_of(in_full)
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
     def test_with_gradient_checkpointing_gives_the_same_losses(self, dataset, tmp_path):
         plain = new_trainer(new_model(), dataset, tmp_path, max_steps=3)
@@ -200,6 +202,7 @@ class TestCheckpoints:
         again = AutoPeftModelForPromptClassification.from_pretrained(tmp_path / "checkpoint-2")
         assert torch.equal(vectors_of(again), vectors_of(model)) and again.class_names == NAMES
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("adapter_name", ["default", "icons"])
     def test_resuming_gives_the_results_of_an_uninterrupted_run(self, embedded_dataset, tmp_path, adapter_name):
         saving = {"save_strategy": "steps", "save_steps": 3}
@@ -245,6 +248,7 @@ class TestAddedByTransformers:
         model.add_adapter(CLIPPromptTuningConfig())
         return model
 
+    @pytest.mark.slow
     def test_trains_to_the_same_vectors_as_a_peft_model(self, model, embedded_dataset, tmp_path):
         peft_model = new_model()
         new_trainer(peft_model, embedded_dataset, tmp_path).train()

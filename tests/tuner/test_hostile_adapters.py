@@ -9,7 +9,7 @@ import hostile_adapters
 import pytest
 import torch
 from adapters import change_config, change_tensors, tuned
-from conftest import CLASS_NAMES, TINY_CLIP
+from conftest import CLASS_NAMES, TINY_CLIP, slow_param
 from hostile_adapters import CONFIG, FROZEN, WAYS, WEIGHTS
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,9 @@ from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPrompt
 
 
 NUM_INPUTS = int(os.environ.get("NUM_HOSTILE_INPUTS", "120"))
-OURS = [way for way in WAYS if way != "with_peft_into_clip"]
+QUICK = ("with_peft", "with_auto_class")
+ALL = [way if way in QUICK else slow_param(way) for way in WAYS]
+OURS = [way if way in QUICK else slow_param(way) for way in WAYS if way != "with_peft_into_clip"]
 
 
 @pytest.fixture
@@ -27,6 +29,7 @@ def adapter(classifier, tmp_path):
     return tmp_path / "adapter"
 
 
+@pytest.mark.slow
 def test_whatever_is_changed_in_an_adapter_it_is_refused_with_a_reason_or_works():
     counts, problems = hostile_adapters.try_inputs(NUM_INPUTS, seed=10)
     print(counts)
@@ -36,7 +39,7 @@ def test_whatever_is_changed_in_an_adapter_it_is_refused_with_a_reason_or_works(
 
 class TestFrozenWeights:
     @pytest.mark.parametrize("name", FROZEN)
-    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("way", ALL)
     def test_in_the_file_of_an_adapter_are_refused(self, adapter, way, name):
         save_file({**load_file(adapter / WEIGHTS), name: torch.full(FROZEN[name], 7.0)}, adapter / WEIGHTS)
         with pytest.raises(ValueError, match=r"hold '.*change the frozen model; .* not to be trusted"):
@@ -61,7 +64,7 @@ class TestFrozenWeights:
 
 
 class TestTensors:
-    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("way", ALL)
     @pytest.mark.parametrize(
         ("value", "said"),
         [
@@ -106,7 +109,7 @@ class TestTensors:
         ({"peft_type": {}}, "unknown method"),
     ],
 )
-@pytest.mark.parametrize("load", ["auto class", "classifier"])
+@pytest.mark.parametrize("load", ["auto class", slow_param("classifier")])
 def test_a_configuration_of_other_types_or_sizes_is_refused_by_what_is_wrong(adapter, fields, said, load):
     change_config(adapter, **fields)
     model_class = {"auto class": AutoPeftModelForPromptClassification, "classifier": CLIPForPromptClassification}[load]
@@ -135,7 +138,7 @@ class TestCode:
         def __reduce__(self):
             return open, (self.path, "w")
 
-    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("way", ALL)
     def test_in_a_pickle_is_not_run(self, adapter, tmp_path, way):
         (adapter / WEIGHTS).unlink()
         torch.save({"x": self.Exploit(str(tmp_path / "ran"))}, adapter / "adapter_model.bin")
@@ -143,7 +146,7 @@ class TestCode:
             WAYS[way](adapter)
         assert not (tmp_path / "ran").exists()
 
-    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("way", ALL)
     def test_named_in_auto_mapping_is_not_imported(self, adapter, tmp_path, way, monkeypatch):
         (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nEvil = 1\n")
         monkeypatch.syspath_prepend(tmp_path)

@@ -142,6 +142,7 @@ def test_a_pickled_model_comes_back(case, is_merged):
         assert torch.equal(layer_of(again).position_embedding.weight, layer_of(model).position_embedding.weight)
 
 
+@pytest.mark.slow
 @needs_compile
 def test_a_compiled_model_is_one_graph_and_follows_the_active_adapter(case):
     torch._dynamo.reset()
@@ -159,6 +160,7 @@ def test_a_compiled_model_is_one_graph_and_follows_the_active_adapter(case):
     assert not torch.allclose(tuned, base)
 
 
+@pytest.mark.slow
 @needs_compile
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_the_compiled_embeddings_have_the_same_output_and_gradient(tokenizer, clip):

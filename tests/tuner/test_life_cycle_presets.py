@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from adapters import as_if_trained, logits_of, train_with_sgd
-from conftest import TINY_CLIP, golden_base_folder
+from conftest import TINY_CLIP, golden_base_folder, slow_param
 from peft import PeftModel, get_peft_model
 
 from clip_prompt_peft import (
@@ -66,7 +66,11 @@ class Case:
         return logits_of(model, self.pixel_values)
 
 
-@pytest.fixture(params=[(preset, base) for preset in PRESETS for base in BASES], ids="-".join)
+PAIRS = [(preset, base) for preset in PRESETS for base in BASES]
+IN_A_QUICK_RUN = [*((preset, "tiny") for preset in PRESETS), ("maple", "golden_legacy_eos")]
+
+
+@pytest.fixture(params=[pair if pair in IN_A_QUICK_RUN else slow_param(pair) for pair in PAIRS], ids="-".join)
 def case(request, folders):
     preset, base = request.param
     return Case(preset, folders[base])

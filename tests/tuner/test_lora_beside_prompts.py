@@ -91,6 +91,7 @@ torch.save(model(pixel_values=torch.load(folder / "pixels.pt")).logits, folder /
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gets_the_same_logits(classifier, pixel_values, labels, tmp_path):
     model = with_both(classifier)
     fit(model, pixel_values, labels)
@@ -141,6 +142,7 @@ class Examples(torch.utils.data.Dataset):
         return self.rows[index]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(pixel_values, labels, tmp_path):
     def train(resume_from=None):
         torch.manual_seed(0)

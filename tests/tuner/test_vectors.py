@@ -105,6 +105,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(classifier, pixel_value
     torch.testing.assert_close(gradients(model, pixel_values, labels), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @needs_compile
 def test_towers_compile(clip, pixel_values, tokenizer):
     model = prompted(clip, **MAPLE)
