@@ -14,7 +14,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoTokenizer, CLIPModel  # noqa: E402
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel  # noqa: E402
 
 import clip_prompt_peft  # noqa: E402, F401  (registers the method with peft)
 from clip_prompt_peft.assets import ASSETS, TINY_CLIP  # noqa: E402
@@ -59,6 +59,16 @@ def classifier():
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(TINY_CLIP)
+
+
+@pytest.fixture(scope="session")
+def image_processor():
+    return AutoImageProcessor.from_pretrained(TINY_CLIP)
+
+
+@pytest.fixture
+def own_datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

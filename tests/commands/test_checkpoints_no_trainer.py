@@ -5,16 +5,11 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from adapters import vectors_in
 
 
 SCRIPT = "run_prompt_tuning_no_trainer.py"
 SMALL = ["--shots", 2, "--num_train_epochs", 3, "--checkpointing_steps", "epoch", "--output_dir"]
-
-
-def vectors_in(folder):
-    (vectors,) = load_file(folder / "adapter_model.safetensors").values()
-    return vectors
 
 
 def test_an_interrupted_training_ends_with_the_same_vectors(run_here, tmp_path):

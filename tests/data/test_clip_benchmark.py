@@ -9,9 +9,7 @@ from PIL import Image
 from clip_prompt_peft.data import load_clip_benchmark, load_image_dataset, read_clip_benchmark_templates
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def write_shard(path, labels, label_file="cls", image_format="webp"):

@@ -10,11 +10,6 @@ from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.data import cache_image_embeds, load_image_dataset, with_pixel_values
 
 
-@pytest.fixture(scope="module")
-def image_processor():
-    return AutoImageProcessor.from_pretrained(TINY_CLIP)
-
-
 @pytest.fixture
 def dataset(tmp_path):
     """Five images with their own cache folder."""

@@ -3,17 +3,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CLIP
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
-from transformers import AutoImageProcessor
 
 from clip_prompt_peft.data import RandomResizedCropFlip, with_pixel_values
-
-
-@pytest.fixture(scope="module")
-def image_processor():
-    return AutoImageProcessor.from_pretrained(TINY_CLIP)
 
 
 @pytest.fixture

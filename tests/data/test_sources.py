@@ -6,6 +6,9 @@ from PIL import Image as PILImage
 from clip_prompt_peft.data import load_image_dataset
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 def picture(value=0):
     return PILImage.fromarray(np.full((8, 8, 3), value, dtype=np.uint8))
 
@@ -21,11 +24,6 @@ def write_folder(root, images_per_class):
 def write_parquet(path, columns, features=None):
     Dataset.from_dict(columns, features=features).to_parquet(path)
     return str(path)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def test_folders_become_splits_with_the_folder_names_as_classes(tmp_path):

@@ -6,7 +6,6 @@ import torch
 from adapters import tuned
 from conftest import EMOJI, TINY_CLIP
 from peft import LoraConfig, get_peft_model
-from transformers import AutoImageProcessor
 
 from clip_prompt_peft import CLIPForPromptClassification
 from clip_prompt_peft.data import class_names_of, load_image_dataset, with_pixel_values
@@ -16,11 +15,6 @@ from clip_prompt_peft.evaluation.comparison import Answers, Comparison, compare_
 @pytest.fixture(scope="module")
 def dataset():
     return load_image_dataset(files={"train": str(EMOJI / "noto-test.parquet")})["train"].select(range(0, 200, 8))
-
-
-@pytest.fixture(scope="module")
-def image_processor():
-    return AutoImageProcessor.from_pretrained(TINY_CLIP)
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ import sys
 import kill_and_resume
 import pytest
 import torch
-from adapters import randomize, tuned, vectors_of
+from adapters import randomize, tuned, vectors_in, vectors_of
 from conftest import CLASS_NAMES, EMOJI, TINY_CLIP
-from safetensors.torch import load_file
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification
@@ -35,11 +34,6 @@ def disk_full_at(num_bytes):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def vectors_in(folder):
-    (vectors,) = load_file(folder / "adapter_model.safetensors").values()
-    return vectors
 
 
 @pytest.mark.slow
