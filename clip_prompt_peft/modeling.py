@@ -355,7 +355,7 @@ class PromptClassificationMixin:
             return self.regularizers
         return {
             **self.regularizers,
-            layout.regularizer: self._adapter_regularizers.get(layout, lambda: _build(layout)),
+            layout.regularizer: self._adapter_regularizers.get((layout,), lambda: _build(layout)),
         }
 
     @can_return_tuple

@@ -41,14 +41,14 @@ class Memo:
     def clear(self) -> None:
         self._entries = ()
 
-    def get(self, key, compute: Callable[[], Any]):
+    def get(self, key: tuple, compute: Callable[[], Any]):
         """Returns the result for an equal key if it is remembered, and otherwise what `compute()` returns."""
         entries = self._entries
-        found = next((entry for entry in entries if entry[0] == key), None)
-        if found is None:
-            found = key, compute()
-        self._entries = self._kept((found, *(entry for entry in entries if entry is not found)))
-        return found[1]
+        found = next((entry for entry in entries if _are_equal(entry[0], key)), None)
+        result = compute() if found is None else found[1]
+        # The new key takes the place of the equal one, so that the objects in use can be found by identity.
+        self._entries = self._kept(((key, result), *(entry for entry in entries if entry is not found)))
+        return result
 
     def _kept(self, entries: tuple) -> tuple:
         return entries[:1]
@@ -115,6 +115,11 @@ class WeightsState:
             and len(self.values) == len(other.values)
             and all(torch.equal(a, b) for a, b in zip(self.values, other.values))
         )
+
+
+def _are_equal(key: tuple, other: tuple) -> bool:
+    # As `key == other`, but torch.compile can follow it, too: it does not call `__eq__` for the same object.
+    return len(key) == len(other) and all(one is another or one == another for one, another in zip(key, other))
 
 
 def _walk(module: nn.Module, in_adapter: bool = False) -> Iterator[tuple[nn.Module, bool]]:

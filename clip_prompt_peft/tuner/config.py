@@ -184,7 +184,8 @@ class CLIPPromptTuningConfig(PeftConfig):
         for check in (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts):
             check(self)
         _check_regularizer(self)
-        if self.is_resolved:
+        self.set_at_injection: dict[str, object] = {}  # field to value, of a configuration that `resolve` has made
+        if self.has_weights:
             _check_resolved(self)
 
     @classmethod
@@ -213,9 +214,9 @@ class CLIPPromptTuningConfig(PeftConfig):
         return cls(**{**preset_settings(name, *num_layers), **overrides})
 
     @property
-    def is_resolved(self) -> bool:
-        """Whether the fields that depend on the model are set. Such a configuration belongs to existing weights."""
-        return self.replaced_token_ids is not None
+    def has_weights(self) -> bool:
+        """Whether the configuration belongs to saved weights: it came with the token ids that an injection sets."""
+        return self.replaced_token_ids is not None and "replaced_token_ids" not in self.set_at_injection
 
     @property
     def has_shared_prefix(self) -> bool:

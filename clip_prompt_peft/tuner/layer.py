@@ -353,10 +353,8 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             inputs_embeds = self.token_table(input_ids)  # (B, L, D)
             if position_ids is None:
                 position_ids = self._position_ids(input_ids)
-        if per_text is None:
-            per_text = (_PER_TEXT.get() or {}).get(id(self), PerText())
         for name in adapters:
-            inputs_embeds = self._replace(inputs_embeds, name, per_text)
+            inputs_embeds = self._replace(inputs_embeds, name, per_text or self._per_text_of_call(name))
         return self.base_layer(position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def _position_ids(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
@@ -364,6 +362,12 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         base = self.get_base_layer()
         create = getattr(base, "create_position_ids_from_input_ids", None)
         return None if create is None else create(input_ids, base.padding_idx)
+
+    def _per_text_of_call(self, name: str) -> PerText:
+        layout = self.prompt_layouts[name]
+        if torch.compiler.is_compiling() and not (layout.has_per_text_vectors or layout.has_per_text_positions):
+            return PerText()  # reading a context variable would break the graph
+        return (_PER_TEXT.get() or {}).get(id(self), PerText())
 
     def _replace(self, inputs_embeds: torch.Tensor, name: str, per_text: PerText) -> torch.Tensor:
         layout = self.prompt_layouts[name]

@@ -109,23 +109,29 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> CLIPPromptTunin
     """Returns a copy of a configuration in which all fields are set that depend on the model.
 
     A configuration from a file has its template, token ids and depths already. It only takes over the class names and
-    the problem type of the model, if it has none.
+    the problem type of the model, if it has none. What an earlier injection has set is dropped first, since it belongs
+    to that model.
 
     Raises:
         ValueError: If the model cannot take the prompts that the configuration asks for.
     """
     _check_towers(config, model)
     resolved = copy.copy(config)
+    for name, value in config.set_at_injection.items():
+        if getattr(config, name) == value:  # otherwise it was changed since
+            setattr(resolved, name, None)
+    empty = [field.name for field in fields(config) if getattr(resolved, field.name) is None]
     names = _config_value(model, "class_names")
-    if config.class_names is None and names is not None:
+    if resolved.class_names is None and names is not None:
         resolved.class_names = check_class_names(names)
-    if config.problem_type is None:
+    if resolved.problem_type is None:
         resolved.problem_type = _config_value(model, "problem_type")
     _resolve_depths(resolved, model)
-    if not config.is_resolved:
-        if config.prompt_template is None:
+    if not config.has_weights:
+        if resolved.prompt_template is None:
             resolved.prompt_template = _config_value(model, "prompt_template") or DEFAULT_TEMPLATE
         _resolve_tokens(resolved, _tokenizer_for(config, model))
+        resolved.set_at_injection = {name: getattr(resolved, name) for name in empty}
     _check_fits(resolved, model)
     return resolved
 

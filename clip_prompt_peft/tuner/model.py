@@ -59,16 +59,15 @@ class CLIPPromptTuningModel(BaseTuner):
                 f"An adapter cannot be named {adapter_name!r}: a module and a folder are named after it, so it must "
                 "not be empty nor hold '.', '/' or a backslash."
             )
+        self._injected = adapter_name
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].vision_prompts_from_text:
             self._connect_towers(adapter_name)
 
     def _prepare_adapter_config(self, peft_config: CLIPPromptTuningConfig, model_config: dict):
         resolved = resolve(peft_config, self.model)
-        # The adapter keeps the copy: the user may go on to use the same object for another model.
-        for name in [name for name, config in self.peft_config.items() if config is peft_config]:
-            self.peft_config[name] = resolved
-        self._is_new = not peft_config.is_resolved
+        self.peft_config[self._injected] = resolved  # a copy: the user may use the same object for another model
+        self._is_new = not peft_config.has_weights
         self._layout = PromptLayout.of(resolved)
         vision_depth = resolved.vision_prompt_depth if resolved.num_vision_virtual_tokens else 0
         self._text_targets = _targets(chosen_towers(resolved, self.model, "text"), resolved.text_prompt_depth)

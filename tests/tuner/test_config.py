@@ -205,3 +205,21 @@ def test_a_saved_configuration_does_not_start_a_new_adapter_in_silence(clip, tmp
     model = get_peft_model(CLIPModel.from_pretrained(TINY_CLIP), config)
     with pytest.raises(ValueError, match="belongs to saved weights, but none were loaded"):
         model.get_text_features(**tokenizer(["a photo of a cat."], return_tensors="pt"))
+
+
+def test_the_configuration_of_an_adapter_starts_another_one(classifier):
+    model = get_peft_model(classifier, CLIPPromptTuningConfig(prompt_tuning_init_text="art of"))
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    layer = classifier.text_model.embeddings
+    assert torch.equal(layer.learnable_embeddings["second"], layer.learnable_embeddings["default"])
+    assert classifier.get_class_embeds().isfinite().all()
+    assert model.peft_config["second"] is not model.peft_config["default"]
+
+
+def test_injecting_does_not_change_the_users_configuration(classifier):
+    config = CLIPPromptTuningConfig()
+    before = config.to_dict()
+    get_peft_model(classifier, config)
+    after = config.to_dict()
+    assert {name for name in before if before[name] != after[name]} == {"base_model_name_or_path"}  # peft's own
