@@ -348,7 +348,7 @@ class PromptClassificationMixin:
     @property
     def active_regularizers(self) -> dict[str, Regularizer]:
         """The loss terms in effect, by name: those in `regularizers`, and that of the active prompt adapter."""
-        return self._active_regularizers(self.prompt_layout)
+        return dict(self._active_regularizers(self.prompt_layout))
 
     def _active_regularizers(self, layout: PromptLayout | None) -> dict[str, Regularizer]:
         if layout is None or layout.regularizer is None:

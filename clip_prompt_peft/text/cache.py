@@ -94,9 +94,10 @@ class WeightsState:
         self.versions = [_version(tensor) for tensor in tensors]
         self.settings = adapter_settings(modules) if with_adapters else []
         num_small = sum(tensor.numel() for tensor, small in zip(tensors, is_small) if small)
-        # Tensors that accelerate has offloaded are out of sight. Dropout makes every result another one.
-        is_visible = num_small <= MAX_COMPARED and not any(tensor.is_meta for tensor in tensors)
-        self.is_comparable = is_visible and not (with_adapters and any(module.training for module in modules))
+        # Dropout makes every result another one, and tensors that accelerate has offloaded are out of sight. Without
+        # adapters neither matters: these states are of models in eval mode, whose frozen weights are compared.
+        is_fixed = not any(module.training for module in modules) and not any(tensor.is_meta for tensor in tensors)
+        self.is_comparable = num_small <= MAX_COMPARED and (is_fixed or not with_adapters)
         self.values = _values(tensors, is_small) if self.is_comparable else []
 
     @property
@@ -140,6 +141,8 @@ def _values(tensors: list[torch.Tensor], is_small: list[bool]) -> list[torch.Ten
     """Returns the values that are compared, as one tensor for each device and dtype, which is fast to compare."""
     groups: dict[tuple, list[torch.Tensor]] = {}
     for tensor, small in zip(tensors, is_small):
+        if tensor.is_meta:
+            continue
         flat = tensor.detach().flatten()
         sample = flat if small else flat[:: flat.numel() // NUM_SAMPLES]
         groups.setdefault((tensor.device, tensor.dtype), []).append(sample)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..templates import CLASS_SLOT, check_class_names, check_template
+from ..tuner.config import CLIPPromptTuningConfig
 from ..tuner.layout import PromptLayout
 from .tokenization import IGNORED, EncodedTexts, count_special_tokens, encode_texts, structural_ids
 
@@ -60,7 +61,7 @@ def build_class_prompts(
     template: str,
     tokenizer,
     max_length: int,
-    layout: PromptLayout | None = None,
+    layout: PromptLayout | CLIPPromptTuningConfig | None = None,
     padding: str = IGNORED,
 ) -> ClassPrompts:
     """Inserts each class name into the template and tokenizes the texts.
@@ -74,8 +75,8 @@ def build_class_prompts(
             The tokenizer of the model.
         max_length (`int`):
             The number of positions of the text tower, 77 for CLIP.
-        layout (`PromptLayout`, *optional*):
-            The layout of the active prompt adapter.
+        layout (`PromptLayout` or `CLIPPromptTuningConfig`, *optional*):
+            The layout of the active prompt adapter, or its configuration in the model, `model.active_peft_config`.
         padding (`str`, *optional*, defaults to `"ignored"`):
             How the text tower treats padding, see [`~tokenization.encode_texts`].
 
@@ -85,6 +86,8 @@ def build_class_prompts(
             to other classes.
     """
     class_names = check_class_names(class_names)
+    if isinstance(layout, CLIPPromptTuningConfig):
+        layout = PromptLayout.of(layout)
     if layout is not None:
         _check_class_specific(class_names, layout)
         template = layout.padded_template

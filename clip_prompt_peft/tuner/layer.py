@@ -482,5 +482,9 @@ def empty_vectors(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 
 def empty_linear(width_in: int, width_out: int, like: torch.Tensor) -> nn.Linear:
     """Returns a linear layer that is not initialised, on the device of `like`."""
-    options = {"device": like.device, "dtype": trainable_dtype(like)}
-    return nn.utils.skip_init(nn.Linear, width_in, width_out, **options)
+    linear = nn.Linear(width_in, width_out, device="meta", dtype=trainable_dtype(like))
+    for name, parameter in list(
+        linear.named_parameters()
+    ):  # set anew, so that low_cpu_mem_usage can keep them on meta
+        setattr(linear, name, nn.Parameter(torch.empty_like(parameter, device=like.device)))
+    return linear

@@ -4,14 +4,12 @@ import pytest
 from conftest import CLASS_NAMES, TINY_CLIP
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, build_class_prompts, pad_template
-from clip_prompt_peft.tuner.layout import PromptLayout
 
 
 MAX_LENGTH = 77
 
 
 def build(class_names, template="a photo of a {}.", tokenizer=None, layout=None):
-    layout = layout and PromptLayout.of(layout)
     return build_class_prompts(class_names, template, tokenizer, MAX_LENGTH, layout)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from adapters import layer_of, learnable, prompted
 from conftest import CLASS_NAMES, TINY_CLIP, needs_compile
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
@@ -209,3 +209,10 @@ def test_what_needs_an_image_tower_does_not_load_into_a_text_model(clip, tmp_pat
     prompted(clip, **fields).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(CLIPTextModel.from_pretrained(TINY_CLIP), tmp_path)
+
+
+@pytest.mark.parametrize("preset", ["cocoop", "maple"])
+def test_with_low_memory_use_a_new_adapter_is_on_the_meta_device(classifier, preset):
+    config = CLIPPromptTuningConfig.from_preset(preset, model=classifier)
+    model = get_peft_model(classifier, config, low_cpu_mem_usage=True)
+    assert all(value.is_meta for name, value in model.named_parameters() if "learnable_" in name)
