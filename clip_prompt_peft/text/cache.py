@@ -94,8 +94,8 @@ class WeightsState:
         self.versions = [_version(tensor) for tensor in tensors]
         self.settings = adapter_settings(modules) if with_adapters else []
         num_small = sum(tensor.numel() for tensor, small in zip(tensors, is_small) if small)
-        # Dropout makes every result another one, and tensors that accelerate has offloaded are out of sight. Without
-        # adapters neither matters: these states are of models in eval mode, whose frozen weights are compared.
+        # Results with dropout are never the same, and values that accelerate has offloaded cannot be compared. Without
+        # adapters neither matters: results are computed in eval mode, and frozen weights rarely change.
         is_fixed = not any(module.training for module in modules) and not any(tensor.is_meta for tensor in tensors)
         self.is_comparable = num_small <= MAX_COMPARED and (is_fixed or not with_adapters)
         self.values = _values(tensors, is_small) if self.is_comparable else []

@@ -483,8 +483,7 @@ def empty_vectors(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 def empty_linear(width_in: int, width_out: int, like: torch.Tensor) -> nn.Linear:
     """Returns a linear layer that is not initialised, on the device of `like`."""
     linear = nn.Linear(width_in, width_out, device="meta", dtype=trainable_dtype(like))
-    for name, parameter in list(
-        linear.named_parameters()
-    ):  # set anew, so that low_cpu_mem_usage can keep them on meta
+    # The parameters are assigned, since peft's low_cpu_mem_usage keeps assigned ones on the meta device.
+    for name, parameter in list(linear.named_parameters()):
         setattr(linear, name, nn.Parameter(torch.empty_like(parameter, device=like.device)))
     return linear
