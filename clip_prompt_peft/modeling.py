@@ -27,10 +27,10 @@ class PromptClassificationMixin:
     """
     Class names for a dual encoder: images are scored against the embeddings of one prompt for each class.
 
-    It comes before the model of a family, `class CLIPForPromptClassification(PromptClassificationMixin, CLIPModel)`,
-    and the class sets the attributes that differ. Without an adapter, the result is the zero-shot classifier. With a
-    prompt adapter, the prompts are written as the active adapter needs them. Other adapters (LoRA, ...) change the
-    towers. Module paths are those of the family's model, so that checkpoints and adapters fit both.
+    List it before the model of a family, as in `class CLIPForPromptClassification(PromptClassificationMixin,
+    CLIPModel)`. The subclass sets the attributes that differ. Without an adapter, the result is the zero-shot
+    classifier. With a prompt adapter, the prompts are written as the active adapter needs them. Other adapters (LoRA,
+    ...) change the towers. Module paths are those of the family's model, so that checkpoints and adapters fit both.
 
     Create it with `from_pretrained`, or from a model in memory with `from_base`.
 
@@ -397,9 +397,8 @@ class PromptClassificationMixin:
             loss.
 
         Raises:
-            ValueError: If both or neither of `pixel_values` and `image_embeds` are given, labels are not class
-            indices,
-                there are no class names, or, in training, a regularizer gets no labels or vision prompts get
+            ValueError: If both or neither of `pixel_values` and `image_embeds` are given, there are no class names, or
+                labels are not class indices. In training, also if a regularizer gets no labels, or vision prompts get
                 `image_embeds`.
         """
         image_inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}

@@ -22,7 +22,7 @@ WRAPPED = ("base_layer", "original_module")  # the names that adapters give to t
 
 class Memo:
     """
-    Remembers the latest results of a computation, each with the key that it was computed for.
+    Remembers the latest result of a computation, with the key that it was computed for.
 
     It can be shared by threads: the entries are replaced as a whole, so at worst a result is computed twice.
     """
@@ -65,8 +65,8 @@ class ClassEmbedsMemo(Memo):
 
 class WeightsState:
     """
-    Everything that the outputs of some modules depend on, beside their inputs. It is equal to another state if the
-    outputs are.
+    Everything besides the inputs that the outputs of some modules depend on. If two states are equal, so are the
+    outputs.
 
     `Tensor._version` alone is not enough: writes to `.data` (peft merges that way), `.to()` and fused optimizers leave
     it unchanged. Adapters are small, so they are compared by value. Frozen weights are compared by identity, address,

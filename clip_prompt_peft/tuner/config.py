@@ -28,7 +28,7 @@ REGULARIZER_WEIGHTS = {
 
 
 class CLIPPromptPeftType(str, enum.Enum):
-    """The entry of this method beside `peft.PeftType`, which is a closed enum.
+    """The peft type of this method. It has its own enum, since `peft.PeftType` is a closed one.
 
     It is a member of a `str` enum and not a string, since transformers reads `peft_type.value` when it loads adapters.
     """
@@ -37,7 +37,7 @@ class CLIPPromptPeftType(str, enum.Enum):
 
 
 class CLIPPromptTaskType(str, enum.Enum):
-    """The entry beside `peft.TaskType`: `get_peft_model` then returns a [`PeftModelForPromptClassification`]."""
+    """The task type of this method, with which `get_peft_model` returns a [`PeftModelForPromptClassification`]."""
 
     PROMPT_CLASSIFICATION = "PROMPT_CLASSIFICATION"
 

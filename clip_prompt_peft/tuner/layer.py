@@ -51,7 +51,7 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.prompt_layouts]
 
     def _begin(self, adapter_name: str, layout: PromptLayout) -> None:
-        """Sets the layout of an adapter, and removes the tensors of an older one of that name."""
+        """Sets the layout of an adapter, and removes the tensors of an older adapter of the same name."""
         self.prompt_layouts[adapter_name] = layout
         self._awaited.pop(adapter_name, None)
         for container in (getattr(self, name) for name in self.adapter_layer_names):
@@ -231,7 +231,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             self.prompt_configs[name].class_names = class_names
 
     def update_layer(self, adapter_name: str, layout: PromptLayout, image_width: int | None = None) -> None:
-        """Adds the tensors of an adapter, not initialised. They replace those of an older one of that name."""
+        """Adds the tensors of an adapter, not initialised. An older adapter of that name is replaced."""
         self._begin(adapter_name, layout)
         if layout.num_virtual_tokens:
             classes = (len(layout.class_names),) if layout.class_specific else ()

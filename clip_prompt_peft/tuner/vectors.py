@@ -32,7 +32,7 @@ class CLIPVectorsLayer(CLIPPromptLayer):
     def update_layer(
         self, adapter_name: str, layout: PromptLayout, n: int, like: torch.Tensor, text_width: int | None = None
     ) -> None:
-        """Adds the tensors of an adapter, not initialised. They replace those of an older one of that name.
+        """Adds the tensors of an adapter, not initialised. An older adapter of that name is replaced.
 
         Args:
             adapter_name (`str`):
