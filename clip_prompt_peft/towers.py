@@ -125,6 +125,11 @@ def adapter_settings(modules: Iterable[nn.Module]) -> list[dict[str, str]]:
     return [{name: repr(value) for name, value in vars(layer).items() if _is_plain(value)} for layer in layers]
 
 
+def has_adapters(modules: Iterable[nn.Module]) -> bool:
+    """Returns whether there is an adapter layer in one of the modules."""
+    return any(isinstance(part, ADAPTER_LAYERS) for module in modules for part in module.modules())
+
+
 def trainable_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Returns the parameters of the modules that require gradients."""
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]

@@ -9,13 +9,13 @@ from functools import cached_property
 import numpy as np
 import torch
 from datasets import Dataset
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.data import DataLoader
 from transformers import BatchFeature, EvalPrediction, default_data_collator
 from transformers.utils import logging
 
 from ..data import class_names_of, with_pixel_values
 from ..templates import check_label_names
+from ..towers import has_adapters, image_side
 from .metrics import compute_metrics, softmax
 
 
@@ -139,7 +139,7 @@ def compare_with_zero_shot(model, dataset: Dataset, image_processor, batch_size:
     class_names = class_names_of(dataset)
     check_label_names(class_names, model.class_names)
     model.eval()
-    changes_images = any(isinstance(module, BaseTunerLayer) for module in model.vision_model.modules())
+    changes_images = has_adapters(image_side(model))
     examples = with_pixel_values(dataset, image_processor)
     tuned, zero_shot, labels = [], [], []
     batches = DataLoader(examples, batch_size=batch_size, collate_fn=default_data_collator)

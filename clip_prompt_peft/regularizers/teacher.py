@@ -10,7 +10,7 @@ from torch import nn
 
 from ..text import normalize
 from ..text.cache import Memo, WeightsState
-from ..towers import ADAPTER_LAYERS, eval_mode, image_side, text_side
+from ..towers import ADAPTER_LAYERS, eval_mode, has_adapters, image_side, text_side
 from .base import Prediction
 
 
@@ -60,7 +60,7 @@ class ZeroShotTeacher:
         key = tuple(model.class_names), WeightsState(text_side(model), with_adapters=False)
         class_embeds = memo.get(key, lambda: _mean_class_embeds(model, templates))
         image_embeds = student.image_embeds.detach()
-        if any(isinstance(part, ADAPTER_LAYERS) for side in image_side(model) for part in side.modules()):
+        if has_adapters(image_side(model)):
             with without_adapters(model), eval_mode(model):
                 image_embeds = model.get_image_features(**image_inputs).pooler_output  # (B, E)
         return model.predict(image_embeds, class_embeds)

@@ -58,10 +58,10 @@ def exact_path(model: CLIPModel) -> str:
     hooks, which expect to see one prompt in each sequence.
     """
     text_model = model.text_model
-    _, is_causal = attention_of(text_model)
+    attention, is_causal = attention_of(text_model)
     if type(text_model) not in CAUSAL_TEXT_MODELS or not is_causal or not all(map(_is_known, text_model.modules())):
         return PLAIN
-    return PACKED if text_model.config._attn_implementation in ADDITIVE_ATTENTION else CUT
+    return PACKED if attention in ADDITIVE_ATTENTION else CUT
 
 
 def attention_of(text_model: nn.Module) -> tuple[str, bool]:
@@ -70,17 +70,10 @@ def attention_of(text_model: nn.Module) -> tuple[str, bool]:
 
 
 def _is_known(module: nn.Module) -> bool:
-    if "forward" in vars(module) or any(map(_changes_or_looks, _hooks(module))):
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    if "forward" in vars(module) or any(getattr(hook, "__module__", None) != TRANSFORMERS_HOOKS for hook in hooks):
         return False
     return isinstance(module, CLIPPromptLayer) or f"{type(module).__module__}.".startswith(TOKENWISE_MODULES)
-
-
-def _hooks(module: nn.Module):
-    return (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-
-
-def _changes_or_looks(hook) -> bool:
-    return getattr(hook, "__module__", None) != TRANSFORMERS_HOOKS
 
 
 @dataclass(frozen=True)

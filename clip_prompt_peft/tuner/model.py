@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..towers import ADAPTER_LAYERS, Tower, embed_width
+from ..towers import Tower, embed_width, has_adapters
 from .config import CLIPPromptTuningConfig
 from .files import check_values
 from .layer import CLIPPromptLayer, CLIPTextLearnableEmbeddings
@@ -166,7 +166,7 @@ class CLIPPromptTuningModel(BaseTuner):
             self._restore_base_weights()
         options = {"progressbar": progressbar, "safe_merge": safe_merge, "adapter_names": adapter_names}
         model = super()._unload_and_optionally_merge(merge=merge, **options)
-        if any(isinstance(module, ADAPTER_LAYERS) for module in model.modules()):
+        if has_adapters([model]):
             # peft does not look inside of the layers that it unloads. Those of deep prompts hold whole layers of CLIP,
             # which may hold layers of other methods.
             model = super()._unload_and_optionally_merge(merge=merge, **options)

@@ -78,7 +78,7 @@ def test_snippet_imports_this_package_and_is_python(card_for):
 
 def test_metadata_can_be_found_on_the_hub(card_for):
     data = card_for().data
-    assert data.library_name == "peft" and data.pipeline_tag == "image-classification"
+    assert data.get("library_name") == "peft" and data.pipeline_tag == "image-classification"
     assert data.base_model == "openai/clip-vit-base-patch16"
     assert {"clip", "prompt-tuning", "base_model:adapter:openai/clip-vit-base-patch16"} <= set(data.tags)
     assert not [tag for tag in data.tags if str(ROOT) in tag]
