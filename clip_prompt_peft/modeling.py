@@ -482,4 +482,5 @@ def _with_modules_of(source: PreTrainedModel, target_class: type[PreTrainedModel
     for name in ("peft_config", "_hf_peft_config_loaded"):  # an adapter comes with the modules
         if hasattr(source, name):
             setattr(model, name, getattr(source, name))
-    return model.train(source.training)
+    model.training = source.training  # not train(), which would change the modules, too
+    return model

@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset
 
 from ..data import cache_image_embeds, class_names_of, keep_classes, sample_few_shot, with_pixel_values
 from ..data.columns import LABEL
+from ..towers import embed_width
 
 
 ROW = "row"  # column of the indices into the pool
@@ -32,7 +33,7 @@ class ImagePool:
     def embeds(self, rows: Sequence[int], model, image_processor) -> torch.Tensor:
         """Returns the (len(rows), E) projected image embeddings, not normalized. Only missing ones are computed."""
         if self._embeds is None:
-            self._embeds = torch.zeros(len(self.dataset), model.config.projection_dim)
+            self._embeds = torch.zeros(len(self.dataset), embed_width(model.config))
             self._is_known = torch.zeros(len(self.dataset), dtype=torch.bool)
         rows = torch.as_tensor(rows)
         missing = rows[~self._is_known[rows]].unique()
