@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable
+import warnings
+from collections.abc import Callable, Hashable, Sequence
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
@@ -73,17 +74,18 @@ def _choose(features: Features, kind: str, name: str | None, found: list[str], f
     if name in features and fits(features[name]):
         return name
     if name is not None:
-        holds = f"holds {_type_name(features[name])}" if name in features else "does not exist"
+        holds = f"holds {type_name(features[name])}" if name in features else "does not exist"
         problem = f"The {kind} column {name!r} {holds}"
     elif found:
         problem = f"More than one column could hold the {kind}s ({', '.join(found)}); name one with {kind}_column"
     else:
         problem = f"No {kind} column; name it with {kind}_column"
-    columns = ", ".join(f"{key} ({_type_name(feature)})" for key, feature in features.items())
+    columns = ", ".join(f"{key} ({type_name(feature)})" for key, feature in features.items())
     raise ValueError(f"{problem}. Expected a column of {EXPECTED[kind]}. The columns are: {columns}.")
 
 
-def _type_name(feature) -> str:
+def type_name(feature) -> str:
+    """Returns the type of a column as an error message names it."""
     if isinstance(feature, ClassLabel):
         return f"ClassLabel of {feature.num_classes}"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
@@ -94,6 +96,77 @@ def read_labels(dataset: Dataset, label_column: str) -> list[Hashable]:
     if label_column not in dataset.column_names:
         raise ValueError(f"There is no column {label_column!r}; the columns are {', '.join(dataset.column_names)}.")
     return dataset.select_columns(label_column).with_format("arrow")[:][label_column].to_pylist()
+
+
+def check_labels_are_numbers(dataset: Dataset, label_column: str = LABEL) -> None:
+    """Raises `ValueError` if a label is missing, or if the labels are strings, lists, ...
+
+    Args:
+        dataset (`datasets.Dataset`):
+            A dataset whose labels a model is to be trained with.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            The name of the column. Nothing is checked if there is none.
+    """
+    feature = (dataset.features or {}).get(label_column)
+    if feature is None:
+        return
+    is_number = isinstance(feature, Value) and feature.dtype.startswith(("bool", "int", "uint", "float"))
+    if not is_number and not isinstance(feature, ClassLabel):
+        raise ValueError(
+            f"The column {label_column!r} holds {type_name(feature)}, but training needs one number for each image. "
+            f"Turn names into numbers with dataset.class_encode_column({label_column!r}), or load the dataset with "
+            "load_image_dataset."
+        )
+    labels = dataset.select_columns(label_column).with_format("arrow")[:][label_column]
+    if labels.null_count:
+        row = labels.is_null().index(True).as_py()
+        raise ValueError(
+            f"{labels.null_count} of {len(labels)} rows have no value in the column {label_column!r}, such as row "
+            f"{row}; leave them out with dataset.filter(lambda label: label is not None, "
+            f"input_columns={label_column!r})."
+        )
+
+
+def check_label_order(dataset: Dataset, class_names: Sequence[str] | None, label_column: str = LABEL) -> None:
+    """Checks that no class of a data set is another class of a model. Names that only one of them has may differ.
+
+    A model of fewer or more classes is only warned about: the labels may be renumbered after the images are embedded.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            The data set. Nothing is checked unless its labels are a `ClassLabel`.
+        class_names (`Sequence[str]`, *optional*):
+            The classes of the model. Nothing is checked without them.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            The name of the label column.
+
+    Raises:
+        ValueError: If they have as many classes and one of the same name has another number.
+    """
+    feature = (dataset.features or {}).get(label_column)
+    if class_names is None or not isinstance(feature, ClassLabel):
+        return
+    number_of = {name: number for number, name in enumerate(class_names)}
+    for label, spelled in enumerate(feature.names):
+        number = number_of.get(spelled, number_of.get(clean_class_name(spelled)))
+        if number in (None, label):
+            continue
+        problem = (
+            f"The data set and the model have the same classes in another order: label {label} of the data set is "
+            f"{spelled!r}, which is class {number} of the model."
+        )
+        if len(feature.names) == len(class_names):
+            raise ValueError(
+                f"{problem} Give the model the data set's names in their order, "
+                "model.set_class_names(class_names_of(dataset)), or renumber the data set with "
+                f"dataset.align_labels_with_mapping(model.config.label2id, {label_column!r})."
+            )
+        warnings.warn(
+            f"{problem} Do not train or evaluate with these labels before they are renumbered, for example by "
+            "keep_classes(dataset, model.class_names).",
+            stacklevel=3,
+        )
+        return
 
 
 def class_label_of(dataset: Dataset, label_column: str) -> ClassLabel:

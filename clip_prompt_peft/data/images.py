@@ -13,11 +13,12 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
 from ..towers import adapter_settings, embed_width, eval_mode, image_side
-from .columns import IMAGE, LABEL
+from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers
 
 
 NUM_TRIES = 10
 DTYPES = ("float32", "float16")
+PIXELS, LABELS = "pixel_values", "labels"  # as the model calls them
 
 
 class UnreadableImageError(ValueError):
@@ -96,7 +97,8 @@ def with_pixel_values(dataset: Dataset, image_processor, augment: bool = False) 
     """
     Returns a view of a dataset whose examples are `pixel_values` and `labels`, computed when they are accessed.
 
-    Set `remove_unused_columns=False` in the `TrainingArguments`, or the Trainer removes the column `image`.
+    The columns have these names, too, so that the Trainer, which removes columns that the model does not take, keeps
+    them.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -110,7 +112,9 @@ def with_pixel_values(dataset: Dataset, image_processor, augment: bool = False) 
         `datasets.Dataset`: The same examples, transformed lazily. Accessing an example whose image is damaged raises
         `UnreadableImageError`.
     """
-    return undecoded(dataset).with_transform(PixelTransform(image_processor, augment), columns=[IMAGE, LABEL])
+    check_labels_are_numbers(dataset)
+    columns = undecoded(dataset.select_columns([IMAGE, LABEL])).rename_columns({IMAGE: PIXELS, LABEL: LABELS})
+    return columns.with_transform(PixelTransform(image_processor, augment))
 
 
 def undecoded(dataset: Dataset) -> Dataset:
@@ -135,7 +139,7 @@ def decode(image: dict) -> Image.Image:
 
 
 class PixelTransform:
-    """Turns a batch of examples into `pixel_values` (3, H, W) each and `labels`, see [`with_pixel_values`]."""
+    """Turns a batch of images in `pixel_values` into (3, H, W) each, and keeps `labels`, see [`with_pixel_values`]."""
 
     def __init__(self, image_processor, augment: bool = False) -> None:
         self.image_processor, self.augmentation = image_processor, None
@@ -147,8 +151,10 @@ class PixelTransform:
             self.augmentation = RandomResizedCropFlip((size["height"], size["width"]))
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        inputs = self.model_inputs([decode(image) for image in batch[IMAGE]])
-        return {name: list(values) for name, values in inputs.items()} | {"labels": batch[LABEL]}
+        if PIXELS not in batch:  # `datasets` reads some columns alone, for example to filter by them
+            return batch
+        inputs = self.model_inputs([decode(image) for image in batch[PIXELS]])
+        return batch | {name: list(values) for name, values in inputs.items()}
 
     def model_inputs(self, images: list[Image.Image]) -> BatchFeature:
         """Returns `pixel_values` (B, 3, H, W) and any further outputs of the processor."""
@@ -201,7 +207,8 @@ def cache_image_embeds(
         the Trainer.
 
     Raises:
-        ValueError: If the image tower is trainable or if `num_views` or `dtype` is invalid.
+        ValueError: If the image tower is trainable, if `num_views` or `dtype` is invalid, if the labels are no
+            numbers, or if they number the model's classes in another order.
         UnreadableImageError: If an image cannot be read.
 
     Example:
@@ -217,6 +224,8 @@ def cache_image_embeds(
         raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check_image_side_is_frozen(model)
+    check_labels_are_numbers(dataset)
+    check_label_order(dataset, getattr(model, "class_names", None))
     feature = Sequence(Value(dtype), length=embed_width(model.config))
     if num_views is not None:
         feature = Sequence(feature, length=num_views)

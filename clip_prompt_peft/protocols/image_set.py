@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from ..data import cache_image_embeds, class_names_of, keep_classes, sample_few_shot, with_pixel_values
 from ..data.columns import LABEL
@@ -38,7 +38,9 @@ class ImagePool:
         rows = torch.as_tensor(rows)
         missing = rows[~self._is_known[rows]].unique()
         if len(missing):
-            embedded = cache_image_embeds(self.dataset.select(missing.tolist()), model, image_processor)
+            # Without names: the model's classes of the moment need not be those of the pool.
+            unnamed = self.dataset.select(missing.tolist()).cast_column(LABEL, Value("int64"))
+            embedded = cache_image_embeds(unnamed, model, image_processor)
             self._embeds[missing] = embedded["image_embeds"][:]
             self._is_known[missing] = True
         return self._embeds[rows]

@@ -292,7 +292,6 @@ def train_adapter(
             folder,
             seed=seed,
             dataloader_pin_memory=device != "cpu",
-            remove_unused_columns=False,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
