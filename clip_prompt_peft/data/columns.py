@@ -14,7 +14,8 @@ from ..templates import check_class_names
 IMAGE, LABEL = "image", "label"  # the column names of every dataset that this package returns
 
 USUAL_LABEL_NAMES = ("label", "labels", "class", "target")
-READABLE_AS_IMAGE = (Value("string"), Value("binary"))
+TEXTS = ("string", "large_string", "string_view")  # the Arrow types of text
+BYTES = ("binary", "large_binary", "binary_view")
 EXPECTED = {
     "image": "images, their bytes, or paths to them",
     "label": "type ClassLabel or string (numbers alone do not say what the classes are called)",
@@ -36,7 +37,9 @@ def find_image_column(features: Features, name: str | None = None) -> str:
         ValueError: If the named column is missing or cannot hold images, or if there is not exactly one image column.
     """
     found = [key for key, feature in features.items() if _is_image(feature)]
-    return _choose(features, "image", name, found, lambda feature: _is_image(feature) or feature in READABLE_AS_IMAGE)
+    return _choose(
+        features, "image", name, found, lambda feature: _is_image(feature) or is_text(feature) or _is_bytes(feature)
+    )
 
 
 def find_label_column(features: Features, name: str | None = None) -> str:
@@ -60,11 +63,38 @@ def find_label_column(features: Features, name: str | None = None) -> str:
 
 def _is_image(feature) -> bool:
     # Parquet files that were not written by `datasets` hold images as records of bytes and path.
-    return isinstance(feature, Image) or (isinstance(feature, dict) and feature.get("bytes") == Value("binary"))
+    return isinstance(feature, Image) or (isinstance(feature, dict) and _is_bytes(feature.get("bytes")))
+
+
+def is_text(feature) -> bool:
+    """Returns whether a column holds text. pandas and polars write it as other Arrow types than `datasets`."""
+    return isinstance(feature, Value) and feature.dtype in TEXTS
+
+
+def _is_bytes(feature) -> bool:
+    return isinstance(feature, Value) and feature.dtype in BYTES
+
+
+def as_image_column(dataset: Dataset) -> Dataset:
+    """Gives the column `image`, which holds images in any of the accepted forms, the type `Image`."""
+    feature = dataset.features[IMAGE]
+    if isinstance(feature, Image):
+        return dataset
+    if isinstance(feature, dict):  # in any order, with further fields, with or without a path
+        records = Features({IMAGE: {"bytes": Value("binary"), "path": Value("string")}})
+        others = {name: kept for name, kept in dataset.features.items() if name != IMAGE}
+        dataset = dataset.map(_bytes_and_path, input_columns=IMAGE, features=Features({**others, **records}))
+    else:
+        dataset = dataset.cast_column(IMAGE, Value("string" if is_text(feature) else "binary"))
+    return dataset.cast_column(IMAGE, Image())
+
+
+def _bytes_and_path(image: dict | None) -> dict:
+    return {IMAGE: image and {name: image.get(name) for name in ("bytes", "path")}}
 
 
 def _has_class_names(feature) -> bool:
-    return isinstance(feature, ClassLabel) or feature == Value("string")
+    return isinstance(feature, ClassLabel) or is_text(feature)
 
 
 def _choose(features: Features, kind: str, name: str | None, found: list[str], fits: Callable[..., bool]) -> str:
@@ -93,6 +123,11 @@ def type_name(feature) -> str:
 
 def read_labels(dataset: Dataset, label_column: str) -> list[Hashable]:
     """Returns all N values of a column, without decoding the images beside it."""
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"This needs all labels at once, which a {type(dataset).__name__} does not have; load it without "
+            "streaming=True, or draw a few images of each class with sample_few_shot."
+        )
     if label_column not in dataset.column_names:
         raise ValueError(f"There is no column {label_column!r}; the columns are {', '.join(dataset.column_names)}.")
     return dataset.select_columns(label_column).with_format("arrow")[:][label_column].to_pylist()

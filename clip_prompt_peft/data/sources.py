@@ -7,10 +7,10 @@ import logging
 import os
 from collections.abc import Mapping
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .columns import IMAGE, LABEL, find_image_column, find_label_column, read_labels
+from .columns import IMAGE, LABEL, as_image_column, find_image_column, find_label_column, is_text, read_labels
 from .formats import check_file, load_clip_benchmark, load_zhou_split
 
 
@@ -158,7 +158,9 @@ def _select_columns(name: str, split: Dataset, new_names: dict[str, str]) -> Dat
             f"Split {name!r} has no column {missing[0]!r}; its columns are {', '.join(split.column_names)}."
         )
     split = split.select_columns(list(new_names)).rename_columns(new_names)
-    return split if isinstance(split.features[IMAGE], Image) else split.cast_column(IMAGE, Image())
+    if is_text(split.features[LABEL]):
+        split = split.cast_column(LABEL, Value("string"))
+    return as_image_column(split)
 
 
 def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel, trained: set) -> None:
@@ -170,6 +172,12 @@ def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel,
                 "they must be the same, in the same order."
             )
         known = set(range(expected.num_classes))
+    missing = [row for row, label in enumerate(labels) if label is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(labels)} rows of the split {name!r} have no label, such as row {missing[0]}; "
+            "leave these rows out of the data."
+        )
     unknown = [label for label in labels if label not in known]
     if unknown:
         raise ValueError(

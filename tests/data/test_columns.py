@@ -49,9 +49,7 @@ class TestLabelOrder:
 
     @pytest.mark.parametrize("names", [["polar bear", "cat", "owl"], ["polar_bear", "cat", "fox"]])
     def test_a_class_with_another_number_is_an_error(self, names):
-        with pytest.raises(
-            ValueError, match=r"another order: label 0 of the data set is 'polar.bear', which is class 1 of"
-        ):
+        with pytest.raises(ValueError, match="another order: label 0 of the data set is 'polar.bear', which"):
             check_label_order(dataset(names), ["cat", "polar bear", "owl"])
 
     def test_some_of_the_classes_are_a_warning(self):
