@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
 from ..templates import check_class_names
 
@@ -37,9 +37,8 @@ def find_image_column(features: Features, name: str | None = None) -> str:
         ValueError: If the named column is missing or cannot hold images, or if there is not exactly one image column.
     """
     found = [key for key, feature in features.items() if _is_image(feature)]
-    return _choose(
-        features, "image", name, found, lambda feature: _is_image(feature) or is_text(feature) or _is_bytes(feature)
-    )
+    fits = (_is_image, is_text, _is_bytes)
+    return _choose(features, "image", name, found, lambda feature: any(kind(feature) for kind in fits))
 
 
 def find_label_column(features: Features, name: str | None = None) -> str:
@@ -121,16 +120,44 @@ def type_name(feature) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-def read_labels(dataset: Dataset, label_column: str) -> list[Hashable]:
-    """Returns all N values of a column, without decoding the images beside it."""
+def check_is_no_stream(dataset: Dataset) -> None:
+    """Raises `TypeError` unless all labels can be read at once."""
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"This needs all labels at once, which a {type(dataset).__name__} does not have; load it without "
+            f"This needs all labels at once, which a {type(dataset).__name__} does not give; load it without "
             "streaming=True, or draw a few images of each class with sample_few_shot."
         )
+
+
+def read_labels(dataset: Dataset, label_column: str) -> list[Hashable]:
+    """Returns all N values of a column, without decoding the images beside it."""
+    check_is_no_stream(dataset)
     if label_column not in dataset.column_names:
         raise ValueError(f"There is no column {label_column!r}; the columns are {', '.join(dataset.column_names)}.")
     return dataset.select_columns(label_column).with_format("arrow")[:][label_column].to_pylist()
+
+
+def with_known_types(stream: IterableDataset, label_column: str = LABEL) -> IterableDataset:
+    """Gives the images and labels of a stream without types those of its first example; other columns are dropped.
+
+    Args:
+        stream (`datasets.IterableDataset`):
+            A stream, for example from a generator, with the columns `image` and `label_column`.
+
+    Raises:
+        ValueError: If the stream is empty or lacks one of the columns.
+    """
+    if stream.features is not None:
+        return stream
+    first = next(iter(stream), None)
+    if first is None:
+        raise ValueError("The stream has no examples.")
+    missing = [name for name in (IMAGE, label_column) if name not in first]
+    if missing:
+        raise ValueError(f"The stream has no column {missing[0]!r}; its columns are {', '.join(first)}.")
+    label = Dataset.from_list([{label_column: first[label_column]}]).features[label_column]
+    types = Features({IMAGE: Image(), label_column: label})
+    return stream.select_columns([IMAGE, label_column]).cast(types)
 
 
 def check_labels_are_numbers(dataset: Dataset, label_column: str = LABEL) -> None:
@@ -152,6 +179,8 @@ def check_labels_are_numbers(dataset: Dataset, label_column: str = LABEL) -> Non
             f"Turn names into numbers with dataset.class_encode_column({label_column!r}), or load the dataset with "
             "load_image_dataset."
         )
+    if not isinstance(dataset, Dataset):
+        return  # a stream is read only once
     labels = dataset.select_columns(label_column).with_format("arrow")[:][label_column]
     if labels.null_count:
         row = labels.is_null().index(True).as_py()

@@ -7,10 +7,28 @@ import logging
 import os
 from collections.abc import Mapping
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+)
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .columns import IMAGE, LABEL, as_image_column, find_image_column, find_label_column, is_text, read_labels
+from .columns import (
+    IMAGE,
+    LABEL,
+    as_image_column,
+    find_image_column,
+    find_label_column,
+    is_text,
+    read_labels,
+    type_name,
+)
 from .formats import check_file, load_clip_benchmark, load_zhou_split
 
 
@@ -103,7 +121,7 @@ def _load_files(files: Mapping[str, str], load_kwargs: dict) -> DatasetDict:
     if len(extensions) > 1 or not extensions <= set(FILE_FORMATS):
         raise ValueError(f"Files must be of one format, {' or '.join(FILE_FORMATS)}; got {', '.join(files.values())}.")
     builder = FILE_FORMATS[extensions.pop()]
-    splits = DatasetDict()
+    splits = IterableDatasetDict() if load_kwargs.get("streaming") else DatasetDict()
     for split, file in files.items():  # one by one, or `datasets` gives all files the class names of the first
         splits[split] = load_dataset(builder, data_files={split: file}, split=split, **load_kwargs)
     return splits
@@ -130,6 +148,8 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
     if "train" not in splits:
         raise ValueError(f"The dataset has no split 'train'; its splits are {', '.join(splits)}.")
     train = splits["train"]
+    if isinstance(train, IterableDataset):
+        return _standardize_streams(splits, image_column, label_column)
     image_column = find_image_column(train.features, image_column)
     label_column = find_label_column(train.features, label_column)
     trained = set(read_labels(train, label_column))
@@ -148,6 +168,35 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
         if not isinstance(split.features[LABEL], ClassLabel):
             split = split.cast_column(LABEL, label_feature)
         standard[name] = split
+    return standard
+
+
+def _standardize_streams(
+    splits: IterableDatasetDict, image_column: str | None, label_column: str | None
+) -> IterableDatasetDict:
+    """Does what can be done without reading the labels."""
+    features = splits["train"].features
+    if features is None:
+        raise ValueError(
+            "The columns of this stream have no types, so its image and label columns are unknown; cast it to "
+            "Features with an Image and a ClassLabel, or load it without streaming=True."
+        )
+    image_column = find_image_column(features, image_column)
+    label_column = find_label_column(features, label_column)
+    if not isinstance(features[label_column], ClassLabel):
+        raise ValueError(
+            f"The column {label_column!r} of this stream holds {type_name(features[label_column])}, whose class names "
+            "are only known after reading all of it; load it without streaming=True."
+        )
+    standard = IterableDatasetDict()
+    for name, split in splits.items():
+        if split.features.get(label_column) != features[label_column]:
+            raise ValueError(f"The stream {name!r} has other classes than 'train'; they must be the same, in order.")
+        chosen = {image_column: IMAGE, label_column: LABEL}
+        split = split.select_columns(list(chosen)).rename_columns(
+            {old: new for old, new in chosen.items() if old != new}
+        )
+        standard[name] = split.cast_column(IMAGE, Image())
     return standard
 
 

@@ -147,8 +147,8 @@ def _warn_of_equal_tokens(class_names, input_ids, tokenizer) -> None:
     shown = "; ".join(" and ".join(map(repr, names[:5])) for names in equal[:5])
     more = f" and {len(equal) - 5} more groups" if len(equal) > 5 else ""
     warnings.warn(
-        f"The tokenizer makes the same tokens of the class names {shown}{more}, so their logits are equal and only the "
-        "first of them is ever predicted. Give them other names, or train vectors for each class "
+        f"The tokenizer makes the same tokens of the class names {shown}{more}, so their logits are equal and only "
+        "the first of them is ever predicted. Give them other names, or train vectors for each class "
         "(class_specific=True).",
         stacklevel=3,
     )

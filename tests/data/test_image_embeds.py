@@ -150,6 +150,8 @@ class TestRefused:
         classifier.set_class_names(dataset.features["label"].names[::-1])
         with pytest.raises(ValueError, match="another order: label 0 of the data set is 'animal', which is class 11"):
             cache_image_embeds(dataset, classifier, image_processor)
+        with pytest.raises(ValueError, match="another order"):
+            with_pixel_values(dataset, image_processor, class_names=classifier.class_names)
 
     def test_labels_that_are_no_numbers(self, classifier, dataset, image_processor):
         words = dataset.select_columns("image").add_column("label", list("abcde"))
