@@ -119,8 +119,11 @@ def with_pixel_values(
             The classes of the model, `model.class_names`, to check that the labels number them in this order.
 
     Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: The same examples, transformed lazily. Accessing an example whose image is damaged raises
-        `UnreadableImageError`.
+        `datasets.Dataset` or `datasets.IterableDataset`: The same examples, transformed lazily. Accessing an example
+        whose image is damaged raises `UnreadableImageError`.
+
+    Raises:
+        ValueError: If the labels are no numbers, or number the classes in another order than `class_names`.
     """
     check_labels_are_numbers(dataset)
     if isinstance(dataset, IterableDataset):
