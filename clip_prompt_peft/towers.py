@@ -8,6 +8,7 @@ table. A tower is a module with `embeddings` and with `encoder.layers` (or `enco
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -171,3 +172,17 @@ def _is_plain(value) -> bool:
     if isinstance(value, (list, tuple, set)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+def with_modules_of(source: nn.Module, target_class: type[nn.Module]) -> nn.Module:
+    """Creates a model of another class with the modules of `source`, without copying a weight."""
+    with torch.device("meta"):  # these weights are dropped at once
+        model = target_class(copy.copy(source.config))
+    for name, module in source.named_children():
+        setattr(model, name, module)
+    for name, parameter in source.named_parameters(recurse=False):  # logit scale and bias
+        setattr(model, name, parameter)
+    for name in ("peft_config", "_hf_peft_config_loaded", "hf_device_map"):  # they belong to the modules
+        if hasattr(source, name):
+            setattr(model, name, getattr(source, name))
+    return model.train(source.training)
