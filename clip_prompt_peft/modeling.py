@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from .assets import PIPELINE_FILE, custom_pipelines
 from .loss import PromptClassifierOutput, check_labels, check_regularizers, compute_loss
 from .regularizers import Prediction, Regularizer, regularizer_of
 from .regularizers.teacher import ZeroShotTeacher
@@ -25,6 +28,7 @@ from .tuner.layout import PromptLayout
 
 
 logger = logging.getLogger(__name__)
+PUSH_SETTINGS = ("commit_message", "create_pr", "max_shard_size", "private", "token")
 
 
 class PromptClassificationMixin:
@@ -169,6 +173,9 @@ class PromptClassificationMixin:
     def to_base(self) -> PreTrainedModel:
         """Returns the plain model of the family. They share their modules.
 
+        Its config has no `id2label`: `CLIPForImageClassification` and its kin would give these names to the outputs of
+        a new layer on the image tower.
+
         Raises:
             ValueError: If an adapter is still in the classifier.
         """
@@ -177,7 +184,12 @@ class PromptClassificationMixin:
                 f"The adapters {sorted(self.peft_config)} are still in the model; call merge_and_unload() or unload() "
                 "on the PeftModel first and then this method on what it returns."
             )
-        return with_modules_of(self, self.base_class)
+        plain = with_modules_of(self, self.base_class)
+        unnamed = type(plain.config)()
+        plain.config.id2label, plain.config.label2id = unnamed.id2label, unnamed.label2id
+        if hasattr(plain.config, "custom_pipelines"):  # of a saved classifier
+            del plain.config.custom_pipelines
+        return plain
 
     @classmethod
     def family_name(cls) -> str:
@@ -201,7 +213,10 @@ class PromptClassificationMixin:
             self.set_class_names(class_names)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Saves the model as the family's own `save_pretrained` does, and the tokenizer for the class prompts.
+        """Saves the model as the family's own `save_pretrained` does, the tokenizer for the class prompts, and code.
+
+        The code is a short file by which `transformers.pipeline("image-classification", ..., trust_remote_code=True)`
+        loads this class. Without it, transformers would put a new layer on the image tower and answer at random.
 
         With an adapter from transformers' `add_adapter` in the model, only the adapter is saved.
         """
@@ -213,9 +228,16 @@ class PromptClassificationMixin:
                 logger.warning("The classifier has no tokenizer to save beside it; pass tokenizer=... to load it.")
             else:
                 tokenizer = self._get_tokenizer()
+        self.config.custom_pipelines = custom_pipelines()
+        push_to_hub = kwargs.pop("push_to_hub", False)  # the family's own would push before all files are there
         super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
+            shutil.copy(PIPELINE_FILE, save_directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(save_directory)
+        if push_to_hub and kwargs.get("is_main_process", True):
+            settings = {name: kwargs[name] for name in PUSH_SETTINGS if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory)), **settings)
 
     def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
         """Loads an adapter as transformers does, but refuses prompt adapters that would change the frozen model."""
@@ -470,6 +492,12 @@ class PromptClassificationMixin:
         )
 
     def _check_inputs(self, layout, pixel_values, labels, image_embeds) -> None:
+        if pixel_values is not None and pixel_values.ndim == 2 and not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values look like token ids: {pixel_values.dtype} of shape {tuple(pixel_values.shape)}. The "
+                f"first arguments are pixel_values and labels here, not input_ids as in {self.base_class.__name__}; "
+                "name them: model(input_ids=..., pixel_values=...)."
+            )
         if (pixel_values is None) == (image_embeds is None):
             neither = f"got neither (nor input_ids, as {self.base_class.__name__} takes)."
             raise ValueError(

@@ -144,7 +144,7 @@ def with_modules_of(source: nn.Module, target_class: type[nn.Module]) -> nn.Modu
         setattr(model, name, module)
     for name, parameter in source.named_parameters(recurse=False):  # logit scale and bias
         setattr(model, name, parameter)
-    for name in ("peft_config", "_hf_peft_config_loaded", "hub_settings"):  # an adapter comes with the modules
+    for name in ("peft_config", "_hf_peft_config_loaded", "hf_device_map", "hub_settings"):  # of the modules
         if hasattr(source, name):
             setattr(model, name, getattr(source, name))
     model.training = source.training  # not train(), which would change the modules, too

@@ -355,6 +355,18 @@ class TestHalfPrecision:
         torch.testing.assert_close(logits, logits_of(classifier, pixel_values), atol=0.1, rtol=0.02)
 
 
+class TestPositionalArguments:
+    def test_the_order_of_the_family_is_refused_in_a_sentence(self, classifier, pixel_values, texts):
+        with pytest.raises(ValueError, match="look like token ids: torch.int64 .*not input_ids as in CLIPModel"):
+            classifier(texts.input_ids, pixel_values)
+        with pytest.raises(ValueError, match="look like token ids"):
+            classifier(texts.input_ids)
+
+    def test_images_and_labels_are_the_first_two(self, classifier, pixel_values, labels):
+        by_name = classifier(pixel_values=pixel_values, labels=labels)
+        assert torch.equal(classifier(pixel_values, labels).loss, by_name.loss)
+
+
 class TestPipeline:
     @pytest.mark.parametrize("tuned", [False, True], ids=["base", "peft_model"])
     def test_image_classification_names_the_most_probable_class(self, classifier, image, processor, tuned):

@@ -44,6 +44,7 @@ IMPORTED = {
     "transformers.trainer.OPTIMIZER_NAME": "a half-written checkpoint would be taken for a whole one",
     "transformers.trainer.SCHEDULER_NAME": "a half-written checkpoint would be taken for a whole one",
     "transformers.trainer.TRAINER_STATE_NAME": "a half-written checkpoint would be taken for a whole one",
+    "transformers.pipelines.PIPELINE_REGISTRY": "pipeline would not know the task prompt-image-classification",
     "transformers.trainer_callback.ExportableState": "averaging over epochs would not survive a resumed training",
     "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": "the last whole checkpoint would not be found",
     "transformers.utils.cached_file": "AutoPeftModelForPromptClassification would not find files on the Hub",
@@ -228,6 +229,13 @@ def wrapped_names(clip):
     assert any(name.endswith("text_projection.original_module") for name in names)
 
 
+def components_of_a_pipeline(clip):
+    """`Pipeline._load_tokenizer`: a pipeline would not give a classifier the tokenizer of the revision asked for."""
+    from transformers import Pipeline
+
+    assert Pipeline._load_tokenizer is None
+
+
 ATTRIBUTES = {
     "_attn_implementation": attention_implementation,
     "_version": tensor_version,
@@ -239,7 +247,13 @@ ATTRIBUTES = {
     "_hf_peft_config_loaded": adapter_mark_of_transformers,
     "_raise_exceptions_for_missing_entries": missing_entries,
 }
-OTHERS = (active_adapter_of_a_layer, wrapped_names, hooks_of_transformers, parts_of_a_text_model)
+OTHERS = (
+    active_adapter_of_a_layer,
+    wrapped_names,
+    hooks_of_transformers,
+    parts_of_a_text_model,
+    components_of_a_pipeline,
+)
 
 
 @pytest.mark.parametrize(
