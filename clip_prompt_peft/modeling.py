@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -330,7 +331,8 @@ class PromptClassificationMixin:
                 f"class_embeds must be {shape}, one embedding for each of the classifier's classes, got "
                 f"{tuple(class_embeds.shape)}."
             )
-        self._fixed_class_embeds = normalize(class_embeds.detach()).to(self.device)
+        with torch.inference_mode(False):  # inference tensors could not be used in a later training
+            self._fixed_class_embeds = normalize(class_embeds.detach()).to(self.device)
 
     def get_class_embeds(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Returns L2-normalised class embeddings, differentiable with respect to the active adapter.
@@ -348,6 +350,8 @@ class PromptClassificationMixin:
     def _class_embeds(self, layout: PromptLayout | None, image_embeds: torch.Tensor | None) -> torch.Tensor:
         if layout is None and self._fixed_class_embeds is not None:
             return self._fixed_class_embeds.to(self.device)
+        if torch.compiler.is_exporting():
+            self._prepare_to_export()
         if layout is None or not layout.image_conditioned:
             return self.class_encoder(self, self._class_prompts(layout), layout)
         if image_embeds is None:
@@ -356,6 +360,14 @@ class PromptClassificationMixin:
                 f"{self.embed_width})."
             )
         return self.class_encoder(self, self._class_prompts(layout), layout, normalize(image_embeds))
+
+    @torch.compiler.assume_constant_result
+    def _prepare_to_export(self) -> bool:
+        # torch.export would record how the prompts are made, which depends on their values. Modes belong to a thread,
+        # and this is the public way out of them.
+        with ThreadPoolExecutor(1) as outside:
+            outside.submit(lambda: self.class_encoder.prepare(self, self.class_prompts, self.prompt_layout)).result()
+        return True
 
     @property
     def class_prompts(self) -> ClassPrompts:

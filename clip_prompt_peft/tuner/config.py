@@ -71,9 +71,11 @@ class CLIPPromptTuningConfig(PeftConfig):
     deeper layers and after the image patches. The published methods are combinations of the fields below, see
     [`~CLIPPromptTuningConfig.from_preset`].
 
-    Injecting leaves this object as it is. The adapter has a copy with all fields set, `model.active_peft_config`,
-    which is what is saved. Changing fields there has no effect on the model: use `set_class_names` for other classes,
-    and `active_regularizers` of the classifier for other weights.
+    Injecting leaves this object as it is, so that it can serve several models, whose templates, tokens and depths
+    differ. The adapter has a copy with all fields set, `model.active_peft_config`, which is what is saved. So
+    `model.peft_config["default"] is config` is false, unlike for other methods of peft. Changing fields of the copy has
+    no effect on the model: use `set_class_names` for other classes, and `active_regularizers` of the classifier for
+    other weights.
 
     Args:
         num_virtual_tokens (`int`, *optional*):

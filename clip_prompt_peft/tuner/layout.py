@@ -20,12 +20,14 @@ from ..templates import (
 )
 from ..towers import (
     Tower,
+    embed_width,
     find_towers,
     is_text_embeddings,
     is_vision_embeddings,
     num_positions,
     takes_patches,
     token_table_name,
+    unwrapped,
 )
 from .config import ClassTokenPosition, CLIPPromptTuningConfig, check_coupled_depths
 from .fingerprint import check_fingerprint, fingerprint_of
@@ -180,6 +182,12 @@ def chosen_towers(config: CLIPPromptTuningConfig, model: nn.Module, kind: str) -
     return [tower for tower in towers if check_target_module_exists(config, tower.embeddings_key)]
 
 
+def image_width_of(model: nn.Module) -> int | None:
+    """Returns E, the width of the image embeddings: that of the outermost module whose config says it."""
+    widths = (embed_width(getattr(module, "config", None)) for module in model.modules())
+    return next((width for width in widths if width is not None), None)
+
+
 def _config_value(model: nn.Module, name: str):
     """Returns a field of the model's config, or `None`: a module around a CLIP need not have a config."""
     return getattr(getattr(model, "config", None), name, None)
@@ -273,6 +281,11 @@ def _check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
             "CLIPTextModel, CLIPTextModelWithProjection, those of MetaCLIP 2, SigLIP and SigLIP 2, ChineseCLIPModel, "
             "AltCLIPModel, and the classifiers made of them (CLIPForPromptClassification, ...)."
         )
+    if config.image_conditioned and image_width_of(model) is None:
+        raise ValueError(
+            f"image_conditioned needs to know the width of the image embeddings, and neither this {name} nor a module "
+            "in it has a config with projection_dim; put the prompts into the CLIPModel, or set config.projection_dim."
+        )
     if config.image_conditioned and not find_towers(model, "vision"):
         raise ValueError(
             f"image_conditioned needs image embeddings, and {name} has no image tower; use a "
@@ -357,7 +370,7 @@ def _check_room(config: CLIPPromptTuningConfig, embeddings: nn.Module) -> None:
             f"{end - 1}, but the text tower has {num_positions(embeddings)} positions and needs at least two after "
             "the vectors, for the class name and the end token; take fewer vectors."
         )
-    vocab_size = getattr(embeddings, token_table_name(embeddings)).num_embeddings
+    vocab_size = unwrapped(getattr(embeddings, token_table_name(embeddings))).num_embeddings
     highest = max(config.replaced_token_ids + (config.init_token_ids or []), default=0)
     if highest >= vocab_size:
         raise ValueError(
