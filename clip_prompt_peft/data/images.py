@@ -6,6 +6,8 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+import fsspec
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets import Image as ImageFeature
@@ -14,6 +16,7 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
+from ..image_files import UnreadableImageError, decode_image, process_images
 from ..towers import adapter_settings, embed_width, eval_mode, image_side
 from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
 
@@ -21,11 +24,8 @@ from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, 
 NUM_TRIES = 10
 STREAM_BATCH = 32  # images of a stream that are decoded at once
 DTYPES = ("float32", "float16")
+DECODING = 1  # to be raised when decode_image or process_images give other pixels, or old embeddings are read
 PIXELS, LABELS = "pixel_values", "labels"  # as the model calls them
-
-
-class UnreadableImageError(ValueError):
-    """Raised if an image of a dataset is damaged or is not an image."""
 
 
 class RandomResizedCropFlip:
@@ -137,24 +137,58 @@ def with_pixel_values(
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """Returns the dataset with its images as path and bytes, for [`decode`]."""
+    """
+    Returns the dataset with its images as path and bytes, for [`decode`].
+
+    Raises:
+        UnreadableImageError: If rows hold no image.
+    """
+    check_rows(dataset)
     return dataset.cast_column(IMAGE, ImageFeature(decode=False))
 
 
-def decode(image: dict) -> Image.Image:
+def check_rows(dataset: Dataset) -> None:
+    """Raises an `UnreadableImageError` if rows hold no image: neither bytes nor a path. Images are not read."""
+    if isinstance(dataset, IterableDataset):  # told by `decode`, when such a row comes
+        return
+    images = dataset.data.column(IMAGE)  # of all rows, also of those that were not selected
+    content, path = pc.struct_field(images, "bytes"), pc.struct_field(images, "path")
+    length = pc.fill_null(pc.binary_length(content), 0)
+    if not pc.any(pc.and_(pc.equal(length, 0), pc.is_null(path))).as_py():
+        return
+    rows = dataset.select_columns(IMAGE).cast_column(IMAGE, ImageFeature(decode=False))
+    empty = [str(number) for number, row in enumerate(rows) if _is_empty(row[IMAGE])]
+    if empty:
+        split = f" of the split {str(dataset.split)!r}" if dataset.split else ""
+        raise UnreadableImageError(
+            f"{len(empty)} of {len(dataset)} rows{split} hold no image, neither bytes nor a path; counted from 0: "
+            f"{', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}. Remove these rows, or add their images."
+        )
+
+
+def _is_empty(image: dict | None) -> bool:
+    return not image or not (image["bytes"] or image["path"])
+
+
+def decode(image: dict | None) -> Image.Image:
     """
-    Decodes an image from its `path` or `bytes`, as `datasets` does, and converts it to RGB.
+    Decodes a row of an image column with [`decode_image`], from its `bytes` or from a `path` that may be remote.
 
     Raises:
-        UnreadableImageError: If that fails. The message names the file, which the error of `datasets` does not.
+        UnreadableImageError: If that fails. The message names the file.
     """
-    try:
-        return ImageFeature().decode_example(image).convert("RGB")
-    except Exception as error:  # damaged files raise errors of many types
-        name = repr(image["path"]) if image["path"] else f"an image of {len(image['bytes'] or ())} bytes"
-        raise UnreadableImageError(
-            f"Cannot read {name}: it is damaged, or no image ({error}). Replace the file, or remove it."
-        ) from error
+    if _is_empty(image):
+        raise UnreadableImageError("A row holds no image, neither bytes nor a path. Remove it, or add its image.")
+    content, path = image["bytes"], image["path"]
+    if content is None and "://" in path:
+        try:
+            with fsspec.open(path, "rb") as file:
+                content = file.read()
+        except Exception as error:  # each file system has its own
+            raise UnreadableImageError(
+                f"Cannot read {path!r}: it cannot be fetched ({type(error).__name__}: {error}). Download it first."
+            ) from error
+    return decode_image(path if content is None else content, name=repr(path) if path else None)
 
 
 class PixelTransform:
@@ -178,9 +212,9 @@ class PixelTransform:
     def model_inputs(self, images: list[Image.Image]) -> BatchFeature:
         """Returns `pixel_values` (B, 3, H, W) and any further outputs of the processor."""
         if self.augmentation is None:
-            return self.image_processor(images, return_tensors="pt")
+            return process_images(self.image_processor, images)
         views = [self.augmentation(image) for image in images]
-        return self.image_processor(views, do_resize=False, do_center_crop=False, return_tensors="pt")
+        return process_images(self.image_processor, views, do_resize=False, do_center_crop=False)
 
 
 def cache_image_embeds(
@@ -298,6 +332,7 @@ class _EmbedImages:
             "image_side": _hash_of_image_side(self.model),
             "processor": self.transform.image_processor.to_dict(),
             "views": None if self.num_views is None else (self.num_views, self.seed),
+            "decoding": DECODING,
         }
 
     @torch.no_grad()
