@@ -1,9 +1,9 @@
 """Some values of the base model, which tell another one of the same shape when an adapter is loaded.
 
 An adapter names its base model, but a name can come to stand for other weights: another revision, another folder, a
-model that was trained further. The sample holds one or a few values of every tensor, in float32, chosen by position. They are
-compared with the tolerance of the coarser precision, so that a copy in bfloat16, in 8 bit, or in another file is the
-same model.
+model that was trained further. The sample holds one or a few values of every tensor, in float32, chosen by position.
+They are compared with the tolerance of the coarser precision, so that a copy in bfloat16, in 8 bit, or in another file
+is the same model.
 """
 
 from __future__ import annotations
