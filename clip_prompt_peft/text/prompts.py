@@ -144,7 +144,10 @@ def _warn_of_equal_tokens(class_names, input_ids, tokenizer) -> None:
     if not equal or equal in known:
         return
     known.add(equal)
-    shown = "; ".join(" and ".join(map(repr, names[:5])) for names in equal[:5])
+    shown = "; ".join(
+        " and ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for names in equal[:5]
+    )
     more = f" and {len(equal) - 5} more groups" if len(equal) > 5 else ""
     warnings.warn(
         f"The tokenizer makes the same tokens of the class names {shown}{more}, so their logits are equal and only "
