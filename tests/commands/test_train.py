@@ -118,7 +118,39 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
         ("train", ["--push_to_hub"], "--num_seeds 1"),
         ("train", ["--eval_strategy", "epoch"], "needs validation images"),
         ("train", ["--resume_from_checkpoint", "gone", "--num_seeds", "1"], "'gone' is no folder"),
-        ("train", ["--shotz", "1"], "--shotz"),
+        ("train", ["--shotz", "1"], "no argument '--shotz'; did you mean --shots"),
+        ("train", ["--num_train_epochs", "-1"], "--num_train_epochs must be more than 0, got -1"),
+        ("train", ["--num_train_epochs", "nan"], "--num_train_epochs must be more than 0"),
+        ("train", ["--max_steps", "0"], "--max_steps must be 1 or more"),
+        ("train", ["--learning_rate", "0"], "--learning_rate must be more than 0"),
+        ("train", ["--learning_rate", "fast"], "--learning_rate.*: invalid float value: 'fast'"),
+        ("train", ["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be 1 or more"),
+        ("train", ["--per_device_eval_batch_size", "-2"], "--per_device_eval_batch_size must be 1 or more"),
+        ("train", ["--adam_beta1", "1.5"], "--adam_beta1 must be from 0"),
+        ("train", ["--seed", "-1"], "--seed must be from 0"),
+        ("train", ["--save_strategy", "steps", "--save_steps", "0"], "--save_steps must be more than 0"),
+        ("train", ["--lr_scheduler_type", "cosin"], "cosin"),
+        ("train", ["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
+        ("train", ["--remove_unused_columns", "true"], "--remove_unused_columns True does not go with"),
+        ("train", ["--prediction_loss_only"], "--prediction_loss_only True does not go with"),
+        ("train", ["--metric_for_best_model", "speed"], "no --metric_for_best_model 'speed'"),
+        ("train", ["--report_to", "wandb"], "wandb|WandbCallback"),
+        ("train", ["--dataloader_num_workers", "-1"], "--dataloader_num_workers must be 0 or more"),
+        ("train", ["--method", "kgcoop", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor keeps"),
+        ("train", ["--output_dir", "/proc/none/out"], "--output_dir '/proc/none/out/seed1' cannot be written"),
+        ("train", ["--output_dir", ""], "--output_dir must be the name of a folder"),
+        ("train", ["--test_dir", "."], "--test_dir needs --train_dir beside it"),
+        ("train", ["--image_dir", "."], "--image_dir goes together with --zhou_split"),
+        ("train", ["--image_column_name", "x"], "--image_column_name is for data of your own"),
+        ("train", ["--train_val_split", "2"], "--train_val_split must lie between 0 and 1|is for data of your own"),
+        ("train", ["--dataset_name", "a/b", "--style", "noto"], "--style is of the embedded pictures"),
+        ("predict", ["gone/adapter", "cat.jpg", "--top_k", "0"], "--top_k: expected a whole number of 1 or more"),
+        ("predict", ["./gone", "."], "no images in ."),
+        ("predict", ["x", "y", "--device", "cuda:99"], "'cuda:99' cannot be used on this machine"),
+        ("report", ["./gone"], "There is no folder './gone'"),
+        ("report", ["./gone", "--output", "no/where.html"], "--output 'no/where.html' lies in 'no'"),
+        ("serve", ["--port", "99999"], "--port: expected a port from 0 to 65535"),
+        ("serve", ["--adapters", "./gone"], "There is no folder './gone'"),
         ("train", ["gone.json"], "gone.json"),
         ("predict", [TINY_CLIP, "cat.jpg"], "adapter_config.json"),
     ],
@@ -128,7 +160,51 @@ def test_a_mistake_is_told_in_one_line_before_any_work(run_here, tmp_path, comma
         run_here(command, *arguments)
     assert exit.value.code.startswith(f"python -m clip_prompt_peft.commands.{command}: error: ")
     assert re.search(message, exit.value.code.replace("\n", " "))
+    assert "\n" not in exit.value.code.strip()
     assert not (tmp_path / "outputs").exists()
+
+
+def test_test_images_are_not_trained_on_by_mistake(run_here, tmp_path):
+    for split in ("train", "test"):
+        write_image_folder(tmp_path / "photos" / split, ("food", "clock"), 4)
+    with pytest.raises(SystemExit, match="--train_dir 'photos' holds test, train, which are splits|not classes"):
+        run_here("train", "--train_dir", "photos")
+    (tmp_path / "photos/more").mkdir()
+    os.rename(tmp_path / "photos/test", tmp_path / "photos/train/more")
+    with pytest.raises(SystemExit, match="lies inside of --train_dir 'photos/train'"):
+        run_here("train", "--train_dir", "photos/train", "--test_dir", "photos/train/more")
+
+
+def test_too_few_images_are_told_with_the_flags_that_help(run_here, tmp_path):
+    write_image_folder(tmp_path / "photos", ("food", "clock"), 8)
+    with pytest.raises(SystemExit, match=r"--shots 16 .*held out for the test.*Use --shots 6, or --when_fewer all"):
+        run_here("train", "--train_dir", "photos", "--model_name_or_path", TINY_CLIP)
+
+
+@pytest.mark.parametrize(
+    ("command", "package"), [("serve", "fastapi"), ("demo", "gradio"), ("benchmark", "matplotlib")]
+)
+def test_a_missing_extra_is_told_before_any_work_and_help_needs_none(run_here, monkeypatch, capsys, command, package):
+    monkeypatch.setattr(
+        "clip_prompt_peft.commands.common.find_spec", lambda name: None if name == package else object()
+    )
+    with pytest.raises(SystemExit, match=rf"This command needs {package}: pip install 'clip_prompt_peft\["):
+        run_here(command)
+    with pytest.raises(SystemExit) as exit:
+        run_here(command, "--help")
+    assert exit.value.code == 0 and "--" in capsys.readouterr().out
+
+
+def test_a_stopped_training_says_how_to_go_on(run_here, monkeypatch, capsys, tmp_path):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.Trainer.training_step", stop)
+    with pytest.raises(SystemExit) as exit:
+        run_here("train", "--num_seeds", 1, "--shots", 1, "--disable_tqdm", "true")
+    assert exit.value.code == 130
+    assert "Stopped. Nothing is saved yet; --save_strategy epoch" in capsys.readouterr().err
+    assert not (tmp_path / "outputs/prompt_tuning").exists()
 
 
 def test_an_unknown_style_is_told_with_the_ones_there_are(run_here):
