@@ -83,7 +83,7 @@ class DataArguments:
         """Returns the arguments that are not `None` as JSON, with paths that are valid in any working directory."""
         record = {field.name: getattr(self, field.name) for field in fields(DataArguments)}
         for name, value in record.items():
-            is_path = name.endswith(("_dir", "_file")) or name in ("zhou_split", "dataset_name")
+            is_path = name.rpartition("_")[2] in ("dir", "file") or name in ("zhou_split", "dataset_name")
             if is_path and value is not None and os.path.exists(value):
                 record[name] = os.path.abspath(value)
         if not self.is_embedded:
