@@ -8,6 +8,7 @@ table. A tower is a module with `embeddings` and with `encoder.layers` (or `enco
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -133,6 +134,21 @@ def has_adapters(modules: Iterable[nn.Module]) -> bool:
 def trainable_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Returns the parameters of the modules that require gradients."""
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+
+def with_modules_of(source: nn.Module, target_class: type[nn.Module]) -> nn.Module:
+    """Creates a model of another class with the modules of `source`, without copying a weight."""
+    with torch.device("meta"):  # these weights are dropped at once
+        model = target_class(copy.copy(source.config))
+    for name, module in source.named_children():
+        setattr(model, name, module)
+    for name, parameter in source.named_parameters(recurse=False):  # logit scale and bias
+        setattr(model, name, parameter)
+    for name in ("peft_config", "_hf_peft_config_loaded", "hub_settings"):  # an adapter comes with the modules
+        if hasattr(source, name):
+            setattr(model, name, getattr(source, name))
+    model.training = source.training  # not train(), which would change the modules, too
+    return model
 
 
 @contextlib.contextmanager

@@ -165,6 +165,6 @@ def load_adapter(
         OSError: If the adapter or its base model is not found.
     """
     model = AutoPeftModelForPromptClassification.from_pretrained(adapter, base_model_name_or_path=args.base)
-    base = model.get_base_model().name_or_path
+    base, hub = model.get_base_model().name_or_path, model.get_base_model().hub_settings.arguments
     use_one_thread_if_tiny(base)
-    return model.eval().to(args.device), AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
+    return model.eval().to(args.device), AutoImageProcessor.from_pretrained(base, trust_remote_code=False, **hub)

@@ -105,7 +105,7 @@ def train(runs: list[TrainingArguments]) -> None:
         model = AutoModelForPromptClassification.from_pretrained(
             name, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
         )
-        image_processor = AutoImageProcessor.from_pretrained(name, **hub)
+        image_processor = AutoImageProcessor.from_pretrained(name, **model.hub_settings.arguments)
         config = prompt_args.config(model)
         use_one_thread_if_tiny(name)
         peft_model = get_peft_model(model, config)  # raises if the prompt does not fit
@@ -276,7 +276,10 @@ def save(
     """Saves the adapter, with the results on the named test sets in its model card, and the image processor."""
     model = trainer.model
     if hub_base_model_id is not None:
-        model.active_peft_config.base_model_name_or_path = hub_base_model_id
+        config = model.active_peft_config
+        if hub_base_model_id != config.base_model_name_or_path:
+            config.revision = config.base_model_subfolder = None  # of the model that was loaded
+        config.base_model_name_or_path = hub_base_model_id
     model.card_metrics = {
         f"{metric} ({name}), {kind}": value
         for name in names
