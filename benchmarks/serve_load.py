@@ -92,8 +92,9 @@ class Service:
             if self.process.poll() is not None:
                 raise RuntimeError((self.adapters / "log").read_text())
             time.sleep(0.2)
-        for name in CLASS_NAMES:
-            requests.put(f"{self.url}/adapters/{name}").raise_for_status()
+        for name in requests.get(f"{self.url}/adapters").json()["loaded"]:
+            if name not in CLASS_NAMES:  # the service loads all that are there
+                requests.delete(f"{self.url}/adapters/{name}").raise_for_status()
         return self
 
     def answers(self) -> bool:

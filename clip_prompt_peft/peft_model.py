@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,9 @@ class PeftModelForPromptClassification(PeftModel):
 
     def __init__(self, model, peft_config, adapter_name: str = "default", **kwargs) -> None:
         _check_other_methods(model, adapter_name)
-        super().__init__(model, peft_config, adapter_name, **kwargs)
+        with warnings.catch_warnings():  # peft reads a property of the model that transformers has renamed
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
         """Runs the base model. With `adapter_names`, each image is scored by its own adapter.

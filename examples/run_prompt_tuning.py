@@ -22,7 +22,7 @@ from clip_prompt_peft.evaluation.metrics import compute_metrics
 
 
 SEEDS = (1, 2, 3)
-OUTPUT_DIR = "outputs/prompt_tuning"
+OUTPUT_DIR = "outputs/run_prompt_tuning"
 
 
 def evaluate(trainer, test_sets):

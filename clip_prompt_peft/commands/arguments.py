@@ -1,28 +1,25 @@
-"""The arguments of the command `train`, and their checks before any work is done."""
+"""The arguments of the command `train`, on the command line or in a file."""
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import yaml
-from transformers import CLIPModel, HfArgumentParser, TrainingArguments
+from transformers import CLIPModel, TrainingArguments
 
 from .. import PRESETS, CLIPPromptTuningConfig, training_recipe
 from ..assets import TINY_CLIP
-from ..data.known_datasets import STYLES
-from ..evaluation.model_card import is_hub_id
 from ..training.recipes import Recipe
-from .common import argument, program_name
-from .resume import find_checkpoint
+from .common import DataclassParser, argument
+from .data import DataArguments
 
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for the user's own data
 SETTINGS_FILES = (".json", ".yaml", ".yml")
@@ -46,26 +43,9 @@ class ModelArguments:
 
 
 @dataclass
-class DataTrainingArguments:
+class DataTrainingArguments(DataArguments):
     """The images to tune and to test on; by default the embedded pictures."""
 
-    style: Literal[STYLES] = argument(STYLES[0], "Style of the embedded pictures to tune on.")
-    dataset_name: str | None = argument(None, "Hub id of an image classification data set.")
-    dataset_config_name: str | None = argument(None, "Name of its configuration.")
-    train_dir: str | None = argument(None, "Folder of training images, with one sub-folder for each class.")
-    validation_dir: str | None = argument(None, "The same for validation.")
-    test_dir: str | None = argument(None, "The same for the final table.")
-    train_file: str | None = argument(None, "Parquet file with training images and labels.")
-    validation_file: str | None = argument(None, "The same for validation.")
-    test_file: str | None = argument(None, "The same for the final table.")
-    zhou_split: str | None = argument(None, "Published split split_zhou_NAME.json, together with --image_dir.")
-    image_dir: str | None = argument(None, "Folder that the paths in --zhou_split are relative to.")
-    webdataset_dir: str | None = argument(None, "Folder in the layout of CLIP_benchmark: tar files, classnames.txt.")
-    image_column_name: str | None = argument(None, "Column of the images; found by default.")
-    label_column_name: str | None = argument(None, "Column of the labels; found by default.")
-    train_val_split: float = argument(
-        0.2, "Share of the training images to test on, if there are neither test nor validation images."
-    )
     shots: int = argument(16, "Training images per class; 0 takes all of them.")
     when_fewer: Literal["error", "all", "repeat"] | None = argument(
         None,
@@ -80,28 +60,6 @@ class DataTrainingArguments:
     augment: bool = argument(
         False, "Random resized crops and flips of the training images. The image tower then runs in every step."
     )
-
-    def source(self, kind: Literal["dir", "file"]) -> dict[str, str]:
-        """Returns the given folders or files by split."""
-        paths = {split: getattr(self, f"{split}_{kind}") for split in ("train", "validation", "test")}
-        return {split: path for split, path in paths.items() if path is not None}
-
-    @property
-    def sources(self) -> list:
-        """The sources that were given; at most one is allowed."""
-        known = self.dataset_name, self.source("dir"), self.source("file"), self.zhou_split, self.webdataset_dir
-        return [source for source in known if source]
-
-    @property
-    def is_embedded(self) -> bool:
-        """Whether to tune on the embedded pictures."""
-        return not self.sources
-
-    @property
-    def name(self) -> str:
-        """The name of the training data."""
-        source = self.sources[0] if self.sources else self.style
-        return source if isinstance(source, str) else source.get("train", self.style)
 
 
 @dataclass
@@ -132,14 +90,16 @@ class PromptArguments:
             return CLIPPromptTuningConfig(**fields)
         return CLIPPromptTuningConfig.from_preset(self.method, model=model, **fields)
 
-    def recipe(self, model, training_args: TrainingArguments, num_examples: int, shots: int) -> Recipe:
+    def recipe(
+        self, model, training_args: TrainingArguments, num_examples: int, shots: int, given_by_user: set[str]
+    ) -> Recipe:
         """Returns the training of the method's authors, changed by the arguments that the user gave."""
         if self.method is None:
             return Recipe({}, (None, None))
         names = [
             name
             for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_grad_norm")
-            if given_by_user(name)
+            if name in given_by_user
         ]
         given = {name: getattr(training_args, name) for name in [*names, "use_cpu", "gradient_accumulation_steps"]}
         return training_recipe(self.method, model, num_examples, shots or 16, **given)
@@ -149,7 +109,10 @@ class PromptArguments:
 class PromptTrainingArguments(TrainingArguments):
     """`TrainingArguments` with defaults for few-shot prompt tuning."""
 
-    output_dir: str = argument("outputs/prompt_tuning", "Folder for the adapter.")
+    output_dir: str = argument(
+        "outputs/prompt_tuning", "Folder for the adapters, one sub-folder seed1, seed2, ... for each, and the results."
+    )
+    overwrite_output_dir: bool = argument(False, "Replace adapters of another training in --output_dir.")
     num_train_epochs: float = argument(100, "Number of passes over the training images.")
     per_device_train_batch_size: int = argument(32, "Images per training step and device.")
     per_device_eval_batch_size: int = argument(64, "Images per evaluation step and device.")
@@ -169,31 +132,57 @@ class PromptTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = argument(False, "Must be left as it is: transforms need the images.")
 
 
-def parse_arguments() -> tuple[ModelArguments, DataTrainingArguments, PromptArguments, PromptTrainingArguments]:
-    """Parses the command line, or the one JSON or YAML file that is named there."""
-    classes = (ModelArguments, DataTrainingArguments, PromptArguments, PromptTrainingArguments)
-    parser = HfArgumentParser(classes, prog=program_name())
-    file = settings_file()
-    if file is None:
-        parsed = parser.parse_args_into_dataclasses()
-    elif file.endswith(".json"):
-        parsed = parser.parse_json_file(file)
-    else:
-        parsed = parser.parse_yaml_file(file)
-    fill_in_defaults(*parsed[:2])
-    return parsed
+def parse_arguments() -> tuple[
+    ModelArguments, DataTrainingArguments, PromptArguments, PromptTrainingArguments, set[str]
+]:
+    """Parses the command line, and the JSON or YAML file that may stand at its beginning.
+
+    Returns:
+        `tuple`: The arguments of each kind, and the names of those that the user gave.
+
+    Raises:
+        ValueError: If there are unknown or bad arguments.
+    """
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].endswith(SETTINGS_FILES):
+        arguments = [*arguments_in(arguments[0]), *arguments[1:]]
+    model_args, data_args, prompt_args, training_args = parser().parse(arguments)
+    given = names_in(arguments)
+    data_args.check(given)
+    fill_in_defaults(model_args, data_args)
+    return model_args, data_args, prompt_args, training_args, given
 
 
-def settings_file() -> str | None:
-    """Returns the file that is given in place of arguments."""
-    return sys.argv[1] if len(sys.argv) == 2 and sys.argv[1].endswith(SETTINGS_FILES) else None
+def parser() -> DataclassParser:
+    """The parser of all arguments."""
+    return DataclassParser((ModelArguments, DataTrainingArguments, PromptArguments, PromptTrainingArguments))
 
 
-def given_by_user(name: str) -> bool:
-    """Returns whether an argument is given on the command line, or in the file that is named there."""
-    if file := settings_file():
-        return name in yaml.safe_load(Path(file).read_text())  # JSON is YAML, too
-    return any(given.partition("=")[0] == f"--{name}" for given in sys.argv[1:])
+def arguments_in(file: str) -> list[str]:
+    """Returns the settings in a JSON or YAML file as arguments of a command line.
+
+    Raises:
+        ValueError: If it is no mapping of names to values.
+    """
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML, too
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file!r} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file!r} must hold names and values, such as 'shots: 4' in YAML.")
+    arguments = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return arguments
+
+
+def names_in(arguments: Sequence[str]) -> set[str]:
+    """Returns the names of the flags among the arguments of a command line."""
+    flags = (given.partition("=")[0] for given in arguments if given.startswith("--"))
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
 def fill_in_defaults(model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
@@ -208,40 +197,3 @@ def fill_in_defaults(model_args: ModelArguments, data_args: DataTrainingArgument
         data_args.num_seeds = 3 if embedded else 1
     if data_args.when_fewer is None:
         data_args.when_fewer = "all" if embedded else "error"
-
-
-def plan_runs(model_args, data_args, training_args) -> list[TrainingArguments]:
-    """Returns the training arguments of every seed.
-
-    Raises:
-        ValueError: If arguments do not go together, or a folder holds checkpoints of an earlier run.
-    """
-    if len(data_args.sources) > 1:
-        raise ValueError(
-            "Give only one of --dataset_name, --train_dir ..., --train_file ..., --zhou_split and --webdataset_dir."
-        )
-    name = model_args.model_name_or_path
-    if not os.path.isdir(name) and not is_hub_id(name):
-        raise ValueError(f"The model {name!r} is neither a folder nor a Hub id.")
-    shots, num_seeds = data_args.shots, data_args.num_seeds
-    if shots < 0 or num_seeds < 1:
-        raise ValueError(f"--shots must be 0 or more and --num_seeds 1 or more, got {shots} and {num_seeds}.")
-    if num_seeds > 1 and training_args.push_to_hub:
-        raise ValueError("--push_to_hub pushes one adapter; add --num_seeds 1, and --seed to say which.")
-    if num_seeds > 1 and training_args.resume_from_checkpoint not in (None, "true"):
-        raise ValueError("With several seeds, --resume_from_checkpoint takes 'true': each has its own checkpoint.")
-    if training_args.push_to_hub and not is_hub_id(model_args.hub_base_model_id or name):
-        logger.warning(
-            "The adapter's base model is the folder %r, so nobody else can load it. Push the base model, too, and "
-            "name it with --hub_base_model_id ORGANISATION/NAME.",
-            name,
-        )
-    runs = [training_args]
-    if num_seeds > 1:
-        runs = [
-            replace(training_args, seed=seed, output_dir=os.path.join(training_args.output_dir, f"seed{seed}"))
-            for seed in range(training_args.seed, training_args.seed + num_seeds)
-        ]
-    for run_args in runs:
-        find_checkpoint(run_args)
-    return runs

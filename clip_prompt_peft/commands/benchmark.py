@@ -14,20 +14,26 @@ cross-data-set protocol.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import datasets
 import transformers
-from datasets import DatasetDict
-from transformers import AutoImageProcessor, HfArgumentParser
+from datasets import Dataset, DatasetDict
+from transformers import AutoImageProcessor
 
 from .. import AutoModelForPromptClassification, load_templates
 from ..assets import TINY_CLIP
-from ..data import load_image_dataset
+from ..data import content_hash, load_image_dataset
 from ..data.known_datasets import STYLES, load_style
 from ..evaluation import plots
+from ..evaluation.tables import counted
 from ..protocols import (
     Backbone,
     Benchmark,
@@ -41,13 +47,26 @@ from ..protocols import (
     few_shot_scores,
     few_shot_table,
     mean_scores,
+    merge_runs,
     methods_table,
     transfer,
     transfer_table,
 )
-from .common import argument, errors_in_one_line, program_name, silence_libraries, use_one_thread_if_tiny
+from .checks import POSITIVE
+from .common import (
+    DataclassParser,
+    argument,
+    check_extra,
+    device,
+    errors_in_one_line,
+    silence_libraries,
+    stopped_in_one_line,
+    use_one_thread_if_tiny,
+)
+from .outputs import check_can_be_written
 
 
+MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, configuration and tokenizer
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "expected_calibration_error")
 
 
@@ -78,12 +97,37 @@ def main() -> None:
     silence_libraries(progress_bars=True)
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_warning()
-    with errors_in_one_line():
-        parser = HfArgumentParser((BenchmarkArguments, TrainingSettings), prog=program_name())
-        args, settings = parser.parse_args_into_dataclasses()
-        if args.metric not in METRICS:
-            raise ValueError(f"There is no metric {args.metric!r}; there are {', '.join(METRICS)}.")
-        load_templates(settings.ensemble)  # raises if the name is unknown
+    progress = Progress()
+    with stopped_in_one_line(progress.how_to_go_on):
+        run_benchmark(progress)
+
+
+@dataclass
+class Progress:
+    """The runs to do, and the results that there are of them."""
+
+    results: Results | None = None
+    runs: Sequence[Run] = ()
+
+    @property
+    def num_done(self) -> int:
+        """The number of runs that have all of their results."""
+        return sum(not self.results.missing_tests(run) for run in self.runs) if self.results else 0
+
+    def how_to_go_on(self) -> str:
+        if not self.runs:
+            return "No run was started."
+        verb = "is" if len(self.runs) == 1 else "are"
+        return f"{self.num_done} of {counted(len(self.runs), 'run')} {verb} done; run the same command again to go on."
+
+
+def run_benchmark(progress: Progress) -> None:
+    """Does everything, and keeps `progress` up to date."""
+    parser = DataclassParser((BenchmarkArguments, TrainingSettings))
+    with errors_in_one_line(parser.flags):
+        args, settings = parser.parse(sys.argv[1:])
+        check_extra("report", "matplotlib", *(["sklearn"] if "linear-probe" in args.methods else []))
+        check_arguments(args, settings)
         if args.data is None:
             settings = replace(settings, when_fewer="all")  # some classes have 13 pictures
         data = load_data(args.data)
@@ -92,13 +136,53 @@ def main() -> None:
         curve = few_shot_curve(source, args.methods, args.shots, args.seeds)
         base_new = base_to_new(source, args.methods, shots, args.seeds)
         others = transfer(source, targets, args.methods, shots, args.seeds)
-        results = Results(args.output_dir, settings.fingerprint(os.path.basename(args.model_name_or_path)))
-        benchmark = Benchmark(partial(load_backbone, args, settings), data, results)
-        benchmark.run([*curve, *base_new, *others])
+        check_can_be_written(args.output_dir)
+        hashes = {name: hash_of_splits(splits) for name, splits in data.items()}
+        results = Results(args.output_dir, settings.fingerprint(identity_of(args.model_name_or_path)), hashes)
+        progress.results, progress.runs = results, merge_runs([*curve, *base_new, *others])
+        if progress.num_done:
+            number = f"{progress.num_done} of {counted(len(progress.runs), 'run')}"
+            print(f"The results of {number} were read from {results.path}", flush=True)
+        Benchmark(partial(load_backbone, args, settings), data, results).run(progress.runs)
     tables = write_tables(results, curve, base_new, others, args)
     print(f"\n{tables}")
     draw_figures(results, curve, base_new, others, args)
     print(f"Figures, predictions and {results.path.name} are in {args.output_dir}")
+
+
+def check_arguments(args: BenchmarkArguments, settings: TrainingSettings) -> None:
+    """Raises `ValueError` for values that make no sense, before any image is read."""
+    if args.metric not in METRICS:
+        raise ValueError(f"There is no metric {args.metric!r}; there are {', '.join(METRICS)}.")
+    if min(args.shots) < 1 or min(args.seeds) < 0:
+        raise ValueError(f"--shots must be 1 or more and --seeds 0 or more, got {args.shots} and {args.seeds}.")
+    is_allowed, expected = POSITIVE
+    for name in ("num_train_epochs", "learning_rate", "batch_size"):
+        value = getattr(settings, name)
+        if value is not None and not is_allowed(value):
+            raise ValueError(f"--{name} must be {expected}, got {value}.")
+    try:
+        device(args.device)
+    except ArgumentTypeError as error:
+        raise ValueError(f"--device {error}.") from None
+    load_templates(settings.ensemble)  # raises if the name is unknown
+
+
+def identity_of(model_name_or_path: str) -> str:
+    """Returns the Hub id of a model, or the name of its folder with a hash of its files."""
+    folder = Path(model_name_or_path)
+    if not folder.is_dir():
+        return model_name_or_path
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES):
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return f"{folder.resolve().name}-{digest.hexdigest()[:16]}"
+
+
+def hash_of_splits(splits: Mapping[str, Dataset]) -> str:
+    """Returns a hash of the images that are trained and tested on."""
+    hashes = [content_hash(splits[name]) for name in ("train", "test") if name in splits]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
 def load_data(sources: list[str] | None) -> dict[str, DatasetDict]:
@@ -110,6 +194,8 @@ def load_data(sources: list[str] | None) -> dict[str, DatasetDict]:
         name, _, path = source.partition("=")
         if not path:
             raise ValueError(f"--data takes NAME=SOURCE, got {source!r}.")
+        if name in data:
+            raise ValueError(f"--data names {name!r} twice; give each source a name of its own.")
         data[name] = splits = load_image_dataset(path)
         if "test" not in splits and "validation" in splits:
             splits["test"] = splits["validation"]
@@ -128,8 +214,8 @@ def write_tables(
 ) -> str:
     """Writes all tables to `tables.md` and returns them."""
     metric, source = args.metric, curve[0].source
-    trained = f"trained on {max(args.shots)} images of each"
-    spread = f", mean ± standard deviation over {len(args.seeds)} seeds" if len(args.seeds) > 1 else ""
+    trained = f"trained on {counted(max(args.shots), 'image')} of each"
+    spread = f", mean ± standard deviation over {counted(len(args.seeds), 'seed')}" if len(args.seeds) > 1 else ""
     tables = {
         f"{source}, all classes": few_shot_table(results, curve, metric),
         f"{source}, {trained} base class; H is the harmonic mean": base_new_table(results, base_new, metric),

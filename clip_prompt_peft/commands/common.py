@@ -1,27 +1,31 @@
-"""What the commands share: errors in one line, quiet libraries, adapters to load, and the table of results."""
+"""What the commands share: parsers, errors in one line, a stop by Ctrl-C, optional packages, the table of results."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
+import re
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import HfArgumentParser
 
-from .. import AutoPeftModelForPromptClassification, PeftModelForPromptClassification
 from ..assets import TINY_CLIP
 from ..evaluation.tables import aligned, percent
 
 
 # The metrics in a table of results, and the names of their columns.
 COLUMNS = {"accuracy": "accuracy", "mean_class_accuracy": "class mean"}
+# Arguments of functions that a flag of another name sets.
+FLAG_OF = {"image_column": "image_column_name", "label_column": "label_column_name", "num_shots": "shots"}
+STOPPED = 130  # the exit code of a shell for a program that was stopped by Ctrl-C
 
 Results = Mapping[str, Mapping[str, float]]  # test set -> metric -> value from 0 to 1
 
@@ -37,19 +41,92 @@ def exit_with(error: Exception | str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Ends the command with a message of one line at errors that the user's input can cause."""
+def errors_in_one_line(flags: Iterable[str] = ()) -> Iterator[None]:
+    """Ends the command with a message of one line at errors that the user's input can cause.
+
+    Args:
+        flags (`Iterable[str]`, *optional*):
+            The names of the command's flags. Where the message names an argument of a function, it is replaced by the
+            flag that sets it, see [`name_flags`].
+    """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        exit_with(error)
+        exit_with(name_flags(str(error), flags))
+
+
+def name_flags(message: str, flags: Iterable[str]) -> str:
+    """Returns a message about arguments of functions as one about flags.
+
+    A name is replaced if it holds an underscore or is followed by a value: `"label_column"`, `"augment=False"`.
+    """
+    names = {name: name for name in flags}
+    names |= {argument: flag for argument, flag in FLAG_OF.items() if flag in names}
+    if not names:
+        return message
+    pattern = rf"(?<![-\w./'\"])({'|'.join(sorted(names, key=len, reverse=True))})(?:=(['\"]?)(\w+)\2)?(?![\w/'\"=])"
+
+    def flag(match: re.Match) -> str:
+        name, _, value = match.groups()
+        if value is None:
+            return f"--{names[name]}" if "_" in name else name
+        return f"--{names[name]} {value}"
+
+    return re.sub(pattern, flag, message)
+
+
+@contextlib.contextmanager
+def stopped_in_one_line(how_to_go_on: Callable[[], str] = str) -> Iterator[None]:
+    """Ends the command with one line and the exit code 130 if the user presses Ctrl-C.
+
+    Args:
+        how_to_go_on (`Callable[[], str]`, *optional*):
+            Returns what is done already, and how to go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nStopped. {how_to_go_on()}".rstrip(), file=sys.stderr)
+        sys.exit(STOPPED)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage, which is longer than a screen for some commands."""
+
+    def error(self, message: str) -> NoReturn:
+        exit_with(message)
+
+
+class DataclassParser(OneLineParser, HfArgumentParser):
+    """The same for arguments that are fields of dataclasses."""
+
+    def __init__(self, dataclasses: Iterable[type], **kwargs) -> None:
+        # abbreviations would not be noticed as given by the user
+        super().__init__(dataclasses, prog=program_name(), allow_abbrev=False, **kwargs)
+
+    @property
+    def flags(self) -> list[str]:
+        """The names of all flags, without dashes."""
+        return [flag.name for of_type in self.dataclass_types for flag in fields(of_type)]
+
+    def parse(self, arguments: Sequence[str]) -> tuple:
+        """Returns the dataclasses and, if there are arguments of none of them, their namespace.
+
+        Raises:
+            ValueError: If there are unknown arguments. The message names flags of a similar name.
+        """
+        *parsed, unknown = self.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            similar = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.flags, n=1)
+            hint = f"did you mean --{similar[0]}?" if similar else "--help lists those that there are."
+            raise ValueError(f"There is no argument {name!r}; {hint}")
+        return tuple(parsed)
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """A parser that shows the command's module docstring as it is."""
-    return argparse.ArgumentParser(
-        program_name(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return OneLineParser(program_name(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def argument(default, help: str):
@@ -59,36 +136,57 @@ def argument(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of [`load_adapter`]."""
-    parser.add_argument("adapter", help="folder or Hub id of the adapter, such as outputs/prompt_tuning/seed1")
-    parser.add_argument("--base", help="base model to use instead of the one that the adapter names")
-    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ...")
+def positive(text: str) -> int:
+    """Returns the number that an argument gives, for `add_argument(type=positive)`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
 
 
-def load_adapter(args: argparse.Namespace) -> tuple[PeftModelForPromptClassification, BaseImageProcessor]:
-    """Loads the classifier of an adapter in evaluation mode, and the image processor of its base model.
+def port(text: str) -> int:
+    """Returns the port that an argument gives, for `add_argument(type=port)`."""
+    if not text.isdecimal() or not 0 <= int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
 
-    Args:
-        args (`argparse.Namespace`):
-            The arguments of [`add_adapter_arguments`].
+
+def device(name: str) -> str:
+    """Returns the name of a device that can be used, for `add_argument(type=device)`."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} cannot be used on this machine ({str(error).splitlines()[0]}); 'cpu' can"
+        ) from None
+    return name
+
+
+def check_extra(extra: str, *modules: str) -> None:
+    """Checks that the packages of an optional feature are installed, before any work.
 
     Raises:
-        ValueError: If the adapter is damaged or does not fit the base model.
-        OSError: If the adapter or its base model is not found.
+        ImportError: If one is not. The message has the command that installs it.
     """
-    model = AutoPeftModelForPromptClassification.from_pretrained(args.adapter, base_model_name_or_path=args.base)
-    base, hub = model.get_base_model().name_or_path, model.get_base_model().hub_settings.arguments
-    use_one_thread_if_tiny(base)
-    return model.eval().to(args.device), AutoImageProcessor.from_pretrained(base, trust_remote_code=False, **hub)
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"This command needs {', '.join(missing)}: pip install 'clip_prompt_peft[{extra}]', or, in a clone, "
+            f"pip install -e '.[{extra}]'."
+        )
+
+
+def check_output_file(path: str) -> None:
+    """Raises `ValueError` if a file cannot be written."""
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        problem = "is a folder" if target.is_dir() else f"lies in {str(target.parent)!r}, which is no folder"
+        raise ValueError(f"--output {path!r} {problem}; give the name of a file in an existing folder.")
 
 
 def silence_libraries(progress_bars: bool = False) -> None:
-    """Hides a warning that users cannot act on and, unless `progress_bars`, the loading bars of transformers."""
+    """Hides, unless `progress_bars`, the loading bars of transformers."""
     if not progress_bars:
         transformers.utils.logging.disable_progress_bar()
-    # peft reads a property of the model that transformers has renamed
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 
 def use_one_thread_if_tiny(model_name_or_path: str) -> None:

@@ -1,7 +1,7 @@
 """Shows zero-shot and tuned CLIP side by side in the browser, for an image and class names that can be edited.
 
     python -m clip_prompt_peft.commands.demo      # first tunes on the embedded pictures, which takes a minute
-    python -m clip_prompt_peft.commands.demo --base openai/clip-vit-base-patch16 --adapters outputs/prompt_tuning
+    python -m clip_prompt_peft.commands.demo --adapters outputs/prompt_tuning
 
 Needs `pip install 'clip_prompt_peft[demo]'`.
 """
@@ -11,50 +11,58 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
+from typing import TYPE_CHECKING
 
-import gradio as gr
 import torch
 from peft import PeftConfig
 from PIL import Image
 from transformers import AutoImageProcessor
 
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
-from ..assets import TINY_CLIP
 from ..data.known_datasets import STYLES, load_style
 from ..image_files import decode_image, process_images
-from .common import argument_parser, errors_in_one_line, silence_libraries, use_one_thread_if_tiny
+from .adapters import base_model_of, find_adapters
+from .common import (
+    argument_parser,
+    check_extra,
+    errors_in_one_line,
+    port,
+    silence_libraries,
+    stopped_in_one_line,
+    use_one_thread_if_tiny,
+)
 
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 DEFAULT_ADAPTERS = Path("outputs/demo")
 NUM_LABELS_SHOWN = 5
 NUM_EXAMPLES = 7
-# Only installed fonts: the demo loads nothing from other servers.
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-
 Probabilities = dict[str, float]
 
 
 class Comparison:
     """
-    One CLIP with all adapters of a folder.
+    One CLIP with several adapters.
 
     Args:
         base (`str`):
             Hub id or folder of the CLIP.
-        folder (`Path`):
-            The folder whose sub-folders are the adapters.
+        adapters (`Mapping[str, str]`):
+            The folder of each adapter by name.
 
     Raises:
         ValueError: If there are no adapters of classifiers.
     """
 
-    def __init__(self, base: str, folder: Path) -> None:
-        paths = {path.parent.name: path.parent for path in sorted(folder.glob("*/adapter_config.json"))}
-        paths = {name: path for name, path in paths.items() if is_classifier(path)}
+    def __init__(self, base: str, adapters: Mapping[str, str]) -> None:
+        paths = {name: path for name, path in adapters.items() if is_classifier(path)}
         if not paths:
-            raise ValueError(f"There are no adapters with class names in the sub-folders of {str(folder)!r}.")
+            raise ValueError(f"There are no adapters with class names in {', '.join(map(repr, adapters.values()))}.")
         self.image_processor = AutoImageProcessor.from_pretrained(base)
         self._classifier = AutoModelForPromptClassification.from_pretrained(base)
         (first, path), *others = paths.items()
@@ -84,13 +92,15 @@ class Comparison:
         return tuple(dict(zip(class_names, logits.softmax(dim=0).tolist())) for logits in (zero_shot, tuned))
 
 
-def is_classifier(path: Path) -> bool:
+def is_classifier(path: str) -> bool:
     config = PeftConfig.from_pretrained(path)
     return isinstance(config, CLIPPromptTuningConfig) and bool(config.class_names)
 
 
 def build_demo(comparison: Comparison, examples: list[Image.Image]) -> gr.Blocks:
     """Builds the page."""
+    import gradio as gr
+
     adapters = list(comparison.class_names)
 
     def names_of(adapter: str) -> str:
@@ -130,36 +140,53 @@ def build_demo(comparison: Comparison, examples: list[Image.Image]) -> gr.Blocks
     return demo
 
 
-def tune_on_embedded_pictures(folder: Path) -> None:
-    """Tunes two adapters with the command `train`."""
+def theme() -> gr.themes.Base:
+    """Returns a theme with installed fonts only: the demo loads nothing from other servers."""
+    import gradio as gr
+
+    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def tuned_on_embedded_pictures(folder: Path) -> dict[str, str]:
+    """Tunes an adapter for each of two styles with the command `train`, unless that was done before."""
+    adapters = {}
     for style in STYLES[:2]:
-        command = [sys.executable, "-m", f"{__package__}.train", "--style", style, "--num_seeds", "1"]
-        subprocess.run([*command, "--output_dir", folder / style], check=True)
+        if not (folder / style / "seed1").is_dir():
+            command = [sys.executable, "-m", f"{__package__}.train", "--style", style, "--num_seeds", "1"]
+            subprocess.run([*command, "--output_dir", folder / style], check=True)
+        adapters[style] = str(folder / style / "seed1")
+    return adapters
 
 
 def main() -> None:
     args = parse_arguments()
     silence_libraries(progress_bars=True)
-    if args.adapters is None:
-        args.adapters = DEFAULT_ADAPTERS
-        if not args.adapters.is_dir():
-            tune_on_embedded_pictures(args.adapters)
-    use_one_thread_if_tiny(args.base)
-    with errors_in_one_line():
-        comparison = Comparison(args.base, args.adapters)
-    examples = load_style(STYLES[0])["test"].shuffle(seed=0)[:NUM_EXAMPLES]["image"]
-    build_demo(comparison, examples).launch(
-        server_name="127.0.0.1", server_port=args.port, theme=THEME, max_file_size="20mb"
-    )
+    with stopped_in_one_line(), errors_in_one_line():
+        check_extra("demo", "gradio")
+        adapters = (
+            tuned_on_embedded_pictures(DEFAULT_ADAPTERS) if args.adapters is None else find_adapters(args.adapters)
+        )
+        base = args.base or base_model_of(adapters)
+        use_one_thread_if_tiny(base)
+        comparison = Comparison(base, adapters)
+        examples = load_style(STYLES[0])["test"].shuffle(seed=0)[:NUM_EXAMPLES]["image"]
+        build_demo(comparison, examples).launch(
+            server_name="127.0.0.1",
+            server_port=args.port,
+            theme=theme(),
+            max_file_size="20mb",
+            prevent_thread_lock=True,
+        )
+        Event().wait()  # until Ctrl-C
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--base", default=TINY_CLIP, help="CLIP of the adapters; by default the embedded tiny one")
+    parser.add_argument("--base", help="CLIP of the adapters; by default the one that they name")
     parser.add_argument(
-        "--adapters", type=Path, help="folder whose sub-folders are adapters; by default two are tuned first"
+        "--adapters", help="an adapter, or a folder whose sub-folders are adapters; by default two are tuned first"
     )
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=port, default=7860)
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
 """Classifies image files with a tuned prompt.
 
-    python -m clip_prompt_peft.commands.predict outputs/prompt_tuning/seed1 cat.jpg pictures/
+    python -m clip_prompt_peft.commands.predict outputs/prompt_tuning cat.jpg pictures/
     python -m clip_prompt_peft.commands.predict user/pets-prompts cat.jpg --top_k 5
 
 A folder stands for the images in it and in its sub-folders. Files that cannot be read are listed at the end, and the
@@ -16,18 +16,26 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..evaluation.tables import aligned
+from ..evaluation.tables import aligned, counted
 from ..image_files import UnreadableImageError, decode_image, list_images, process_images, skipped_files
-from .common import add_adapter_arguments, argument_parser, errors_in_one_line, load_adapter, silence_libraries
+from .adapters import add_adapter_arguments, find_adapter, load_adapter
+from .common import argument_parser, errors_in_one_line, positive, silence_libraries, stopped_in_one_line
 
 
 def main() -> None:
+    lines: list[list[str]] = []
+    with stopped_in_one_line(lambda: show(lines)):
+        predict(lines)
+
+
+def predict(lines: list[list[str]]) -> None:
+    """Does everything; the lines of the table are added to `lines`."""
     args = parse_arguments()
     silence_libraries()
     with errors_in_one_line():
         paths = [file for path in args.images for file in find_images(path)]
-        model, image_processor = load_adapter(args)
-    lines, unreadable = [], []
+        model, image_processor = load_adapter(find_adapter(args.adapter), args)
+    unreadable = []
     for start in range(0, len(paths), args.batch_size):
         images = {}
         for path in paths[start : start + args.batch_size]:
@@ -37,22 +45,26 @@ def main() -> None:
                 unreadable.append(str(error))
         if images:
             lines += classify(model, image_processor, images, args.top_k)
+    show(lines)
+    if unreadable:
+        number = f"{len(unreadable)} of {counted(len(paths), 'file')}"
+        sys.exit("\n".join(["", f"Could not read {number}:", *unreadable]))
+
+
+def show(lines: list[list[str]]) -> str:
+    """Prints the table, and says how many images are in it."""
     if lines:
         print(aligned([["image"] + ["label", "probability"] * (len(lines[0]) // 2), *lines]))
-    if unreadable:
-        sys.exit("\n".join(["", f"Could not read {len(unreadable)} of {len(paths)} files:", *unreadable]))
+    return f"{counted(len(lines), 'image')} {'is' if len(lines) == 1 else 'are'} classified."
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add_adapter_arguments(parser)
     parser.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
-    parser.add_argument("--top_k", type=int, default=1, help="how many labels to show for each image")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
-    args = parser.parse_args()
-    if args.top_k < 1 or args.batch_size < 1:
-        parser.error("--top_k and --batch_size must be 1 or more")
-    return args
+    parser.add_argument("--top_k", type=positive, default=1, help="how many labels to show for each image")
+    parser.add_argument("--batch_size", type=positive, default=32, help="images at a time")
+    return parser.parse_args()
 
 
 def find_images(path: Path) -> list[Path]:

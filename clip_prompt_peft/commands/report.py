@@ -1,49 +1,138 @@
 """Writes what an adapter learned, and how accurate it is, into one HTML file.
 
-    python -m clip_prompt_peft.commands.report outputs/prompt_tuning/seed1
+    python -m clip_prompt_peft.commands.report outputs/prompt_tuning
+    python -m clip_prompt_peft.commands.report outputs/prompt_tuning/seed2 --test_dir other/pictures
     python -m clip_prompt_peft.commands.report user/pets-prompts --dataset_name timm/oxford-iiit-pet --output pets.html
 
-Without a data set, it tests on the embedded pictures that the command `train` tunes on by default.
+It tests on the test images of the command `train` that made the adapter. Other images are named by the same arguments
+as there; for an adapter of another origin, such as the Hub, they have to be.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
+from dataclasses import fields, replace
 
-from ..data import load_image_dataset
-from ..data.known_datasets import STYLES, load_style
+from datasets import Dataset
+
+from ..data import content_hash
 from ..evaluation.comparison import compare_with_zero_shot
 from ..evaluation.interpret import describe_words, nearest_words
 from ..evaluation.report import write_report
-from .common import add_adapter_arguments, argument_parser, errors_in_one_line, load_adapter, silence_libraries
+from ..evaluation.tables import counted
+from .adapters import add_adapter_arguments, find_adapter, load_adapter
+from .arguments import names_in
+from .common import (
+    DataclassParser,
+    check_extra,
+    check_output_file,
+    errors_in_one_line,
+    silence_libraries,
+    stopped_in_one_line,
+)
+from .data import DataArguments, load_data
+from .outputs import read_record
 
 
 def main() -> None:
-    args = parse_arguments()
+    with stopped_in_one_line():
+        report()
+
+
+def report() -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     silence_libraries()
-    with errors_in_one_line():
-        model, image_processor = load_adapter(args)
-        splits = load_image_dataset(args.dataset_name) if args.dataset_name else load_style(args.style)
-        if args.split not in splits:
-            raise ValueError(f"There is no split {args.split!r} in the data; there are {', '.join(splits)}.")
-        dataset = splits[args.split]
+    parser = make_parser()
+    with errors_in_one_line([*parser.flags, "split"]):
+        data_args, args = parser.parse(sys.argv[1:])
+        check_extra("report", "matplotlib", "jinja2")
+        check_output_file(args.output)
+        adapter = find_adapter(args.adapter)
+        data_args, expected = choose_data(adapter, data_args, names_in(sys.argv[1:]))
+        name, dataset = find_test_set(data_args, args.split)
+        if expected is not None and args.split is None and content_hash(dataset) != expected["content_hash"]:
+            raise ValueError(
+                f"The test images of {adapter!r} in {data_args.name!r} have changed since the training. Name the "
+                "images to test on (--test_dir, ...), or train it again."
+            )
+        model, image_processor = load_adapter(adapter, args)
         comparison = compare_with_zero_shot(model, dataset, image_processor)
-        facts = {"Tested on": f"{args.dataset_name or args.style}, split {args.split!r}"}
-        write_report(args.output, model, comparison, dataset, f"Prompts of {args.adapter}", facts)
+        tested_on = f"{data_args.name}, {name!r}"
+        write_report(args.output, model, comparison, dataset, f"Prompts of {adapter}", {"Tested on": tested_on})
+    print(f"Tested on {tested_on} ({counted(len(dataset), 'image')})")
     for name, answers in (("zero-shot", comparison.zero_shot), ("tuned", comparison.tuned)):
         print(f"{name}: " + ", ".join(f"{metric} {value:.1%}" for metric, value in answers.metrics.items()))
     print(f"\nThe words nearest to each vector\n{describe_words(nearest_words(model))}")
     print(f"\nWrote {args.output}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argument_parser(__doc__)
+def choose_data(adapter: str, data_args: DataArguments, given: set[str]) -> tuple[DataArguments, dict | None]:
+    """Returns the data to test on and, if they are those of the training, what is known about its test set.
+
+    Args:
+        adapter (`str`):
+            The folder or Hub id of the adapter.
+        data_args (`DataArguments`):
+            The arguments of the command line, which go first.
+        given (`set[str]`):
+            The names of those that the user gave.
+
+    Raises:
+        ValueError: If the user names no data, and the data of the training are not known or gone.
+    """
+    known = {field.name for field in fields(DataArguments)} & given
+    if data_args.sources or "style" in known:
+        data_args.check(given, needs_train=False)
+        return data_args, None
+    record = read_record(adapter)
+    if record is None:
+        raise ValueError(
+            f"It is not known which images {adapter!r} was trained on, so name those to test on: --test_dir FOLDER, "
+            "--dataset_name ID, ..., or --style fluenthc for the embedded pictures."
+        )
+    recorded = DataArguments(**record["data"])
+    try:
+        recorded = replace(recorded, **{name: getattr(data_args, name) for name in known})
+        recorded.check(known)
+    except ValueError as error:
+        raise ValueError(f"The images that {adapter!r} was trained on cannot be read again: {error}") from error
+    return recorded, None if known else record["test"]
+
+
+def find_test_set(data_args: DataArguments, split: str | None) -> tuple[str, Dataset]:
+    """Returns the name and the images of the split to test on: by default, that of the command `train`.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
+    for kind in ("dir", "file"):
+        paths = data_args.source(kind)
+        if paths and "train" not in paths:  # any images with labels can be tested on
+            name, path = next((name, paths[name]) for name in ("test", "validation") if name in paths)
+            # as training and as test images, so that none of them are held out
+            alone = {f"train_{kind}": path, f"test_{kind}": path, f"validation_{kind}": None}
+            splits, _ = load_data(replace(data_args, **alone))
+            return name, splits["test"]
+    splits, test_sets = load_data(data_args)
+    available = {**test_sets, **splits}
+    name = next(iter(test_sets)) if split is None else split
+    if data_args.is_embedded and split == "test":
+        name = data_args.style
+    if name not in available:
+        raise ValueError(f"There is no --split {name!r} in the data; there are {', '.join(available)}.")
+    return name, available[name]
+
+
+def make_parser() -> DataclassParser:
+    parser = DataclassParser(
+        (DataArguments,), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_adapter_arguments(parser)
-    parser.add_argument("--dataset_name", help="Hub id or folder of the images to test on")
-    parser.add_argument("--split", default="test", help="the split of the data to test on (default: test)")
-    parser.add_argument("--style", choices=STYLES, default=STYLES[0], help="the embedded pictures to test on")
+    parser.add_argument("--split", help="the split of the data to test on; by default that of the command `train`")
     parser.add_argument("--output", default="report.html", help="the file to write (default: report.html)")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import TrainingArguments
 
 from ..data import UnreadableImageError
+from ..evaluation.tables import counted
 from ..training.checkpoints import checkpoint_damage, checkpoints_in, last_whole_checkpoint
+from ..tuner.files import WEIGHTS_NAME
 from .common import exit_with
 
 
@@ -50,8 +52,9 @@ def hint_at_checkpoint(run_args: TrainingArguments) -> Iterator[None]:
     """Adds to any error in the training how to avoid it and how to continue."""
     try:
         yield
-    except UnreadableImageError as error:
-        exit_with(f"{error} {_how_to_continue(run_args)}")
+    except UnreadableImageError as error:  # found before the first step, unless images are read in every step
+        continued = f" {_how_to_continue(run_args)}" if last_whole_checkpoint(run_args.output_dir) else ""
+        exit_with(f"{error}{continued}")
     except FloatingPointError as error:  # a continued training would diverge at the same step
         checkpoint = last_whole_checkpoint(run_args.output_dir)
         exit_with(f"{error}" + (f" The last checkpoint is {checkpoint!r}." if checkpoint else ""))
@@ -65,6 +68,21 @@ def hint_at_checkpoint(run_args: TrainingArguments) -> Iterator[None]:
     except Exception:  # a full disk, a lost network drive, ...
         logger.error("The training stopped because of the error below. %s", _how_to_continue(run_args))
         raise
+
+
+def what_is_done(runs: Sequence[TrainingArguments]) -> str:
+    """Says which seeds of a training that is stopped are done, and how to go on."""
+    done = [run_args for run_args in runs if _is_finished(run_args)]
+    if not done and not any(checkpoints_in(run_args.output_dir) for run_args in runs):
+        return "Nothing is saved yet; --save_strategy epoch makes checkpoints to continue from."
+    number = f"{len(done)} of {counted(len(runs), 'seed')} {'is' if len(runs) == 1 else 'are'} done"
+    if any(checkpoints_in(run_args.output_dir) for run_args in runs):
+        return f"{number}; the same command with --resume_from_checkpoint true goes on from the last checkpoint."
+    return f"{number}; run the same command again to train all of them."
+
+
+def _is_finished(run_args: TrainingArguments) -> bool:
+    return os.path.isfile(os.path.join(run_args.output_dir, WEIGHTS_NAME))
 
 
 def _how_to_continue(run_args: TrainingArguments) -> str:

@@ -1,7 +1,7 @@
 r"""Tunes the prompt of a CLIP on a few images per class, with the Trainer of transformers.
 
 Without arguments, it tunes the embedded tiny CLIP on the embedded pictures with three seeds, and prints the accuracy
-beside that of the zero-shot model. With your own data:
+beside that of the zero-shot model. Adapters are saved to outputs/prompt_tuning/seed1, seed2, ... With your own data:
 
     python -m clip_prompt_peft.commands.train --train_dir pets/train --test_dir pets/test
     python -m clip_prompt_peft.commands.train --train_file pets.parquet --label_column_name breed --shots 4
@@ -17,7 +17,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import datasets
 import transformers
@@ -31,40 +33,72 @@ from ..data import (
     cache_image_embeds,
     class_names_of,
     content_hash,
-    hold_out,
-    load_image_dataset,
     sample_few_shot,
     sample_few_shot_splits,
     with_pixel_values,
 )
-from ..data.known_datasets import STYLES, load_style
 from ..evaluation.comparison import Answers, Comparison
 from ..evaluation.interpret import nearest_words
 from ..evaluation.metrics import compute_metrics
 from ..evaluation.model_card import CardDetails, TrainingData, is_hub_id
+from ..evaluation.tables import counted
 from ..training.callbacks import StopAtNonFinite
 from ..training.recipes import Recipe
 from ..tuner.files import WEIGHTS_NAME
-from .arguments import parse_arguments, plan_runs
+from .arguments import parse_arguments, parser
+from .checks import check_runs, check_shots, check_training, rehearse
 from .common import (
     COLUMNS,
     Results,
     errors_in_one_line,
     results_table,
     silence_libraries,
+    stopped_in_one_line,
     use_one_thread_if_tiny,
 )
-from .resume import find_checkpoint, hint_at_checkpoint
+from .data import load_data
+from .outputs import (
+    check_can_be_written,
+    check_nothing_is_replaced,
+    no_empty_folders,
+    record_of,
+    remove_earlier,
+    runs_in,
+    write_record,
+)
+from .resume import find_checkpoint, hint_at_checkpoint, what_is_done
 
 
 def main() -> None:
-    with errors_in_one_line():
-        model_args, data_args, prompt_args, training_args = parse_arguments()
+    runs: list[TrainingArguments] = []
+    with stopped_in_one_line(lambda: what_is_done(runs)):
+        train(runs)
+
+
+def train(runs: list[TrainingArguments]) -> None:
+    """Does everything; the arguments of every seed are added to `runs`."""
+    with errors_in_one_line(parser().flags):
+        model_args, data_args, prompt_args, training_args, given = parse_arguments()
         set_up_logging(training_args)
-        runs = plan_runs(model_args, data_args, training_args)
+        check_training(training_args)
+        check_runs(model_args, data_args, training_args)
+        is_main_process = training_args.process_index == 0
+        output_dir = training_args.output_dir
+        record = record_of(model_args, data_args, prompt_args, training_args)
+        check_nothing_is_replaced(output_dir, record, training_args)
+        planned = runs_in(output_dir, training_args, data_args.num_seeds)
+        if not training_args.overwrite_output_dir:
+            for run_args in planned:
+                find_checkpoint(run_args)
+        if is_main_process:
+            check_can_be_written(planned[0].output_dir)
         with training_args.main_process_first(desc="loading the data"):
-            splits, test_sets = load_data(data_args, model_args, training_args)
-        draw(splits, data_args, training_args)
+            splits, test_sets = load_data(data_args, model_args.cache_dir, model_args.token)
+        if training_args.eval_strategy != "no" and "validation" not in splits:
+            raise ValueError("--eval_strategy needs validation images besides the test images, and there are none.")
+        validation = splits.get("validation") if training_args.eval_strategy != "no" else None
+        check_shots(splits["train"], validation, test_sets, data_args)
+        drawn, _ = draw(splits, data_args, training_args)
         name = model_args.model_name_or_path
         hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
         class_names = class_names_of(splits["train"])
@@ -73,10 +107,19 @@ def main() -> None:
         )
         image_processor = AutoImageProcessor.from_pretrained(name, **model.hub_settings.arguments)
         config = prompt_args.config(model)
-        model = get_peft_model(model, config).unload()  # raises if the prompt does not fit
-        is_main_process = training_args.process_index == 0
+        use_one_thread_if_tiny(name)
+        peft_model = get_peft_model(model, config)  # raises if the prompt does not fit
+        recipe = prompt_args.recipe(peft_model, planned[0], len(drawn), data_args.shots, given)
+        unread = with_pixel_values(drawn, image_processor, augment=data_args.augment)
+        make = partial(make_trainer, peft_model, unread, validation, image_processor)
+        rehearse(make, recipe, planned[0], config)
+        model = peft_model.unload()
         if training_args.push_to_hub and is_main_process:
-            create_repository(training_args)
+            create_repository(planned[0])
+        if training_args.overwrite_output_dir and is_main_process:
+            remove_earlier(output_dir)
+        test_name, test_set = next(iter(test_sets.items()))
+        record["test"] = {"name": test_name, "num_images": len(test_set), "content_hash": content_hash(test_set)}
 
     def embed(dataset: Dataset, description: str) -> Dataset:
         if config.num_vision_virtual_tokens:  # image embeddings change in training
@@ -85,18 +128,18 @@ def main() -> None:
         description = f"Embedding images ({description})"
         return cache_image_embeds(dataset, model, image_processor, batch_size, description=description)
 
+    runs += planned
     if is_main_process:
         announce(name, data_args, runs, class_names, test_sets)
-    use_one_thread_if_tiny(name)
     model.to(training_args.device)
-    with hint_at_checkpoint(training_args):
+    with hint_at_checkpoint(runs[0]):
         test_sets = {name: embed(dataset, name) for name, dataset in test_sets.items()}
     zero_shot, tuned = {}, []
     for run_args in runs:
-        with hint_at_checkpoint(run_args):
+        with hint_at_checkpoint(run_args), no_empty_folders(output_dir):
             drawn, validation_set = draw(splits, data_args, run_args)
             if is_main_process:
-                print(f"Seed {run_args.seed}: {len(drawn)} training images", flush=True)
+                print(f"Seed {run_args.seed}: {counted(len(drawn), 'training image')}", flush=True)
             if data_args.augment:
                 train_set = with_pixel_values(drawn, image_processor, augment=True)
             else:
@@ -105,8 +148,9 @@ def main() -> None:
                 validation_set = embed(validation_set, "validation")
             set_seed(run_args.seed)
             model = get_peft_model(model, config)
-            recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots)
-            trainer = tune(model, recipe, run_args, train_set, validation_set, image_processor)
+            recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots, given)
+            trainer = make_trainer(model, train_set, validation_set, image_processor, run_args, recipe)
+            trainer.train(resume_from_checkpoint=find_checkpoint(run_args))
             tuned_answers = classify(trainer.model, test_sets, run_args)
             tuned.append(shown_metrics(tuned_answers))
             if not zero_shot:
@@ -116,14 +160,15 @@ def main() -> None:
                     answers = classify(trainer.model, test_sets, run_args)
                 zero_shot = shown_metrics(answers)
             if is_main_process:
-                test_name = next(iter(test_sets))
                 comparison = Comparison(trainer.model.class_names, answers[test_name], tuned_answers[test_name])
                 trainer.model.card_details = describe(trainer, data_args, drawn, test_name, comparison)
-            save(trainer, model_args.hub_base_model_id, zero_shot, tuned[-1])
+                write_record(run_args.output_dir, record)
+            others = [name for name in test_sets if name != test_name]  # the card compares in detail on the first one
+            save(trainer, model_args.hub_base_model_id, zero_shot, tuned[-1], others)
             if len(tuned) < len(runs):
                 model = trainer.model.unload()
     if is_main_process:
-        report(runs, zero_shot, tuned, training_args.output_dir)
+        report(runs, zero_shot, tuned, output_dir)
         if training_args.push_to_hub:
             push(trainer)
 
@@ -134,41 +179,6 @@ def set_up_logging(training_args: TrainingArguments) -> None:
     transformers.utils.logging.set_verbosity(level)
     datasets.disable_progress_bars()
     silence_libraries(progress_bars=training_args.process_index == 0 and not training_args.disable_tqdm)
-
-
-def load_data(data_args, model_args, training_args) -> tuple[DatasetDict, dict[str, Dataset]]:
-    """Returns the splits to draw from (`train`, and `validation` if there is one), and the test sets by name."""
-    if data_args.is_embedded:
-        styles = {style: load_style(style) for style in (data_args.style, *STYLES)}
-        splits = DatasetDict(train=styles[data_args.style]["train"])
-        test_sets = {style: dataset["test"] for style, dataset in styles.items()}
-    else:
-        splits = load_image_dataset(
-            data_args.dataset_name,
-            data_args.dataset_config_name,
-            folders=data_args.source("dir"),
-            files=data_args.source("file"),
-            zhou_split=data_args.zhou_split,
-            image_dir=data_args.image_dir,
-            webdataset_dir=data_args.webdataset_dir,
-            image_column=data_args.image_column_name,
-            label_column=data_args.label_column_name,
-            cache_dir=model_args.cache_dir,
-            token=model_args.token,
-        )
-        test_sets = choose_test_set(splits, data_args.train_val_split)
-    if training_args.eval_strategy != "no" and "validation" not in splits:
-        raise ValueError("--eval_strategy needs validation images besides the test images, and there are none.")
-    return splits, test_sets
-
-
-def choose_test_set(splits: DatasetDict, train_val_split: float) -> dict[str, Dataset]:
-    """Returns `test` or else `validation`, or else moves a part of `train` out of the splits."""
-    for name in ("test", "validation"):
-        if name in splits:
-            return {name: splits[name]}
-    splits["train"], held_out = hold_out(splits["train"], train_val_split)
-    return {"held out of train": held_out}
 
 
 def draw(splits: DatasetDict, data_args, training_args) -> tuple[Dataset, Dataset | None]:
@@ -185,25 +195,27 @@ def draw(splits: DatasetDict, data_args, training_args) -> tuple[Dataset, Datase
 
 
 def announce(model_name: str, data_args, runs: list[TrainingArguments], class_names, test_sets) -> None:
-    shots = f"{data_args.shots} images" if data_args.shots else "all images"
+    shots = counted(data_args.shots, "image") if data_args.shots else "all images"
     if data_args.shots and data_args.when_fewer == "all":
         shots = f"up to {shots}"
-    seeds = ", ".join(str(run_args.seed) for run_args in runs)
-    tests = ", ".join(f"{name} ({len(dataset)} images)" for name, dataset in test_sets.items())
+    seeds = f"seed{'s' if len(runs) > 1 else ''} " + ", ".join(str(run_args.seed) for run_args in runs)
+    tests = ", ".join(f"{name} ({counted(len(dataset), 'image')})" for name, dataset in test_sets.items())
     print(f"Model      {model_name}")
-    print(f"Tuned on   {data_args.name}: {shots} of each of {len(class_names)} classes, seed {seeds}")
+    print(f"Tuned on   {data_args.name}: {shots} of each of {counted(len(class_names), 'class')}, {seeds}")
     print(f"Tested on  {tests}")
     print(f"Running on {runs[0].device.type}, number of processes: {runs[0].world_size}", flush=True)
 
 
 def create_repository(training_args: TrainingArguments) -> None:
     """Creates the repository before the training, so that a missing token or a wrong name is noticed at once."""
-    name = training_args.hub_model_id or os.path.basename(os.path.abspath(training_args.output_dir))
-    create_repo(name, token=training_args.hub_token, private=training_args.hub_private_repo, exist_ok=True)
+    name, token = training_args.hub_model_id, training_args.hub_token
+    create_repo(name, token=token, private=training_args.hub_private_repo, exist_ok=True)
 
 
-def tune(model, recipe: Recipe, run_args, train_set, validation_set, image_processor) -> Trainer:
-    trainer = recipe.trainer_class(
+def make_trainer(
+    model, train_set, validation_set, image_processor, run_args: TrainingArguments, recipe: Recipe
+) -> Trainer:
+    return recipe.trainer_class(
         model=model,
         args=replace(run_args, **recipe.arguments),
         train_dataset=train_set,
@@ -213,8 +225,6 @@ def tune(model, recipe: Recipe, run_args, train_set, validation_set, image_proce
         optimizers=recipe.optimizers,
         callbacks=[*recipe.callbacks, StopAtNonFinite()],
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(run_args))
-    return trainer
 
 
 def classify(model, test_sets: dict[str, Dataset], training_args: TrainingArguments) -> dict[str, Answers]:
@@ -241,7 +251,7 @@ def describe(trainer: Trainer, data_args, drawn: Dataset, test_name: str, compar
     args = trainer.args
     return CardDetails(
         data=TrainingData(
-            name=os.path.basename(os.path.normpath(data_args.name)),
+            name=data_args.short_name,
             hub_id=data_args.dataset_name if is_hub_id(data_args.dataset_name) else None,
             num_images=len(drawn),
             shots=data_args.shots or None,
@@ -249,7 +259,7 @@ def describe(trainer: Trainer, data_args, drawn: Dataset, test_name: str, compar
             content_hash=content_hash(drawn),
         ),
         settings={
-            "Epochs": args.num_train_epochs,
+            "Epochs": f"{args.num_train_epochs:g}",
             "Batch size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
             "Learning rate": args.learning_rate,
             "Augmentation": data_args.augment,
@@ -260,8 +270,10 @@ def describe(trainer: Trainer, data_args, drawn: Dataset, test_name: str, compar
     )
 
 
-def save(trainer: Trainer, hub_base_model_id: str | None, zero_shot: Results, tuned: Results) -> None:
-    """Saves the adapter, with the results in its model card, and the image processor to the output folder."""
+def save(
+    trainer: Trainer, hub_base_model_id: str | None, zero_shot: Results, tuned: Results, names: Sequence[str]
+) -> None:
+    """Saves the adapter, with the results on the named test sets in its model card, and the image processor."""
     model = trainer.model
     if hub_base_model_id is not None:
         config = model.active_peft_config
@@ -270,7 +282,7 @@ def save(trainer: Trainer, hub_base_model_id: str | None, zero_shot: Results, tu
         config.base_model_name_or_path = hub_base_model_id
     model.card_metrics = {
         f"{metric} ({name}), {kind}": value
-        for name in tuned
+        for name in names
         for kind, results in (("zero-shot", zero_shot), ("tuned", tuned))
         for metric, value in results[name].items()
     }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .tables import inline_code, markdown_table, table_cell
+from .tables import counted, inline_code, markdown_table, table_cell
 
 
 if TYPE_CHECKING:  # these modules import `datasets` and `evaluate`, which importing the package must not do
@@ -296,7 +296,8 @@ def _result_lines(comparison: Comparison) -> list[str]:
     return [
         markdown_table([["metric", "zero-shot", "tuned"], *metrics]),
         "",
-        f"{gained} of {len(comparison.tuned.labels)} images are classified correctly only with the adapter, and "
+        f"{gained} of {counted(len(comparison.tuned.labels), 'image')} "
+        f"{'is' if gained == 1 else 'are'} classified correctly only with the adapter, and "
         f"{lost} only without it.",
         "",
         markdown_table([["class", "images", "accuracy, zero-shot", "accuracy, tuned"], *classes]),

@@ -61,6 +61,17 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: `"1 class"`, `"1,200 classes"`."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Returns words as they stand in a sentence: `"a, b and c"`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
 def percent(values: Sequence[float] | None) -> str:
     """Returns the mean of `values` in percent and, for several values, their standard deviation: `"70.0 ± 10.0"`.
 

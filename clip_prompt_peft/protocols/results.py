@@ -32,10 +32,16 @@ class Results:
             The folder, which is created if it does not exist.
         fingerprint (`str`):
             The result of [`TrainingSettings.fingerprint`]. Lines with another fingerprint are kept but ignored.
+        data_hashes (`Mapping[str, str]`, *optional*):
+            A hash of the images of each data set by its name. Results on other images under the same name are kept
+            but ignored.
     """
 
-    def __init__(self, folder: str | os.PathLike, fingerprint: str) -> None:
+    def __init__(
+        self, folder: str | os.PathLike, fingerprint: str, data_hashes: Mapping[str, str] | None = None
+    ) -> None:
         self.folder, self.fingerprint = Path(folder), fingerprint
+        self.data_hashes = data_hashes or {}
         self.path = self.folder / "results.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._metrics: dict[tuple, Metrics | None] = {}  # by run key and test
@@ -80,6 +86,7 @@ class Results:
         line = {
             **dict(zip(KEY, run.key)),
             "settings": self.fingerprint,
+            "data": self._hashes([run.source, *metrics]),
             "seconds": round(seconds, 2),
             "num_trainable": num_trainable,
             "num_bytes": num_bytes,
@@ -116,8 +123,13 @@ class Results:
             return Predictions(saved["labels"], saved["predicted"], saved["confidence"], saved["class_names"].tolist())
 
     def _predictions_path(self, run: Run, test: str) -> Path:
-        name = "_".join(str(part).replace(os.sep, "-") for part in (*run.key, test))
+        hashes = self._hashes([run.source, test]).values()
+        name = "_".join(str(part).replace(os.sep, "-") for part in (*run.key, test, *hashes))
         return self.folder / "predictions" / f"{self.fingerprint}_{name}.npz"
+
+    def _hashes(self, names: Iterable[str]) -> dict[str, str]:
+        """Returns the hashes of data sets by name. Base and new classes are a part of the source."""
+        return {name: self.data_hashes[name] for name in names if name in self.data_hashes}
 
     def _read(self) -> Iterable[dict]:
         if not self.path.exists():
@@ -133,10 +145,14 @@ class Results:
     def _remember(self, line: dict) -> None:
         if line["settings"] != self.fingerprint:
             return
+        known = line.get("data", {})  # older files have none
+        if known.get(line["source"]) != self.data_hashes.get(line["source"]):
+            return
         key = tuple(line[name] for name in KEY)
         self._sizes[key] = line.get("num_trainable"), line.get("num_bytes")  # older files have neither
         for test, metrics in line["tests"].items():
-            self._metrics[(*key, test)] = metrics
+            if known.get(test) == self.data_hashes.get(test):
+                self._metrics[(*key, test)] = metrics
 
 
 def few_shot_scores(results: Results, runs: Sequence[Run], metric: str = "accuracy") -> FewShotScores:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from peft import PeftConfig
@@ -22,6 +23,7 @@ from transformers.utils import cached_file
 METHOD = "CLIP_PROMPT_TUNING"
 ADAPTER_TENSOR = re.compile(r"(^|\.)learnable_\w+(\.(weight|bias))?")
 LARGEST = torch.finfo(torch.float16).max  # no training comes near it, and half precision has only Inf beyond it
+CHECKPOINT = re.compile(r"checkpoint-\d+")  # of a Trainer
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -29,10 +31,23 @@ def fetch(name_or_path: str | os.PathLike, filename: str, **kwargs) -> str | Non
     """Returns the path of a file in a folder or on the Hub, as `cached_file`; any failure is an `OSError`."""
     try:
         return cached_file(name_or_path, filename, **kwargs)
-    except OSError:
+    except OSError as error:
+        if filename == CONFIG_NAME and (found := adapter_folders(name_or_path)):
+            names = ", ".join(map(repr, found))
+            raise OSError(
+                f"{str(name_or_path)!r} holds no {CONFIG_NAME}, but folders of adapters; name one: {names}."
+            ) from error
         raise
     except Exception as error:  # of the HTTP library, such as a connection that breaks off
         raise OSError(f"{filename} of {str(name_or_path)!r} could not be downloaded: {error}") from error
+
+
+def adapter_folders(folder: str | os.PathLike) -> list[str]:
+    """Returns the sub-folders of a folder that are adapters and no checkpoints, seed2 before seed10."""
+    found = [path.parent for path in Path(folder).glob(f"*/{CONFIG_NAME}") if not CHECKPOINT.match(path.parent.name)]
+    parts = {path: re.split(r"(\d+)", path.name) for path in found}  # text and numbers in turn
+    keys = {path: [int(part) if part.isdecimal() else part for part in names] for path, names in parts.items()}
+    return [str(path) for path in sorted(found, key=keys.__getitem__)]
 
 
 def read_config(path: str) -> PeftConfig:

@@ -42,7 +42,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def comparison(demo, adapters):
-    return demo.Comparison(TINY_CLIP, adapters)
+    return demo.Comparison(TINY_CLIP, {name: str(adapters / name) for name in (*CLASSES_OF, "lora")})
 
 
 def picture(color):
@@ -83,7 +83,7 @@ def test_class_names_may_be_others_than_those_tuned_on(comparison, adapters):
 def test_a_folder_without_adapters_is_refused(demo, adapters, tmp_path):
     shutil.copytree(adapters / "lora", tmp_path / "lora")
     with pytest.raises(ValueError, match="There are no adapters with class names"):
-        demo.Comparison(TINY_CLIP, tmp_path)
+        demo.Comparison(TINY_CLIP, {"lora": str(tmp_path / "lora")})
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def page(demo, comparison):
     if chromium is None:
         pytest.skip("no Chromium on this machine")
     app = demo.build_demo(comparison, [picture("green"), picture("blue")])
-    _, url, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, theme=demo.THEME)
+    _, url, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, theme=demo.theme())
     elsewhere = []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

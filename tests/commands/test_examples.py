@@ -25,7 +25,7 @@ def test_without_arguments_three_seeds_give_the_table_of_the_readme(run_here, tm
     assert (accuracy, class_mean) == (pytest.approx(38, abs=1.5), pytest.approx(45, abs=1.5))
     assert deviation < 3
     for seed in (1, 2, 3):
-        (vectors,) = load_file(tmp_path / f"outputs/prompt_tuning/seed{seed}/adapter_model.safetensors").values()
+        (vectors,) = load_file(tmp_path / f"outputs/run_prompt_tuning/seed{seed}/adapter_model.safetensors").values()
         assert vectors.shape == (4, 128)
 
 

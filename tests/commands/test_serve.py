@@ -56,7 +56,7 @@ def adapters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(adapters):
-    from clip_prompt_peft.commands.serve import AdapterStore, create_app
+    from clip_prompt_peft.commands.service import AdapterStore, create_app
 
     store = AdapterStore(TINY_CLIP, adapters, max_loaded=2)
     config = uvicorn.Config(create_app(store, MAX_UPLOAD), host="127.0.0.1", port=0, log_level="warning")

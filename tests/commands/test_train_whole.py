@@ -77,8 +77,10 @@ def test_the_printed_line_loads_an_adapter_of_the_same_accuracy(tuned, monkeypat
 def test_the_card_holds_the_results(tuned):
     folder, _, results = tuned
     card = ModelCard.load(folder / "outputs/prompt_tuning/seed1/README.md")
-    value = results["tuned"][0]["fluenthc"]["accuracy"]
-    assert re.search(rf"accuracy \(fluenthc\), tuned.*\| {value:.4g} \|", card.text)
+    value = results["tuned"][0]["noto"]["accuracy"]
+    assert re.search(rf"accuracy \(noto\), tuned.*\| {value:.4g} \|", card.text)
+    assert "### Results on `fluenthc`" in card.text and "accuracy (fluenthc)" not in card.text  # not twice
+    assert "- Epochs: `12`\n" in card.text
 
 
 def test_what_is_pushed_names_its_base_model_and_its_own_place(tmp_path):
@@ -94,7 +96,7 @@ def test_what_is_pushed_names_its_base_model_and_its_own_place(tmp_path):
     assert 'from_pretrained("user/emoji")' in files["README.md"].decode()
     assert (
         load(files["adapter_model.safetensors"]).keys()
-        == load_file(tmp_path / "outputs/prompt_tuning/adapter_model.safetensors").keys()
+        == load_file(tmp_path / "outputs/prompt_tuning/seed1/adapter_model.safetensors").keys()
     )
 
 
@@ -126,7 +128,7 @@ def test_a_published_method_is_trained_as_its_authors_do(tmp_path):
     arguments = ["--method", "maple", "--num_train_epochs", 2, "--num_seeds", 1]
     code, printed, errors = run_command("train", *arguments, "--save_strategy", "epoch", folder=tmp_path)
     assert code == 0, printed + errors
-    outputs = tmp_path / "outputs/prompt_tuning"
+    outputs = tmp_path / "outputs/prompt_tuning/seed1"
     config = json.loads((outputs / "adapter_config.json").read_text())
     assert config["vision_prompts_from_text"] and config["text_prompt_depth"] == 3  # all layers of the tiny CLIP
     (checkpoint,) = outputs.glob("checkpoint-*")

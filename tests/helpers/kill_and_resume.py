@@ -90,7 +90,9 @@ class Reference:
 
 
 def result_of(folder: Path) -> tuple[bytes, bytes]:
-    return tuple((folder / "out" / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json"))
+    return tuple(
+        (folder / "out/seed1" / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")
+    )
 
 
 def kill_until_finished(reference: Reference, folder: Path, rng: random.Random, counts: Counts) -> None:
@@ -108,7 +110,7 @@ def kill_until_finished(reference: Reference, folder: Path, rng: random.Random, 
         assert code == -signal.SIGKILL, (folder / "log").read_text()
         counts.kills += 1
         counts.kills_while_saving += while_saving
-        look_at_last_checkpoint(folder / "out", counts)
+        look_at_last_checkpoint(folder / "out/seed1", counts)
     counts.finished += 1
     counts.lost += result_of(folder) != reference.result
 

@@ -63,18 +63,21 @@ class TestBrokenOffWhileSaving:
             patch.setattr(Trainer, "_save_rng_state", fail_the_second_time)
             with pytest.raises(OSError, match="No space left"):
                 run_here(COMMAND, *CHECKPOINTS, "--output_dir", "broken")
-        assert "continue 'broken/checkpoint-1': the same command with --resume_from_checkpoint true" in caplog.text
+        assert (
+            "continue 'broken/seed1/checkpoint-1': the same command with --resume_from_checkpoint true" in caplog.text
+        )
         caplog.clear()
         run_here(COMMAND, *CHECKPOINTS, *RESUME, "--output_dir", "broken")
         assert (
-            "broken/checkpoint-2 is passed over, since it is not whole: trainer_state.json is missing" in caplog.text
+            "broken/seed1/checkpoint-2 is passed over, since it is not whole: trainer_state.json is missing"
+            in caplog.text
         )
-        assert torch.equal(vectors_in(tmp_path / "broken"), vectors_in(tmp_path / "whole"))
+        assert torch.equal(vectors_in(tmp_path / "broken/seed1"), vectors_in(tmp_path / "whole/seed1"))
 
     def test_a_half_checkpoint_that_is_named_is_refused(self, run_here, tmp_path):
-        (tmp_path / "out/checkpoint-3").mkdir(parents=True)
+        (tmp_path / "out/seed1/checkpoint-3").mkdir(parents=True)
         with pytest.raises(SystemExit, match="checkpoint-3' is not whole: trainer_state.json is missing. .* true"):
-            run_here(COMMAND, *SMALL, "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-3")
+            run_here(COMMAND, *SMALL, "--output_dir", "out", "--resume_from_checkpoint", "out/seed1/checkpoint-3")
 
     @pytest.mark.slow
     def test_on_a_full_disk_it_is_told_what_there_is_to_continue(self, run_here, tmp_path, caplog):
@@ -84,7 +87,7 @@ class TestBrokenOffWhileSaving:
         with disk_full_at(3000), pytest.raises(RuntimeError):  # the vectors have room, the optimizer has not
             run_here(COMMAND, *CHECKPOINTS, "--output_dir", "out")
         assert "There is no checkpoint to continue from" in caplog.text
-        assert checkpoints_in(tmp_path / "out") and last_whole_checkpoint(tmp_path / "out") is None
+        assert checkpoints_in(tmp_path / "out/seed1") and last_whole_checkpoint(tmp_path / "out/seed1") is None
 
 
 class TestSaving:
@@ -182,8 +185,8 @@ class TestNaN:
             run_here(COMMAND, *CHECKPOINTS, "--output_dir", "out")
         message = exit.value.code
         assert message.startswith(f"{PROGRAM}: error: NaN or Inf in 1 of the trained tensors")
-        assert "after step 2" in message and message.endswith("The last checkpoint is 'out/checkpoint-1'.")
-        assert not (tmp_path / "out/adapter_model.safetensors").exists()
+        assert "after step 2" in message and message.endswith("The last checkpoint is 'out/seed1/checkpoint-1'.")
+        assert not (tmp_path / "out/seed1/adapter_model.safetensors").exists()
 
 
 class TestUnreadableImage:
@@ -200,13 +203,16 @@ class TestUnreadableImage:
         return tmp_path / "images"
 
     @pytest.mark.parametrize("augment", [[], ["--augment"]])
-    def test_is_named_with_what_to_do(self, run_here, images, augment):
+    def test_is_named_with_what_to_do(self, run_here, images, augment, tmp_path):
         source = ["--train_dir", images, "--shots", 0, "--model_name_or_path", TINY_CLIP, "--train_val_split", 0.2]
         with pytest.raises(SystemExit) as exit:
             run_here(COMMAND, *SMALL, *source, *augment, "--output_dir", "out")
         message = exit.value.code
         assert message.startswith(f"{PROGRAM}: error: Cannot read ") and str(images / "dog/5.png") in message
-        assert "it is damaged, or no image" in message and "Replace the file, or remove it." in message
+        assert "it is damaged, or no image" in message and message.endswith(
+            "Replace the file, or remove it."
+        )  # nothing is lost yet, so nothing to continue
+        assert not (tmp_path / "out").exists()
 
 
 def test_an_image_without_a_name_that_cannot_be_read_is_told_with_its_length(classifier):
