@@ -430,6 +430,7 @@ class PromptClassificationMixin:
             loss.
 
         Raises:
+            TypeError: If images or labels are no tensors.
             ValueError: If both or neither of `pixel_values` and `image_embeds` are given, there are no class names, or
                 labels are not class indices. In training, also if a regularizer gets no labels, or vision prompts get
                 `image_embeds`.
@@ -473,6 +474,12 @@ class PromptClassificationMixin:
             neither = f"got neither (nor input_ids, as {self.base_class.__name__} takes)."
             raise ValueError(
                 "Give either pixel_values or image_embeds, " + (neither if pixel_values is None else "not both.")
+            )
+        name, images = ("pixel_values", pixel_values) if image_embeds is None else ("image_embeds", image_embeds)
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, got a {type(images).__name__}; make it of PIL images with "
+                "image_processor(images, return_tensors='pt')."
             )
         if labels is not None and not torch.compiler.is_compiling():
             self._class_prompts(layout)  # raises if there are no class names

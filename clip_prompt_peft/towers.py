@@ -147,7 +147,8 @@ def with_modules_of(source: nn.Module, target_class: type[nn.Module]) -> nn.Modu
     for name in ("peft_config", "_hf_peft_config_loaded", "hub_settings"):  # an adapter comes with the modules
         if hasattr(source, name):
             setattr(model, name, getattr(source, name))
-    return model.train(source.training)
+    model.training = source.training  # not train(), which would change the modules, too
+    return model
 
 
 @contextlib.contextmanager
