@@ -104,10 +104,8 @@ class PromptClassificationMixin:
             tokenizer (*optional*):
                 The tokenizer. By default the one beside the checkpoint.
             model_args, kwargs:
-                The arguments of the family's own `from_pretrained`. Those about the Hub (`token`, `revision`,
-                `cache_dir`, `subfolder`, `local_files_only`, ...) are used for all files that are loaded later, too,
-                and are kept in `model.hub_settings`. Of an adapter, `revision` and `subfolder` say where it is; its
-                base model has its own, which the adapter names.
+                The arguments of the family's own `from_pretrained`. Those about the Hub are kept in
+                `model.hub_settings` for what is loaded later. An adapter names the revision of its base model itself.
 
         Raises:
             ValueError: If names or template are not valid (before anything is loaded), or the checkpoint is of another
@@ -153,8 +151,7 @@ class PromptClassificationMixin:
     ) -> PromptClassificationMixin:
         """Creates a classifier from a model of the family in memory. They share their modules.
 
-        transformers does not keep on a model with what it was loaded (`token`, `revision`, `cache_dir`, `subfolder`).
-        Pass these arguments here, for the tokenizer and all other files that are loaded by the model's name.
+        Pass `token`, `revision`, ... of the model again, for its tokenizer: transformers does not keep them.
 
         Raises:
             TypeError: If the model is of another family, or an argument is not about the Hub.
