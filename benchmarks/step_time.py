@@ -6,8 +6,8 @@
     python benchmarks/step_time.py --device cuda --dtype bfloat16
 
 All in one process, in turn; medians. Models have random weights. For figures of one core:
-`OMP_NUM_THREADS=1 taskset -c 0 python ...`. On a card the table is in milliseconds, and below it stand the kernels that
-a step launches and how long the card is busy with them.
+`OMP_NUM_THREADS=1 taskset -c 0 python ...`. On a card the table is in milliseconds, and below it stand the kernels
+that a step launches and how long the card is busy with them.
 """
 
 from __future__ import annotations

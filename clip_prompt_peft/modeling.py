@@ -13,7 +13,7 @@ from transformers.utils import can_return_tuple
 
 from .assets import PIPELINE_FILE, custom_pipelines
 from .loss import PromptClassifierOutput, check_labels, check_regularizers, compute_loss
-from .regularizers import Prediction, Regularizer, build_regularizer
+from .regularizers import Prediction, Regularizer, regularizer_of
 from .regularizers.teacher import ZeroShotTeacher
 from .templates import DEFAULT_TEMPLATE, check_class_names, check_template
 from .text import ClassEncoder, normalize
@@ -377,7 +377,7 @@ class PromptClassificationMixin:
             return self.regularizers
         return {
             **self.regularizers,
-            layout.regularizer: self._adapter_regularizers.get((layout,), lambda: _build(layout)),
+            layout.regularizer: self._adapter_regularizers.get((layout,), lambda: regularizer_of(layout)),
         }
 
     @can_return_tuple
@@ -419,6 +419,7 @@ class PromptClassificationMixin:
             loss.
 
         Raises:
+            TypeError: If images or labels are no tensors.
             ValueError: If both or neither of `pixel_values` and `image_embeds` are given, there are no class names, or
                 labels are not class indices. In training, also if a regularizer gets no labels, or vision prompts get
                 `image_embeds`.
@@ -458,16 +459,22 @@ class PromptClassificationMixin:
         )
 
     def _check_inputs(self, layout, pixel_values, labels, image_embeds) -> None:
+        if (pixel_values is None) == (image_embeds is None):
+            neither = f"got neither (nor input_ids, as {self.base_class.__name__} takes)."
+            raise ValueError(
+                "Give either pixel_values or image_embeds, " + (neither if pixel_values is None else "not both.")
+            )
+        name, images = ("pixel_values", pixel_values) if image_embeds is None else ("image_embeds", image_embeds)
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, got a {type(images).__name__}; make it of PIL images with "
+                "image_processor(images, return_tensors='pt')."
+            )
         if pixel_values is not None and pixel_values.ndim == 2 and not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel_values look like token ids: {pixel_values.dtype} of shape {tuple(pixel_values.shape)}. The "
                 f"first arguments are pixel_values and labels here, not input_ids as in {self.base_class.__name__}; "
                 "name them: model(input_ids=..., pixel_values=...)."
-            )
-        if (pixel_values is None) == (image_embeds is None):
-            neither = f"got neither (nor input_ids, as {self.base_class.__name__} takes)."
-            raise ValueError(
-                "Give either pixel_values or image_embeds, " + (neither if pixel_values is None else "not both.")
             )
         if labels is not None and not torch.compiler.is_compiling():
             self._class_prompts(layout)  # raises if there are no class names
@@ -490,10 +497,3 @@ class PromptClassificationMixin:
     def predict(self, image_embeds: torch.Tensor, class_embeds: torch.Tensor) -> Prediction:
         """Computes the logits for image embeddings (B, E) and normalised class embeddings (C, E) or (B, C, E)."""
         return Prediction.of(image_embeds, class_embeds, self.logit_scale, getattr(self, "logit_bias", None))
-
-
-def _build(layout: PromptLayout) -> Regularizer:
-    regularizer = build_regularizer(layout.regularizer, layout.regularizer_weights)
-    if layout.teacher_templates:
-        regularizer.teacher_templates = tuple(layout.teacher_templates)
-    return regularizer

@@ -185,4 +185,5 @@ def with_modules_of(source: nn.Module, target_class: type[nn.Module]) -> nn.Modu
     for name in ("peft_config", "_hf_peft_config_loaded", "hf_device_map"):  # they belong to the modules
         if hasattr(source, name):
             setattr(model, name, getattr(source, name))
-    return model.train(source.training)
+    model.training = source.training  # not train(), which would change the modules, too
+    return model

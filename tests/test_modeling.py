@@ -229,6 +229,13 @@ class TestFromAndToClip:
         again = CLIPForPromptClassification.from_pretrained(tmp_path).eval()
         assert torch.equal(logits_of(again, pixel_values), logits_of(model, pixel_values))
 
+    def test_every_module_keeps_its_training_mode(self, clip, tokenizer):
+        clip.train().vision_model.eval()
+        before = {name: module.training for name, module in clip.named_modules()}
+        model = CLIPForPromptClassification.from_clip(clip, tokenizer, CLASS_NAMES)
+        assert {name: module.training for name, module in model.named_modules() if name in before} == before
+        assert {name: module.training for name, module in model.to_base().named_modules()} == before
+
     def test_from_clip_refuses_what_is_no_clip_model(self, clip, tokenizer):
         model = get_peft_model(clip, CLIPPromptTuningConfig())
         with pytest.raises(TypeError, match="PeftModel.*pass get_base_model()"):
