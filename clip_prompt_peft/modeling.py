@@ -501,12 +501,6 @@ class PromptClassificationMixin:
         )
 
     def _check_inputs(self, layout, pixel_values, labels, image_embeds) -> None:
-        if pixel_values is not None and pixel_values.ndim == 2 and not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values look like token ids: {pixel_values.dtype} of shape {tuple(pixel_values.shape)}. The "
-                f"first arguments are pixel_values and labels here, not input_ids as in {self.base_class.__name__}; "
-                "name them: model(input_ids=..., pixel_values=...)."
-            )
         if (pixel_values is None) == (image_embeds is None):
             neither = f"got neither (nor input_ids, as {self.base_class.__name__} takes)."
             raise ValueError(
@@ -517,6 +511,12 @@ class PromptClassificationMixin:
             raise TypeError(
                 f"{name} must be a tensor, got a {type(images).__name__}; make it of PIL images with "
                 "image_processor(images, return_tensors='pt')."
+            )
+        if pixel_values is not None and pixel_values.ndim == 2 and not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values look like token ids: {pixel_values.dtype} of shape {tuple(pixel_values.shape)}. The "
+                f"first arguments are pixel_values and labels here, not input_ids as in {self.base_class.__name__}; "
+                "name them: model(input_ids=..., pixel_values=...)."
             )
         if labels is not None and not torch.compiler.is_compiling():
             self._class_prompts(layout)  # raises if there are no class names
