@@ -208,7 +208,8 @@ def _check_packages() -> None:
 def _load_image_processor(classifier: PromptClassificationMixin):
     if not classifier.name_or_path:
         raise ValueError("The model has no name_or_path to load an image processor from; pass image_processor=...")
-    return AutoImageProcessor.from_pretrained(classifier.name_or_path, trust_remote_code=False)
+    hub = classifier.hub_settings.arguments
+    return AutoImageProcessor.from_pretrained(classifier.name_or_path, trust_remote_code=False, **hub)
 
 
 def _write_files(

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from clip_prompt_peft.assets import PIPELINE_FILE
+
 
 PACKAGE = ROOT / "clip_prompt_peft"
-FILES = sorted(PACKAGE.rglob("*.py"))
+# one file is no part of the package: it is copied beside saved classifiers and imports the package from there
+FILES = sorted(set(PACKAGE.rglob("*.py")) - {PIPELINE_FILE})
 
 # From the bottom up. What shares a line does not import each other.
 LAYERS = [
@@ -23,7 +26,7 @@ LAYERS = [
     {"evaluation"},
     {"peft_model"},
     {"auto"},
-    {"protocols", "export"},
+    {"pipelines", "protocols", "export"},
     {"__init__"},  # the public names
     {"commands"},
 ]

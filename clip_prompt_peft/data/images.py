@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets import Image as ImageFeature
+from datasets import Sequence as SequenceFeature
 from datasets.fingerprint import Hasher
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
 from ..towers import adapter_settings, embed_width, eval_mode, image_side
-from .columns import IMAGE, LABEL
+from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
 
 
 NUM_TRIES = 10
+STREAM_BATCH = 32  # images of a stream that are decoded at once
 DTYPES = ("float32", "float16")
+PIXELS, LABELS = "pixel_values", "labels"  # as the model calls them
 
 
 class UnreadableImageError(ValueError):
@@ -92,25 +96,44 @@ class RandomResizedCropFlip:
         return low + (high - low) * torch.rand((), dtype=torch.float64, generator=self.generator).item()
 
 
-def with_pixel_values(dataset: Dataset, image_processor, augment: bool = False) -> Dataset:
+def with_pixel_values(
+    dataset: Dataset | IterableDataset,
+    image_processor,
+    augment: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> Dataset | IterableDataset:
     """
     Returns a view of a dataset whose examples are `pixel_values` and `labels`, computed when they are accessed.
 
-    Set `remove_unused_columns=False` in the `TrainingArguments`, or the Trainer removes the column `image`.
+    The columns have these names, too, so that the Trainer, which removes columns that the model does not take, keeps
+    them.
 
     Args:
-        dataset (`datasets.Dataset`):
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             A dataset with the columns `image` and `label`.
         image_processor (`BaseImageProcessor`):
             The image processor of the model.
         augment (`bool`, *optional*, defaults to `False`):
             Whether to replace the resizing and cropping of the processor with [`RandomResizedCropFlip`], for training.
+        class_names (`Sequence[str]`, *optional*):
+            The classes of the model, `model.class_names`, to check that the labels number them in this order.
 
     Returns:
-        `datasets.Dataset`: The same examples, transformed lazily. Accessing an example whose image is damaged raises
-        `UnreadableImageError`.
+        `datasets.Dataset` or `datasets.IterableDataset`: The same examples, transformed lazily. Accessing an example
+        whose image is damaged raises `UnreadableImageError`.
+
+    Raises:
+        ValueError: If the labels are no numbers, or number the classes in another order than `class_names`.
     """
-    return undecoded(dataset).with_transform(PixelTransform(image_processor, augment), columns=[IMAGE, LABEL])
+    check_labels_are_numbers(dataset)
+    if isinstance(dataset, IterableDataset):
+        dataset = with_known_types(dataset)
+    check_label_order(dataset, class_names)
+    columns = undecoded(dataset.select_columns([IMAGE, LABEL])).rename_columns({IMAGE: PIXELS, LABEL: LABELS})
+    transform = PixelTransform(image_processor, augment)
+    if isinstance(columns, IterableDataset):
+        return columns.map(transform, batched=True, batch_size=STREAM_BATCH)
+    return columns.with_transform(transform)
 
 
 def undecoded(dataset: Dataset) -> Dataset:
@@ -135,7 +158,7 @@ def decode(image: dict) -> Image.Image:
 
 
 class PixelTransform:
-    """Turns a batch of examples into `pixel_values` (3, H, W) each and `labels`, see [`with_pixel_values`]."""
+    """Turns a batch of images in `pixel_values` into (3, H, W) each, and keeps `labels`, see [`with_pixel_values`]."""
 
     def __init__(self, image_processor, augment: bool = False) -> None:
         self.image_processor, self.augmentation = image_processor, None
@@ -147,8 +170,10 @@ class PixelTransform:
             self.augmentation = RandomResizedCropFlip((size["height"], size["width"]))
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        inputs = self.model_inputs([decode(image) for image in batch[IMAGE]])
-        return {name: list(values) for name, values in inputs.items()} | {"labels": batch[LABEL]}
+        if PIXELS not in batch:  # `datasets` reads some columns alone, for example to filter by them
+            return batch
+        inputs = self.model_inputs([decode(image) for image in batch[PIXELS]])
+        return batch | {name: list(values) for name, values in inputs.items()}
 
     def model_inputs(self, images: list[Image.Image]) -> BatchFeature:
         """Returns `pixel_values` (B, 3, H, W) and any further outputs of the processor."""
@@ -176,10 +201,11 @@ def cache_image_embeds(
     approximates the usual augmentation, which draws a new crop in each epoch.
 
     The embeddings are computed with `datasets.map` and stored in the cache folder of the dataset. A second call with
-    the same images, weights and settings reads them from there.
+    the same images, weights and settings reads them from there. A stream is read once, and the embeddings of all its
+    images are kept in memory.
 
     Args:
-        dataset (`datasets.Dataset`):
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             A dataset of N examples with the columns `image` and `label`.
         model (`PreTrainedModel` or `PeftModel`):
             The CLIP-like model. It is not changed.
@@ -201,7 +227,8 @@ def cache_image_embeds(
         the Trainer.
 
     Raises:
-        ValueError: If the image tower is trainable or if `num_views` or `dtype` is invalid.
+        ValueError: If the image tower is trainable, if `num_views` or `dtype` is invalid, if the labels are no
+            numbers, or if they number the model's classes in another order.
         UnreadableImageError: If an image cannot be read.
 
     Example:
@@ -217,18 +244,32 @@ def cache_image_embeds(
         raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check_image_side_is_frozen(model)
-    feature = Sequence(Value(dtype), length=embed_width(model.config))
+    if isinstance(dataset, IterableDataset):
+        dataset = with_known_types(dataset)
+    check_labels_are_numbers(dataset)
+    check_label_order(dataset, getattr(model, "class_names", None))
+    feature = SequenceFeature(Value(dtype), length=embed_width(model.config))
     if num_views is not None:
-        feature = Sequence(feature, length=num_views)
+        feature = SequenceFeature(feature, length=num_views)
+    embed = _EmbedImages(model, image_processor, num_views, seed)
+    images = undecoded(dataset.select_columns([IMAGE, LABEL]))
+    features = Features(image_embeds=feature, labels=dataset.features[LABEL])
+    batch_size = max(1, batch_size // (num_views or 1))
     with eval_mode(model):
-        embedded = undecoded(dataset.select_columns([IMAGE, LABEL])).map(
-            _EmbedImages(model, image_processor, num_views, seed),
-            batched=True,
-            batch_size=max(1, batch_size // (num_views or 1)),
-            remove_columns=[IMAGE, LABEL],
-            features=Features(image_embeds=feature, labels=dataset.features[LABEL]),
-            desc=description or "Embedding images",
-        )
+        if isinstance(images, IterableDataset):
+            parts = [Dataset.from_dict(embed(batch), features=features) for batch in images.iter(batch_size)]
+            if not parts:
+                raise ValueError("The stream has no examples.")
+            embedded = concatenate_datasets(parts)
+        else:
+            embedded = images.map(
+                embed,
+                batched=True,
+                batch_size=batch_size,
+                remove_columns=[IMAGE, LABEL],
+                features=features,
+                desc=description or "Embedding images",
+            )
     return embedded.with_format("torch") if num_views is None else embedded.with_transform(_draw_view)
 
 

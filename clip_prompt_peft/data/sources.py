@@ -7,10 +7,28 @@ import logging
 import os
 from collections.abc import Mapping
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+)
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .columns import IMAGE, LABEL, find_image_column, find_label_column, read_labels
+from .columns import (
+    IMAGE,
+    LABEL,
+    as_image_column,
+    find_image_column,
+    find_label_column,
+    is_text,
+    read_labels,
+    type_name,
+)
 from .formats import check_file, load_clip_benchmark, load_zhou_split
 
 
@@ -103,7 +121,7 @@ def _load_files(files: Mapping[str, str], load_kwargs: dict) -> DatasetDict:
     if len(extensions) > 1 or not extensions <= set(FILE_FORMATS):
         raise ValueError(f"Files must be of one format, {' or '.join(FILE_FORMATS)}; got {', '.join(files.values())}.")
     builder = FILE_FORMATS[extensions.pop()]
-    splits = DatasetDict()
+    splits = IterableDatasetDict() if load_kwargs.get("streaming") else DatasetDict()
     for split, file in files.items():  # one by one, or `datasets` gives all files the class names of the first
         splits[split] = load_dataset(builder, data_files={split: file}, split=split, **load_kwargs)
     return splits
@@ -130,6 +148,8 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
     if "train" not in splits:
         raise ValueError(f"The dataset has no split 'train'; its splits are {', '.join(splits)}.")
     train = splits["train"]
+    if isinstance(train, IterableDataset):
+        return _standardize_streams(splits, image_column, label_column)
     image_column = find_image_column(train.features, image_column)
     label_column = find_label_column(train.features, label_column)
     trained = set(read_labels(train, label_column))
@@ -151,6 +171,35 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
     return standard
 
 
+def _standardize_streams(
+    splits: IterableDatasetDict, image_column: str | None, label_column: str | None
+) -> IterableDatasetDict:
+    """Does what can be done without reading the labels."""
+    features = splits["train"].features
+    if features is None:
+        raise ValueError(
+            "The columns of this stream have no types, so its image and label columns are unknown; cast it to "
+            "Features with an Image and a ClassLabel, or load it without streaming=True."
+        )
+    image_column = find_image_column(features, image_column)
+    label_column = find_label_column(features, label_column)
+    if not isinstance(features[label_column], ClassLabel):
+        raise ValueError(
+            f"The column {label_column!r} of this stream holds {type_name(features[label_column])}, whose class names "
+            "are only known after reading all of it; load it without streaming=True."
+        )
+    standard = IterableDatasetDict()
+    for name, split in splits.items():
+        if split.features.get(label_column) != features[label_column]:
+            raise ValueError(f"The stream {name!r} has other classes than 'train'; they must be the same, in order.")
+        chosen = {image_column: IMAGE, label_column: LABEL}
+        split = split.select_columns(list(chosen)).rename_columns(
+            {old: new for old, new in chosen.items() if old != new}
+        )
+        standard[name] = split.cast_column(IMAGE, Image())
+    return standard
+
+
 def _select_columns(name: str, split: Dataset, new_names: dict[str, str]) -> Dataset:
     missing = [column for column in new_names if column not in split.column_names]
     if missing:
@@ -158,7 +207,9 @@ def _select_columns(name: str, split: Dataset, new_names: dict[str, str]) -> Dat
             f"Split {name!r} has no column {missing[0]!r}; its columns are {', '.join(split.column_names)}."
         )
     split = split.select_columns(list(new_names)).rename_columns(new_names)
-    return split if isinstance(split.features[IMAGE], Image) else split.cast_column(IMAGE, Image())
+    if is_text(split.features[LABEL]):
+        split = split.cast_column(LABEL, Value("string"))
+    return as_image_column(split)
 
 
 def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel, trained: set) -> None:
@@ -170,6 +221,12 @@ def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel,
                 "they must be the same, in the same order."
             )
         known = set(range(expected.num_classes))
+    missing = [row for row, label in enumerate(labels) if label is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(labels)} rows of the split {name!r} have no label, such as row {missing[0]}; "
+            "leave these rows out of the data."
+        )
     unknown = [label for label in labels if label not in known]
     if unknown:
         raise ValueError(

@@ -16,8 +16,9 @@ import torch
 from adapters import tuned
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPModel, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Trainer, TrainingArguments, pipeline
 
 from clip_prompt_peft import (
     AutoPeftModelForPromptClassification,
@@ -103,6 +104,33 @@ def push_with_local_base(folder):
     model.push_to_hub("me/local-corrected")
     logged["corrected"] = list(messages)
     (folder / "logged.json").write_text(json.dumps(logged))
+
+
+def push_classifier(folder):
+    """The classifier itself, in both ways, and what a pipeline needs beside it."""
+    classifier = CLIPForPromptClassification.from_pretrained(BASE, class_names=CLASS_NAMES)
+    classifier.push_to_hub("me/classifier")
+    AutoImageProcessor.from_pretrained(BASE).push_to_hub("me/classifier")
+    classifier.save_pretrained(folder / "classifier", push_to_hub=True, repo_id="me/saved-and-pushed")
+
+
+def classify_by_pipeline(folder):
+    """The answers of pipelines for an adapter and a classifier on the Hub, and what the models themselves say."""
+    image = Image.new("RGB", (60, 50), "red")
+    inputs = AutoImageProcessor.from_pretrained(BASE)(image, return_tensors="pt")
+    answers = {}
+    for name, auto_class in (
+        ("me/by-trainer", AutoPeftModelForPromptClassification),
+        ("me/classifier", CLIPForPromptClassification),
+    ):
+        with torch.no_grad():
+            scores = auto_class.from_pretrained(name).eval()(**inputs).logits.softmax(-1)[0]
+        answers[name] = {
+            "expected": dict(zip(CLASS_NAMES, scores.tolist())),
+            "our task": pipeline("prompt-image-classification", model=name)(image),
+        }
+    answers["me/classifier"]["code of the repository"] = pipeline(model="me/classifier", trust_remote_code=True)(image)
+    (folder / "answers.json").write_text(json.dumps(answers))
 
 
 def load(folder):
