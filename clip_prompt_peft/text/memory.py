@@ -91,7 +91,7 @@ def classes_that_fit(
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Returns the memory that is free or only reserved by torch's allocator; `None` on a CPU and where it is unknown."""
+    """Returns what is free or reserved without use by torch's allocator; `None` on a CPU or where it is unknown."""
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     if device.type not in ("cuda", "xpu"):
