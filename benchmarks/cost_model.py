@@ -13,7 +13,7 @@ import argparse
 
 from common import SIZES, add_prompts, build_classifier, describe_prompts, print_table
 
-from clip_prompt_peft.text.encoder import CHUNK, MANY_CLASSES
+from clip_prompt_peft.text.memory import CHUNK, MANY_CLASSES
 from clip_prompt_peft.text.packing import PACKED_TOKENS
 
 

@@ -16,6 +16,7 @@ from .chunks import (
     num_processes,
     share_of_classes,
 )
+from .memory import CHUNK, MANY_CLASSES, PROMPTS_AT_ONCE, TowerSize, classes_that_fit, free_bytes
 from .packing import (
     PATHS,
     PLAIN,
@@ -25,14 +26,12 @@ from .packing import (
     build_chunk,
     exact_path,
     num_shared_positions,
+    tokens_of_class,
 )
 from .prompts import ClassPrompts
 
 
 AUTO = "auto"
-MANY_CLASSES = 256  # more classes than this are encoded in chunks, and shared between processes
-CHUNK = 128
-PROMPTS_AT_ONCE = 256  # if every image has its own prompts
 
 
 class ClassEncoder:
@@ -50,7 +49,9 @@ class ClassEncoder:
         batch_size (`int`, *optional*, defaults to `"auto"`):
             The number of classes at a time. In training, all chunks but one are computed a second time for their
             gradient, so that memory does not grow with the number of classes. `None` takes all classes at once.
-            `"auto"` takes up to 256 classes at once, and 128 at a time if there are more.
+            `"auto"` takes as many as fit comfortably into the free memory of a GPU, by default all. On a CPU it takes
+            up to 256 classes at once, and 128 at a time if there are more. So it does on a GPU of several processes
+            whose text tower may be sharded between them, since these have to make the same number of calls.
         across_processes (`bool`, *optional*, defaults to `"auto"`):
             Whether each process of a distributed training encodes only its share of the classes. `True` does so in
             every call, also in evaluation, so that all processes have to make the same calls. `"auto"` does so only in
@@ -133,7 +134,7 @@ class ClassEncoder:
         num_classes = len(prompts.texts)
         is_shared = self._is_shared(model, num_classes)
         classes = share_of_classes(num_classes) if is_shared else range(num_classes)
-        chunks = self._chunks_of(model, prompts, layout, classes)
+        chunks, _ = self._chunks_of(model, prompts, layout, classes)
         if len(chunks) == 1:
             embeds = chunks[0].encode(model, layout)[0]
         else:
@@ -143,8 +144,8 @@ class ClassEncoder:
 
     def _encode_for_images(self, model, prompts, layout, image_embeds) -> torch.Tensor:
         vectors = text_embeddings_of(model.text_model).per_text_vectors(image_embeds)  # (B, n, D)
-        chunks = self._chunks_of(model, prompts, layout, range(len(prompts.texts)))
-        pairs = [(chunk, vectors.split(max(1, PROMPTS_AT_ONCE // len(chunk.classes)))) for chunk in chunks]
+        chunks, at_once = self._chunks_of(model, prompts, layout, range(len(prompts.texts)))
+        pairs = [(chunk, vectors.split(max(1, at_once // len(chunk.classes)))) for chunk in chunks]
         return encode_by_images(lambda chunk, part: chunk.encode(model, layout, part), pairs)  # (B, C, E)
 
     def _is_shared(self, model, num_classes: int) -> bool:
@@ -155,34 +156,56 @@ class ClassEncoder:
         is_trained = model.training and torch.is_grad_enabled() and bool(trainable_parameters(text_side(model)))
         return is_trained and num_classes > MANY_CLASSES
 
-    def _chunks_of(self, model, prompts, layout, classes: range) -> list[PlainPrompts | PackedPrompts]:
-        """Returns the inputs of the text tower, kept from call to call: only prompts and settings change them."""
+    def _chunks_of(self, model, prompts, layout, classes: range) -> tuple[list[PlainPrompts | PackedPrompts], int]:
+        """Returns the inputs of the text tower, and how many prompts to take at once if every image has its own.
+
+        They are kept from call to call: only prompts and settings change them.
+        """
         at_most = None if layout is None else layout.num_shared_positions
         attention = attention_of(model.text_model)
         settings = (self.path, self.batch_size, classes, at_most, model.text_model.device, attention)
         if torch.compiler.is_compiling() and self._chunks.latest is not None:
             # A graph without breaks can neither look at all modules of the tower nor compare prompts by value.
-            (kept_prompts, kept_settings, _), chunks = self._chunks.latest
+            (kept_prompts, kept_settings, *_), chunks = self._chunks.latest
             if kept_prompts is prompts and kept_settings == settings:
                 return chunks
         return self._kept_chunks(model, prompts, layout, classes, settings)
 
     @torch.compiler.disable
-    def _kept_chunks(self, model, prompts, layout, classes, settings) -> list[PlainPrompts | PackedPrompts]:
+    def _kept_chunks(self, model, prompts, layout, classes, settings):
         path, device = self._resolved_path(model), model.text_model.device
+        size = self._size_to_fit(model, path)
 
-        def build() -> list[PlainPrompts | PackedPrompts]:
+        def build() -> tuple[list[PlainPrompts | PackedPrompts], int]:
             num_shared = num_shared_positions(prompts, layout)
-            num_chunks = -(-len(classes) // self._chunk_size(len(classes)))
+            fitting = None
+            if size is not None and (free := free_bytes(device)) is not None:
+                fitting = classes_that_fit(*tokens_of_class(path, prompts, num_shared), size, free)
+            num_chunks = -(-len(classes) // self._chunk_size(len(classes), fitting))
             parts = torch.tensor(classes).tensor_split(num_chunks)
-            return [build_chunk(path, part, prompts, num_shared, device) for part in parts]
+            chunks = [build_chunk(path, part, prompts, num_shared, device) for part in parts]
+            return chunks, PROMPTS_AT_ONCE if fitting is None else fitting
 
-        return self._chunks.get((prompts, settings, path), build)
+        return self._chunks.get((prompts, settings, path, size), build)
 
-    def _chunk_size(self, num_classes: int) -> int:
-        if self.batch_size == AUTO:
-            return CHUNK if num_classes > MANY_CLASSES else num_classes
-        return self.batch_size or num_classes
+    def _size_to_fit(self, model, path: str) -> TowerSize | None:
+        """Returns the size of the tower if chunks are chosen by the memory of the device, otherwise `None`."""
+        if self.batch_size != AUTO or model.text_model.device.type == "cpu":
+            return None
+        # Processes that shard a tower (FSDP, DeepSpeed, ...) exchange weights in every chunk, so all of them need the
+        # same number of chunks, and their free memory differs. Such a tower is run along the plain path.
+        if path == PLAIN and num_processes() > 1:
+            return None
+        vectors = {id(tensor) for tensor in text_embeddings_of(model.text_model).parameters()}
+        is_trained = any(id(tensor) not in vectors for tensor in trainable_parameters(text_side(model)))
+        return TowerSize.of(model, is_trained)
+
+    def _chunk_size(self, num_classes: int, fitting: int | None) -> int:
+        if self.batch_size != AUTO:
+            return self.batch_size or num_classes
+        if fitting is not None:
+            return min(num_classes, fitting)
+        return CHUNK if num_classes > MANY_CLASSES else num_classes
 
     def _resolved_path(self, model) -> str:
         if self.path == PLAIN:

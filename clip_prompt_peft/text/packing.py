@@ -262,6 +262,21 @@ def num_shared_positions(prompts: ClassPrompts, layout: PromptLayout | None) -> 
     return num_equal if at_most is None else min(num_equal, at_most)
 
 
+def tokens_of_class(path: str, prompts: ClassPrompts, num_shared: int) -> tuple[float, int]:
+    """Returns how many tokens the tower computes for each class on a path, and the length of its sequences."""
+    length = prompts.input_ids.shape[1]
+    if path == PLAIN:
+        length = max(length, prompts.full_length)
+    if path != PACKED:
+        return length, length
+    lengths = prompts.attention_mask.sum(dim=1)  # (C,)
+    num_shared = min(num_shared, int(lengths.min()) - 1)  # as in `pack_prompts`
+    suffixes = lengths - num_shared
+    mean = float(suffixes.float().mean())
+    length = num_shared + min(int(suffixes.sum()), 2 * PACKED_TOKENS)  # `_distribute` balances about 160 of them
+    return mean * (1 + num_shared / PACKED_TOKENS), length
+
+
 def _positions(prompts: ClassPrompts, classes: torch.LongTensor) -> torch.LongTensor | None:
     return None if prompts.context_positions is None else prompts.context_positions[classes]
 
