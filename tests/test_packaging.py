@@ -34,9 +34,11 @@ def test_a_script_beside_an_editable_clone_imports_the_package(name, tmp_path, r
     clone = tmp_path / name
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     (clone / "setup.cfg").write_text((ROOT / "setup.cfg").read_text())  # what is tested may not be committed yet
-    run_in_new_environment("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", clone, cwd=tmp_path)
+    run_in_new_environment(
+        "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", clone, cwd=tmp_path
+    )
 
-    # What a checker without imports of torch and transformers sees is enough, and takes no time.
+    # No import: torch takes seconds, and does not matter here.
     (tmp_path / "script.py").write_text(
         "from importlib.util import find_spec\nprint(find_spec('clip_prompt_peft').origin)\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -25,6 +26,14 @@ from .resume import find_checkpoint
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for the user's own data
+RECIPE_ARGUMENTS = (  # what a recipe sets, unless the user gives it
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "max_grad_norm",
+    "dataloader_drop_last",
+)
 SETTINGS_FILES = (".json", ".yaml", ".yml")
 
 
@@ -133,16 +142,11 @@ class PromptArguments:
         return CLIPPromptTuningConfig.from_preset(self.method, model=model, **fields)
 
     def recipe(self, model, training_args: TrainingArguments, num_examples: int, shots: int) -> Recipe:
-        """Returns the training of the method's authors, changed by the arguments that the user gave."""
-        if self.method is None:
-            return Recipe({}, (None, None))
-        names = [
-            name
-            for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_grad_norm")
-            if given_by_user(name)
-        ]
+        """Returns the training of the authors, or the default, changed by the arguments that the user gave."""
+        names = [name for name in RECIPE_ARGUMENTS if given_by_user(name)]
         given = {name: getattr(training_args, name) for name in [*names, "use_cpu", "gradient_accumulation_steps"]}
-        return training_recipe(self.method, model, num_examples, shots or 16, **given)
+        shots = shots or math.ceil(num_examples / len(model.class_names))
+        return training_recipe(self.method or "default", model, num_examples, shots, **given)
 
 
 @dataclass
@@ -150,10 +154,10 @@ class PromptTrainingArguments(TrainingArguments):
     """`TrainingArguments` with defaults for few-shot prompt tuning."""
 
     output_dir: str = argument("outputs/prompt_tuning", "Folder for the adapter.")
-    num_train_epochs: float = argument(100, "Number of passes over the training images.")
-    per_device_train_batch_size: int = argument(32, "Images per training step and device.")
+    num_train_epochs: float = argument(100, "Passes over the training images, by default the recipe's.")
+    per_device_train_batch_size: int = argument(32, "Images per training step and device, by default the recipe's.")
     per_device_eval_batch_size: int = argument(64, "Images per evaluation step and device.")
-    learning_rate: float = argument(2e-3, "Peak learning rate.")
+    learning_rate: float = argument(2e-3, "Peak learning rate, by default the recipe's.")
     lr_scheduler_type: str = argument("cosine", "Learning rate schedule.")
     logging_steps: float = argument(0.25, "Steps, or share of all steps, between two logs.")
     save_strategy: str = argument(
