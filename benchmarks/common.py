@@ -70,12 +70,13 @@ TOKENS_OF_IMAGENET_NAMES = (
 def build_classifier(
     num_classes: int, size: str = "vit-b-32", device: str = "cpu", dtype: str = "float32"
 ) -> CLIPForPromptClassification:
-    """A classifier with random weights."""
+    """A classifier with random weights, made on the device: on the CPU that takes longer than measuring."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_CLIP)
     config = CLIPConfig(**SIZES[size])
     config.text_config.eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(0)
-    clip = CLIPModel(config).to(device, getattr(torch, dtype)).requires_grad_(False)
+    with torch.device(device):
+        clip = CLIPModel(config).to(getattr(torch, dtype)).requires_grad_(False)
     return CLIPForPromptClassification.from_clip(clip, tokenizer, class_names_like_imagenet(num_classes, tokenizer))
 
 
@@ -154,6 +155,29 @@ def time_in_turn(functions: dict[str, Callable[[], object]], repeats: int, devic
             if repeat:
                 times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure_launches(function: Callable[[], object], device: str) -> tuple[int, float] | None:
+    """Kernels that a call launches, and the milliseconds in which at least one runs; `None` on a CPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    synchronize(device)
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiler:
+        function()
+        synchronize(device)
+    events = profiler.events()
+    launches = sum(event.name.lower().startswith(("cudalaunchkernel", "culaunchkernel")) for event in events)
+    on_card = [event.time_range for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    return launches, busy_time([(span.start, span.end) for span in on_card]) / 1000
+
+
+def busy_time(spans: list[tuple[float, float]]) -> float:
+    """The length of what the spans (start, end) cover together."""
+    total, covered = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, covered))
+        covered = max(covered, end)
+    return total
 
 
 def synchronize(device: str) -> None:

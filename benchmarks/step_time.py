@@ -6,7 +6,8 @@
     python benchmarks/step_time.py --device cuda --dtype bfloat16
 
 All in one process, in turn; medians. Models have random weights. For figures of one core:
-`OMP_NUM_THREADS=1 taskset -c 0 python ...`.
+`OMP_NUM_THREADS=1 taskset -c 0 python ...`. On a card the table is in milliseconds, and the lines below it tell how
+many kernels a step launches and how long the card is busy with them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from common import (
     build_classifier,
     describe_prompts,
     measure_gemm_peak,
+    measure_launches,
     needed_flops,
     one_token_words,
     print_table,
@@ -101,8 +103,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
 
+    on_cpu = args.device == "cpu"
+    unit, factor, digits = ("seconds", 1, 3) if on_cpu else ("milliseconds", 1000, 1)
     rows = {name: [(WAYS | EXTRAS)[name]] for name in args.ways}
-    notes, header = [], ["seconds a step (times ours)"]
+    notes, header = [], [f"{unit} a step (times ours)"]
     for num_classes in args.classes:
         for num_vectors in args.context:
             steps, classifier = build_steps(num_classes, num_vectors, args)
@@ -110,9 +114,15 @@ def main() -> None:
             peak = measure_gemm_peak(args.device, args.dtype)
             header.append(f"C={num_classes} n={num_vectors}")
             for name, value in seconds.items():
-                rows[name].append(
-                    f"{value:.3f} ({value / seconds['ours']:.1f}x)" if "ours" in seconds else f"{value:.3f}"
-                )
+                times_ours = f" ({value / seconds['ours']:.1f}x)" if "ours" in seconds else ""
+                rows[name].append(f"{factor * value:.{digits}f}{times_ours}")
+                activity = measure_launches(steps[name], args.device)
+                if activity is not None:
+                    launches, busy = activity
+                    notes.append(
+                        f"C={num_classes} n={num_vectors}, {name}: {launches} kernel launches, card busy for "
+                        f"{busy:.1f} of {1000 * value:.1f} ms"
+                    )
             shared, suffixes, longest = describe_prompts(classifier)
             share = needed_flops(classifier) / seconds.get("ours", float("nan")) / peak
             notes.append(

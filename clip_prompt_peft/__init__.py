@@ -1,7 +1,7 @@
 """Learnable text embeddings for a frozen CLIP, as a method of peft and a classifier of transformers.
 
 Importing the package registers the method with peft, so that `get_peft_model`, `PeftModel.from_pretrained` and
-`CLIPModel.load_adapter` support its adapters.
+`CLIPModel.load_adapter` support its adapters, and the task "prompt-image-classification" for `transformers.pipeline`.
 """
 
 from .assets import load_templates
@@ -17,6 +17,7 @@ from .families import (
 )
 from .modeling import PromptClassificationMixin
 from .peft_model import PeftModelForPromptClassification, register
+from .pipelines import PromptClassificationPipeline, register_task
 from .templates import check_label_names, pad_template
 from .text.prompts import build_class_prompts
 from .training.callbacks import GaussianPromptAveraging, StopAtNonFinite
@@ -30,6 +31,7 @@ from .tuner.presets import PRESETS
 __version__ = "0.1.0"
 
 register()
+register_task()
 
 __all__ = [
     "AltCLIPForPromptClassification",
@@ -49,6 +51,7 @@ __all__ = [
     "ProGradMixin",
     "ProGradTrainer",
     "PromptClassificationMixin",
+    "PromptClassificationPipeline",
     "StopAtNonFinite",
     "build_class_prompts",
     "check_label_names",

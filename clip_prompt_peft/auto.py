@@ -6,7 +6,6 @@ import os
 
 from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import extract_commit_hash, find_adapter_config_file
 
 from .evaluation.model_card import is_hub_id
 from .families import classifier_class
@@ -14,9 +13,7 @@ from .modeling import PromptClassificationMixin
 from .peft_model import PeftModelForPromptClassification
 from .tuner import CLIPPromptTuningConfig
 from .tuner.files import fetch, fetch_weights, read_config
-
-
-HUB_SETTINGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+from .tuner.hub import HubSettings, locate
 
 
 class FromPretrainedOnly:
@@ -64,8 +61,9 @@ class AutoModelForPromptClassification(FromPretrainedOnly):
         """
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
-            hub = {name: kwargs[name] for name in HUB_SETTINGS if kwargs.get(name) is not None}
-            config = _config_of(pretrained_model_name_or_path, hub)
+            name, base, adapter = locate(pretrained_model_name_or_path, kwargs)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **base.arguments)
+            kwargs["revision"] = (adapter or base).revision  # the commit, from here on
         classifier = classifier_class(config)
         return classifier.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
@@ -77,18 +75,6 @@ class AutoModelForPromptClassification(FromPretrainedOnly):
             ValueError: If the family is not supported. The message lists those that are.
         """
         return classifier_class(model.config).from_base(model, *args, **kwargs)
-
-
-def _config_of(name_or_path: str | os.PathLike, hub: dict) -> PreTrainedConfig:
-    """Returns the config of a checkpoint, or of the base model of an adapter."""
-    adapter = find_adapter_config_file(str(name_or_path), **hub)
-    if adapter is not None:
-        base = read_config(adapter).base_model_name_or_path
-        if not base:
-            raise ValueError(f"The adapter {str(name_or_path)!r} does not name its base model; load that one first.")
-        name_or_path = base
-        hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-    return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
 
 
 class AutoPeftModelForPromptClassification(FromPretrainedOnly):
@@ -138,7 +124,8 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
             tokenizer (*optional*, defaults to that of the base model):
                 The tokenizer.
             revision, subfolder (`str`, *optional*):
-                The revision of the adapter on the Hub, and its folder in the repository.
+                The revision of the adapter on the Hub, and its folder in the repository. The base model has its own,
+                which the adapter names.
             token (`str` or `bool`, *optional*):
                 The token for the Hub.
             cache_dir (`str`, *optional*):
@@ -146,7 +133,8 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
             low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
                 Whether to create the adapter on the meta device before its weights are loaded.
             base_model_kwargs:
-                Further arguments of the base model's `from_pretrained` (`dtype`, `device_map`, ...).
+                Further arguments of the base model's `from_pretrained` (`dtype`, `device_map`, ...). Those about the
+                Hub (`local_files_only`, `force_download`, `proxies`) hold for the adapter, too.
 
         Raises:
             OSError: If the folder or repository does not exist, cannot be accessed, or holds no adapter, or if the Hub
@@ -154,24 +142,32 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
             ValueError: If the adapter is of another method, its weights are pickled or damaged, its base model is not
                 named or cannot be found, or the family of the base model is not supported.
         """
-        source = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
-        config_file = fetch(pretrained_model_name_or_path, CONFIG_NAME, **source)
+        own = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+        shared = {
+            name: base_model_kwargs[name]
+            for name in ("local_files_only", "force_download", "proxies")
+            if name in base_model_kwargs
+        }
+        source = HubSettings.of_arguments({**own, **shared}).pinned(pretrained_model_name_or_path, CONFIG_NAME)
+        # The weights have to be of the same commit as the configuration, even if someone pushes in the meantime.
+        config_file = fetch(pretrained_model_name_or_path, CONFIG_NAME, **source.arguments)
         config = read_config(config_file)
         if not isinstance(config, CLIPPromptTuningConfig):
             raise ValueError(
                 f"{config_file} is of type {config.peft_type}, not of CLIP prompt tuning; load it with peft's classes."
             )
-        # The weights have to be of the same commit as the configuration, even if someone pushes in the meantime.
-        source["revision"] = extract_commit_hash(config_file, None) or revision
-        folder = os.path.dirname(fetch_weights(pretrained_model_name_or_path, config, **source))
+        folder = os.path.dirname(fetch_weights(pretrained_model_name_or_path, config, **source.arguments))
         if config.problem_type is not None:
             base_model_kwargs.setdefault("problem_type", config.problem_type)
+        base = base_model_name_or_path or _base_model_of(config, pretrained_model_name_or_path)
+        is_its_own = base == config.base_model_name_or_path
         model = AutoModelForPromptClassification.from_pretrained(
-            base_model_name_or_path or _base_model_of(config, pretrained_model_name_or_path),
+            base,
             class_names=config.class_names,
             prompt_template=config.prompt_template,
             tokenizer=tokenizer,
-            revision=config.revision if base_model_name_or_path is None else None,
+            revision=config.revision if is_its_own else None,
+            subfolder=(config.base_model_subfolder if is_its_own else None) or "",
             token=token,
             cache_dir=cache_dir,
             **base_model_kwargs,

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoImageProcessor
 
+from .image_files import decode_image, process_images
 from .modeling import PromptClassificationMixin
 from .text import normalize
 from .towers import eval_mode, find_towers, takes_patches
@@ -208,7 +209,8 @@ def _check_packages() -> None:
 def _load_image_processor(classifier: PromptClassificationMixin):
     if not classifier.name_or_path:
         raise ValueError("The model has no name_or_path to load an image processor from; pass image_processor=...")
-    return AutoImageProcessor.from_pretrained(classifier.name_or_path, trust_remote_code=False)
+    hub = classifier.hub_settings.arguments
+    return AutoImageProcessor.from_pretrained(classifier.name_or_path, trust_remote_code=False, **hub)
 
 
 def _write_files(
@@ -253,8 +255,7 @@ def _pixel_batches(classifier: PromptClassificationMixin, images, image_processo
     starts = range(1, len(images), COMPARED_BATCH_SIZE)
     batches = [images[:1], *(images[start : start + COMPARED_BATCH_SIZE] for start in starts)]
     return [
-        image_processor([image.convert("RGB") for image in batch], return_tensors="pt")["pixel_values"]
-        for batch in batches
+        process_images(image_processor, [decode_image(image) for image in batch])["pixel_values"] for batch in batches
     ]
 
 

@@ -31,7 +31,14 @@ class PromptClassifierOutput(ImageClassifierOutput):
 
 
 def check_labels(labels: torch.Tensor, class_names: Sequence[str], problem_type: str | None) -> None:
-    """Raises `ValueError` unless labels are (B,) class indices, or (B, C) zeros and ones if multi-label."""
+    """Checks that labels are (B,) class indices, whole numbers of any type, or (B, C) zeros and ones if multi-label.
+
+    Raises:
+        TypeError: If labels are no tensor.
+        ValueError: If their shape or values are wrong.
+    """
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels must be a tensor, got a {type(labels).__name__}; use torch.as_tensor(labels).")
     num_classes, shown = len(class_names), ", ".join(class_names[:5])
     if problem_type == MULTI_LABEL:
         if labels.ndim != 2 or labels.shape[1] != num_classes:
@@ -40,6 +47,19 @@ def check_labels(labels: torch.Tensor, class_names: Sequence[str], problem_type:
                 f"({shown}, ...), got the shape {tuple(labels.shape)}."
             )
         return
+    if labels.ndim != 1:
+        raise ValueError(
+            f"labels must be (B,), the index of one class for each image, got the shape {tuple(labels.shape)}. Zeros "
+            "and ones for each class become indices with labels.argmax(dim=-1); for images with several classes set "
+            f"config.problem_type = {MULTI_LABEL!r}."
+        )
+    if labels.is_floating_point() and (labels != labels.round()).any():  # also true for NaN
+        bad = labels[labels != labels.round()]
+        raise ValueError(
+            f"labels must be class indices, got {float(bad[0])}"
+            + (", which stands for a missing label; leave out such images." if bad[0].isnan() else ".")
+        )
+    labels = labels.long()  # a small type may not hold the numbers that they are compared with
     bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= num_classes)]
     if bad.numel():
         raise ValueError(
@@ -90,6 +110,7 @@ def classification_loss(
         raise ValueError(f"config.classification_loss must be {SOFTMAX!r} or {SIGMOID!r}, got {kind!r}.")
     if problem_type == MULTI_LABEL:
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    labels = labels.long()  # data sets also hold them as int8, float, ...
     if kind == SIGMOID:
         kept = labels != IGNORED_LABEL
         targets = F.one_hot(labels[kept], logits.shape[1]).to(logits.dtype)  # (B, C)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import copy
+import logging
+import os
+import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from .assets import PIPELINE_FILE, custom_pipelines
 from .loss import PromptClassifierOutput, check_labels, check_regularizers, compute_loss
-from .regularizers import Prediction, Regularizer, build_regularizer
+from .regularizers import Prediction, Regularizer, regularizer_of
 from .regularizers.teacher import ZeroShotTeacher
 from .templates import DEFAULT_TEMPLATE, check_class_names, check_template
 from .text import ClassEncoder, normalize
 from .text.cache import Memo
 from .text.prompts import ClassPrompts, build_class_prompts
 from .text.tokenization import IGNORED, EncodedTexts, encode_texts
-from .towers import embed_width, num_positions, text_embeddings_of, token_table_name
+from .towers import embed_width, num_positions, text_embeddings_of, token_table_name, with_modules_of
 from .tuner.files import check_adapter, check_adapter_folder
+from .tuner.hub import HubSettings, hub_settings_of, load_tokenizer, locate
 from .tuner.layout import PromptLayout
+
+
+logger = logging.getLogger(__name__)
+PUSH_SETTINGS = ("commit_message", "create_pr", "max_shard_size", "private", "token")
 
 
 class PromptClassificationMixin:
@@ -59,7 +68,10 @@ class PromptClassificationMixin:
         super().__init__(config, *args, **kwargs)
         # The Trainer takes every other output for predictions.
         self.config.keys_to_ignore_at_inference = ["hidden_states", "attentions"]
+        self.config.class_names = getattr(config, "class_names", None)
+        self.config.prompt_template = getattr(config, "prompt_template", None) or self.default_template
         self.tokenizer = None
+        self.hub_settings = HubSettings()
         self.class_encoder = ClassEncoder()
         self.regularizers: dict[str, Regularizer] = {}
         self.teacher = ZeroShotTeacher()
@@ -91,6 +103,11 @@ class PromptClassificationMixin:
                 A text with one `{}`. By default the saved one, or `default_template`.
             tokenizer (*optional*):
                 The tokenizer. By default the one beside the checkpoint.
+            model_args, kwargs:
+                The arguments of the family's own `from_pretrained`. Those about the Hub (`token`, `revision`,
+                `cache_dir`, `subfolder`, `local_files_only`, ...) are used for all files that are loaded later, too,
+                and are kept in `model.hub_settings`. Of an adapter, `revision` and `subfolder` say where it is; its
+                base model has its own, which the adapter names.
 
         Raises:
             ValueError: If names or template are not valid (before anything is loaded), or the checkpoint is of another
@@ -104,6 +121,11 @@ class PromptClassificationMixin:
         with_info = kwargs.pop("output_loading_info", False)
         if cls.weight_names is not None:
             kwargs.setdefault("key_mapping", cls.weight_names)
+        _, base, adapter = locate(pretrained_model_name_or_path, kwargs)
+        kwargs.update(revision=base.revision, subfolder=base.subfolder)
+        if adapter is not None:
+            own = {"revision": adapter.revision, "subfolder": adapter.subfolder}
+            kwargs["adapter_kwargs"] = {**own, **(kwargs.get("adapter_kwargs") or {})}
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -114,6 +136,9 @@ class PromptClassificationMixin:
                 f"of the model's weights ({', '.join(missing[:3])}, ...). AutoModelForPromptClassification picks the "
                 "class by the checkpoint's config."
             )
+        if pretrained_model_name_or_path is None:  # transformers would call it "None"
+            model.name_or_path = model.config.name_or_path = ""
+        model.hub_settings = base
         model._set_up(class_names, prompt_template, tokenizer)
         return (model, info) if with_info else model
 
@@ -124,24 +149,33 @@ class PromptClassificationMixin:
         tokenizer=None,
         class_names: Sequence[str] | None = None,
         prompt_template: str | None = None,
+        **hub_arguments,
     ) -> PromptClassificationMixin:
         """Creates a classifier from a model of the family in memory. They share their modules.
 
+        transformers does not keep on a model with what it was loaded (`token`, `revision`, `cache_dir`, `subfolder`).
+        Pass these arguments here, for the tokenizer and all other files that are loaded by the model's name.
+
         Raises:
-            TypeError: If the model is of another family.
+            TypeError: If the model is of another family, or an argument is not about the Hub.
             ValueError: If names or template are not valid.
         """
+        hub = HubSettings(**hub_arguments) if hub_arguments else hub_settings_of(model)
         if not isinstance(model, cls.base_class):
             hint = "; of a PeftModel pass get_base_model()" if hasattr(model, "get_base_model") else ""
             raise TypeError(
                 f"{cls.__name__} is made from a {cls.base_class.__name__}, got a {type(model).__name__}{hint}."
             )
-        classifier = _with_modules_of(model, cls)
+        classifier = with_modules_of(model, cls)
+        classifier.hub_settings = hub
         classifier._set_up(class_names, prompt_template, tokenizer)
         return classifier
 
     def to_base(self) -> PreTrainedModel:
         """Returns the plain model of the family. They share their modules.
+
+        Its config has no `id2label`: `CLIPForImageClassification` and its kin would give these names to the outputs of
+        a new layer on the image tower.
 
         Raises:
             ValueError: If an adapter is still in the classifier.
@@ -151,7 +185,12 @@ class PromptClassificationMixin:
                 f"The adapters {sorted(self.peft_config)} are still in the model; call merge_and_unload() or unload() "
                 "on the PeftModel first and then this method on what it returns."
             )
-        return _with_modules_of(self, self.base_class)
+        plain = with_modules_of(self, self.base_class)
+        unnamed = type(plain.config)()
+        plain.config.id2label, plain.config.label2id = unnamed.id2label, unnamed.label2id
+        if hasattr(plain.config, "custom_pipelines"):  # of a saved classifier
+            del plain.config.custom_pipelines
+        return plain
 
     @classmethod
     def family_name(cls) -> str:
@@ -175,15 +214,31 @@ class PromptClassificationMixin:
             self.set_class_names(class_names)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Saves the model as the family's own `save_pretrained` does, and the tokenizer for the class prompts.
+        """Saves the model as the family's own `save_pretrained` does, the tokenizer for the class prompts, and code.
+
+        The code is a short file by which `transformers.pipeline("image-classification", ..., trust_remote_code=True)`
+        loads this class. Without it, transformers would put a new layer on the image tower and answer at random.
 
         With an adapter from transformers' `add_adapter` in the model, only the adapter is saved.
         """
         if self.class_names is not None:
             self.class_prompts  # noqa: B018, it updates id2label if an adapter has been switched
+        tokenizer = None
+        if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
+            if self.tokenizer is None and not self.name_or_path:
+                logger.warning("The classifier has no tokenizer to save beside it; pass tokenizer=... to load it.")
+            else:
+                tokenizer = self._get_tokenizer()
+        self.config.custom_pipelines = custom_pipelines()
+        push_to_hub = kwargs.pop("push_to_hub", False)  # the family's own would push before all files are there
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
-            self._get_tokenizer().save_pretrained(save_directory)
+            shutil.copy(PIPELINE_FILE, save_directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(save_directory)
+        if push_to_hub and kwargs.get("is_main_process", True):
+            settings = {name: kwargs[name] for name in PUSH_SETTINGS if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory)), **settings)
 
     def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
         """Loads an adapter as transformers does, but refuses prompt adapters that would change the frozen model."""
@@ -276,7 +331,8 @@ class PromptClassificationMixin:
                 f"class_embeds must be {shape}, one embedding for each of the classifier's classes, got "
                 f"{tuple(class_embeds.shape)}."
             )
-        self._fixed_class_embeds = normalize(class_embeds.detach()).to(self.device)
+        with torch.inference_mode(False):  # inference tensors could not be used in a later training
+            self._fixed_class_embeds = normalize(class_embeds.detach()).to(self.device)
 
     def get_class_embeds(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Returns L2-normalised class embeddings, differentiable with respect to the active adapter.
@@ -294,6 +350,8 @@ class PromptClassificationMixin:
     def _class_embeds(self, layout: PromptLayout | None, image_embeds: torch.Tensor | None) -> torch.Tensor:
         if layout is None and self._fixed_class_embeds is not None:
             return self._fixed_class_embeds.to(self.device)
+        if torch.compiler.is_exporting():
+            self._prepare_to_export()
         if layout is None or not layout.image_conditioned:
             return self.class_encoder(self, self._class_prompts(layout), layout)
         if image_embeds is None:
@@ -302,6 +360,14 @@ class PromptClassificationMixin:
                 f"{self.embed_width})."
             )
         return self.class_encoder(self, self._class_prompts(layout), layout, normalize(image_embeds))
+
+    @torch.compiler.assume_constant_result
+    def _prepare_to_export(self) -> bool:
+        # torch.export would record how the prompts are made, which depends on their values. Modes belong to a thread,
+        # and this is the public way out of them.
+        with ThreadPoolExecutor(1) as outside:
+            outside.submit(lambda: self.class_encoder.prepare(self, self.class_prompts, self.prompt_layout)).result()
+        return True
 
     @property
     def class_prompts(self) -> ClassPrompts:
@@ -338,9 +404,10 @@ class PromptClassificationMixin:
             if not self.name_or_path:
                 raise ValueError(
                     "The classifier needs a tokenizer to read its class names, and this model has no name_or_path to "
-                    "load one from; pass tokenizer=..."
+                    "load one from; pass tokenizer=... to from_pretrained or from_base, or set model.tokenizer."
                 )
-            self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=False)
+            remedy = "Pass tokenizer=..., or the arguments (token, revision, ...) with which the model was loaded."
+            self.tokenizer = load_tokenizer(self.name_or_path, self.hub_settings, remedy)
         return self.tokenizer
 
     # Classifying
@@ -355,7 +422,7 @@ class PromptClassificationMixin:
             return self.regularizers
         return {
             **self.regularizers,
-            layout.regularizer: self._adapter_regularizers.get((layout,), lambda: _build(layout)),
+            layout.regularizer: self._adapter_regularizers.get((layout,), lambda: regularizer_of(layout)),
         }
 
     @can_return_tuple
@@ -397,6 +464,7 @@ class PromptClassificationMixin:
             loss.
 
         Raises:
+            TypeError: If images or labels are no tensors.
             ValueError: If both or neither of `pixel_values` and `image_embeds` are given, there are no class names, or
                 labels are not class indices. In training, also if a regularizer gets no labels, or vision prompts get
                 `image_embeds`.
@@ -436,10 +504,22 @@ class PromptClassificationMixin:
         )
 
     def _check_inputs(self, layout, pixel_values, labels, image_embeds) -> None:
+        if pixel_values is not None and pixel_values.ndim == 2 and not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values look like token ids: {pixel_values.dtype} of shape {tuple(pixel_values.shape)}. The "
+                f"first arguments are pixel_values and labels here, not input_ids as in {self.base_class.__name__}; "
+                "name them: model(input_ids=..., pixel_values=...)."
+            )
         if (pixel_values is None) == (image_embeds is None):
             neither = f"got neither (nor input_ids, as {self.base_class.__name__} takes)."
             raise ValueError(
                 "Give either pixel_values or image_embeds, " + (neither if pixel_values is None else "not both.")
+            )
+        name, images = ("pixel_values", pixel_values) if image_embeds is None else ("image_embeds", image_embeds)
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, got a {type(images).__name__}; make it of PIL images with "
+                "image_processor(images, return_tensors='pt')."
             )
         if labels is not None and not torch.compiler.is_compiling():
             self._class_prompts(layout)  # raises if there are no class names
@@ -462,24 +542,3 @@ class PromptClassificationMixin:
     def predict(self, image_embeds: torch.Tensor, class_embeds: torch.Tensor) -> Prediction:
         """Computes the logits for image embeddings (B, E) and normalised class embeddings (C, E) or (B, C, E)."""
         return Prediction.of(image_embeds, class_embeds, self.logit_scale, getattr(self, "logit_bias", None))
-
-
-def _build(layout: PromptLayout) -> Regularizer:
-    regularizer = build_regularizer(layout.regularizer, layout.regularizer_weights)
-    if layout.teacher_templates:
-        regularizer.teacher_templates = tuple(layout.teacher_templates)
-    return regularizer
-
-
-def _with_modules_of(source: PreTrainedModel, target_class: type[PreTrainedModel]) -> PreTrainedModel:
-    """Creates a model of another class with the modules of `source`, without copying a weight."""
-    with torch.device("meta"):  # these weights are dropped at once
-        model = target_class(copy.copy(source.config))
-    for name, module in source.named_children():
-        setattr(model, name, module)
-    for name, parameter in source.named_parameters(recurse=False):  # logit scale and bias
-        setattr(model, name, parameter)
-    for name in ("peft_config", "_hf_peft_config_loaded"):  # an adapter comes with the modules
-        if hasattr(source, name):
-            setattr(model, name, getattr(source, name))
-    return model.train(source.training)

@@ -8,6 +8,7 @@ table. A tower is a module with `embeddings` and with `encoder.layers` (or `enco
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,10 +16,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 
 TOKEN_TABLES = ("token_embedding", "word_embeddings")  # the names in CLIP and in BERT
 POSITION_TABLES = ("position_embedding", "position_embeddings")
+TRANSFORMERS_HOOKS = "transformers.utils.output_capturing"
 LAYER_LISTS = ("layers", "layer")
 ADAPTER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the second wraps the modules of `modules_to_save`
 
@@ -68,18 +76,26 @@ def is_vision_embeddings(module: nn.Module | None) -> bool:
 
 def takes_patches(embeddings: nn.Module) -> bool:
     """Returns whether image embeddings take patches and a mask of them (NaFlex) instead of images of a fixed size."""
-    return isinstance(embeddings.patch_embedding, nn.Linear)
+    return isinstance(unwrapped(embeddings.patch_embedding), nn.Linear)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Returns the module inside of the adapters of other methods, such as LoRA on a token table."""
+    while isinstance(module, ADAPTER_LAYERS):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    return module
 
 
 def first_position_row(embeddings: nn.Module) -> int:
     """Returns the row of the position table for the first token. RoBERTa has rows for padding before it."""
-    padding_row = getattr(embeddings, position_table_name(embeddings)).padding_idx
+    padding_row = unwrapped(getattr(embeddings, position_table_name(embeddings))).padding_idx
     return 0 if padding_row is None else padding_row + 1
 
 
 def num_positions(embeddings: nn.Module) -> int:
     """Returns the largest number of tokens of a text."""
-    return getattr(embeddings, position_table_name(embeddings)).num_embeddings - first_position_row(embeddings)
+    table = unwrapped(getattr(embeddings, position_table_name(embeddings)))
+    return table.num_embeddings - first_position_row(embeddings)
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,32 @@ def trainable_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
 
+def hooks_of(module: nn.Module) -> dict:
+    """Returns the hooks that see, or change, the calls of a module: by a number that no other hook has.
+
+    Those of transformers for `output_hidden_states` only look, and stay in the model after a call. They do not count.
+    """
+    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    of_all = (_global_forward_pre_hooks, _global_forward_hooks, _global_backward_pre_hooks, _global_backward_hooks)
+    hooks = {number: hook for group in (*own, *of_all) for number, hook in group.items()}
+    return {n: hook for n, hook in hooks.items() if getattr(hook, "__module__", None) != TRANSFORMERS_HOOKS}
+
+
+def with_modules_of(source: nn.Module, target_class: type[nn.Module]) -> nn.Module:
+    """Creates a model of another class with the modules of `source`, without copying a weight."""
+    with torch.device("meta"):  # these weights are dropped at once
+        model = target_class(copy.copy(source.config))
+    for name, module in source.named_children():
+        setattr(model, name, module)
+    for name, parameter in source.named_parameters(recurse=False):  # logit scale and bias
+        setattr(model, name, parameter)
+    for name in ("peft_config", "_hf_peft_config_loaded", "hf_device_map", "hub_settings"):  # of the modules
+        if hasattr(source, name):
+            setattr(model, name, getattr(source, name))
+    model.training = source.training  # not train(), which would change the modules, too
+    return model
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module):
     """Puts a model into eval mode for a while; afterwards every module is back in the mode that it was in."""
@@ -152,7 +194,7 @@ def _children(model: nn.Module, *names: str) -> tuple[nn.Module, ...]:
 
 
 def _table_name(embeddings, names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if isinstance(getattr(embeddings, name, None), nn.Embedding)), None)
+    return next((name for name in names if isinstance(unwrapped(getattr(embeddings, name, None)), nn.Embedding)), None)
 
 
 def _tower(model: nn.Module, embeddings_key: str, like: torch.Tensor) -> Tower:

@@ -12,13 +12,34 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
+def read(file):
+    """Returns an RGB image, decoded as clip_prompt_peft.image_files.decode_image does."""
+    opened = Image.open(file)
+    image = ImageOps.exif_transpose(opened)
+    mode = "I;16" if (image.mode, opened.format) == ("I", "PNG") else image.mode
+    if mode in ("I", "F") or mode.startswith("I;16"):  # more than 8 bits
+        values, slack = np.asarray(image), 1e-3 * (mode == "F")
+        ranges = {"I": (255, 65535), "F": (1, 255, 65535)}.get(mode, (65535,))
+        low, high = values.min(), values.max()
+        white = next((top for top in ranges if -slack * top <= low <= high <= (1 + slack) * top), None)
+        if white is None or white != ranges[0] and high <= white // 16:
+            sys.exit(f"{file}: values from {low} to {high} (mode {mode}) do not say which value is white")
+        values = values.clip(0, white)
+        values = values.astype(np.uint16) >> 8 if white == 65535 else (values * (255 / white)).round()
+        image = Image.fromarray(values.astype(np.uint8))
+    return image.convert("RGB")
+
+
 folder, file = sys.argv[1:]
 labels, config = (json.loads(Path(folder, f"{name}.json").read_text()) for name in ("labels", "preprocessor_config"))
-image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+image = read(file)
 short, height, width = config["size"]["shortest_edge"], config["crop_size"]["height"], config["crop_size"]["width"]
-image = image.resize([short * side // min(image.size) for side in image.size], config["resample"])
-left, top = (image.width - width) // 2, (image.height - height) // 2
-pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) * config["rescale_factor"]
+size, crop = np.array(image.size), np.array([width, height])
+resized = short * size // size.min()
+corner = (resized - crop) // 2
+box = [*(corner * size / resized), *((corner + crop) * size / resized)]
+image = image.resize((width, height), config["resample"], box)  # only the center of what would be resized
+pixels = np.asarray(image, np.float32) * config["rescale_factor"]
 pixels = ((pixels - config["image_mean"]) / config["image_std"]).transpose(2, 0, 1)[None].astype(np.float32)
 logits = onnxruntime.InferenceSession(f"{folder}/model.onnx").run(["logits"], {"pixel_values": pixels})[0][0]
 probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()

@@ -2,10 +2,20 @@
 
 import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
 
+
+# Where tests/gpu runs: on the card with `pytest -m gpu tests/gpu`, or where GPU_TESTS_DEVICE says. Everything else
+# runs on the CPU, also with a card in the machine and in processes that tests start, since the Trainer takes a card by
+# itself. All this is settled before torch is imported; workers of pytest-xdist inherit it.
+if re.search(r"(^| )-m ?gpu( |$)", " ".join(sys.argv[1:])):
+    os.environ.setdefault("GPU_TESTS_DEVICE", "cuda")
+GPU_TESTS_DEVICE = os.environ.get("GPU_TESTS_DEVICE")
+if GPU_TESTS_DEVICE is None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: models this small only lose by more threads
@@ -39,6 +49,14 @@ def slow_param(value):
 settings.register_profile("suite", max_examples=10, stateful_step_count=12, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=120, stateful_step_count=25, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture
+def device():
+    """Where a test of tests/gpu computes. `GPU_TESTS_DEVICE=cpu pytest tests/gpu` tries them without a card."""
+    if GPU_TESTS_DEVICE is None or (GPU_TESTS_DEVICE == "cuda" and not torch.cuda.is_available()):
+        pytest.skip("needs a card, and is asked for by: pytest -m gpu tests/gpu")
+    return torch.device(GPU_TESTS_DEVICE, 0) if GPU_TESTS_DEVICE == "cuda" else torch.device(GPU_TESTS_DEVICE)
 
 
 @pytest.fixture(autouse=True)

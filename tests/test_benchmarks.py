@@ -99,3 +99,16 @@ def test_needed_operations_can_be_counted_by_hand():
     per_token = 2 * (4 * 32 * 32 + 2 * 32 * 64)  # weights of two layers
     assert common.describe_prompts(classifier) == (2, 7, 6)
     assert common.needed_flops(classifier) == 2 * 2 * per_token * 9
+
+
+def test_time_in_which_a_card_is_busy_counts_overlaps_once():
+    import common
+
+    assert common.busy_time([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
+    assert common.busy_time([]) == 0
+
+
+def test_launches_are_counted_on_cards_only():
+    import common
+
+    assert common.measure_launches(lambda: None, "cpu") is None

@@ -133,6 +133,15 @@ def test_export_does_not_change_the_model(exported, dataset, pixel_values):
 
 
 @pytest.mark.slow
+def test_every_module_keeps_its_training_mode(dataset, tmp_path):
+    model = tuned_model(dataset)
+    model.train().get_base_model().vision_model.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    export_classifier(model, tmp_path)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+@pytest.mark.slow
 def test_deep_prompts_in_both_towers_are_exported(dataset, pixel_values, tmp_path):
     model = tuned_model(dataset, "maple")
     report = export_classifier(model, tmp_path, images=dataset["image"][:20])

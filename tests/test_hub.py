@@ -50,7 +50,7 @@ def pusher(hub, tmp_path_factory):
     """The folder of the process that pushed."""
     hub.failures = [("me/push-refused/preupload", 401), ("me/push-breaks-down/commit", 500)]
     folder = tmp_path_factory.mktemp("pusher")
-    return run_client(hub, folder, "push", "push_with_local_base", "fail_to_push")
+    return run_client(hub, folder, "push", "push_with_local_base", "push_classifier", "fail_to_push")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def loader(hub, pusher, tmp_path_factory):
         ("GET /me/breaks-down/resolve/.*safetensors", 500),
         ("GET /me/breaks-off/resolve/.*safetensors", TRUNCATE),
     ]
-    return run_client(hub, tmp_path_factory.mktemp("loader"), "load", "fail_to_load")
+    return run_client(hub, tmp_path_factory.mktemp("loader"), "load", "classify_by_pipeline", "fail_to_load")
 
 
 @pytest.fixture
@@ -120,6 +120,20 @@ class TestPush:
     def test_goes_to_the_branch_that_was_asked_for(self, hub, pusher):
         commits = [request for request in hub.requests if "me/with-card/commit" in request]
         assert [request.rpartition("/")[2] for request in commits] == ["preview", "main"]
+
+
+class TestClassifier:
+    @pytest.mark.parametrize("repo_id", ["me/classifier", "me/saved-and-pushed"])
+    def test_its_tokenizer_and_its_pipeline_go_with_it(self, hub, pusher, repo_id):
+        needed = {"config.json", "model.safetensors", "tokenizer.json", "prompt_classification_pipeline.py"}
+        assert needed <= hub.repos[repo_id].keys()
+
+    def test_pipelines_load_adapters_and_classifiers_of_the_hub(self, loader):
+        for name, answers in json.loads((loader / "answers.json").read_text()).items():
+            expected = answers.pop("expected")
+            for way, answer in answers.items():
+                scores = {entry["label"]: entry["score"] for entry in answer}
+                assert scores == pytest.approx(expected, abs=1e-5), (name, way)
 
 
 class TestPushWithLocalBase:

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from clip_prompt_peft.assets import PIPELINE_FILE
+
 
 PACKAGE = ROOT / "clip_prompt_peft"
-FILES = sorted(PACKAGE.rglob("*.py"))
+# one file is no part of the package: it is copied beside saved classifiers and imports the package from there
+FILES = sorted(set(PACKAGE.rglob("*.py")) - {PIPELINE_FILE})
 
 # From the bottom up. What shares a line does not import each other.
 LAYERS = [
-    {"assets", "towers", "templates"},
+    {"assets", "towers", "templates", "image_files"},
     {"tuner"},  # a peft method: of this package it needs towers and templates only
     {"text"},
     {"regularizers"},
@@ -23,7 +26,7 @@ LAYERS = [
     {"evaluation"},
     {"peft_model"},
     {"auto"},
-    {"protocols", "export"},
+    {"pipelines", "protocols", "export"},
     {"__init__"},  # the public names
     {"commands"},
 ]

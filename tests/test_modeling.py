@@ -229,6 +229,13 @@ class TestFromAndToClip:
         again = CLIPForPromptClassification.from_pretrained(tmp_path).eval()
         assert torch.equal(logits_of(again, pixel_values), logits_of(model, pixel_values))
 
+    def test_every_module_keeps_its_training_mode(self, clip, tokenizer):
+        clip.train().vision_model.eval()
+        before = {name: module.training for name, module in clip.named_modules()}
+        model = CLIPForPromptClassification.from_clip(clip, tokenizer, CLASS_NAMES)
+        assert {name: module.training for name, module in model.named_modules() if name in before} == before
+        assert {name: module.training for name, module in model.to_base().named_modules()} == before
+
     def test_from_clip_refuses_what_is_no_clip_model(self, clip, tokenizer):
         model = get_peft_model(clip, CLIPPromptTuningConfig())
         with pytest.raises(TypeError, match="PeftModel.*pass get_base_model()"):
@@ -348,6 +355,18 @@ class TestHalfPrecision:
         torch.testing.assert_close(logits, logits_of(classifier, pixel_values), atol=0.1, rtol=0.02)
 
 
+class TestPositionalArguments:
+    def test_the_order_of_the_family_is_refused_in_a_sentence(self, classifier, pixel_values, texts):
+        with pytest.raises(ValueError, match="look like token ids: torch.int64 .*not input_ids as in CLIPModel"):
+            classifier(texts.input_ids, pixel_values)
+        with pytest.raises(ValueError, match="look like token ids"):
+            classifier(texts.input_ids)
+
+    def test_images_and_labels_are_the_first_two(self, classifier, pixel_values, labels):
+        by_name = classifier(pixel_values=pixel_values, labels=labels)
+        assert torch.equal(classifier(pixel_values, labels).loss, by_name.loss)
+
+
 class TestPipeline:
     @pytest.mark.parametrize("tuned", [False, True], ids=["base", "peft_model"])
     def test_image_classification_names_the_most_probable_class(self, classifier, image, processor, tuned):
@@ -358,3 +377,28 @@ class TestPipeline:
         scores = {entry["label"]: entry["score"] for entry in answer}
         expected = dict(zip(CLASS_NAMES, logits.softmax(dim=-1).tolist()))
         assert scores == pytest.approx(expected, abs=1e-6)
+
+
+class TestFromAConfig:
+    @pytest.fixture(params=["call", "_from_config", "from_pretrained"])
+    def made(self, request, clip):
+        if request.param == "from_pretrained":
+            state = clip.state_dict()
+            return CLIPForPromptClassification.from_pretrained(None, config=clip.config, state_dict=state)
+        clip.config.name_or_path = ""
+        make = CLIPForPromptClassification if request.param == "call" else CLIPForPromptClassification._from_config
+        return make(clip.config)
+
+    def test_it_has_the_defaults_and_can_be_saved(self, made, tmp_path):
+        assert made.class_names is None and made.prompt_template == "a photo of a {}."
+        made.save_pretrained(tmp_path)
+        assert (tmp_path / "model.safetensors").exists()
+
+    def test_without_a_tokenizer_it_asks_for_one(self, made):
+        with pytest.raises(ValueError, match="pass tokenizer=.* or set model.tokenizer"):
+            made.set_class_names(["cat", "dog"])
+
+    def test_with_a_tokenizer_it_works(self, made, tokenizer, pixel_values):
+        made.tokenizer = tokenizer
+        made.set_class_names(["cat", "dog"])
+        assert made(pixel_values=pixel_values).logits.shape == (3, 2)

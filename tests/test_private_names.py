@@ -38,12 +38,17 @@ IMPORTED = {
     "peft.tuners.tuners_utils.check_target_module_exists": "target_modules and exclude_modules would not be heeded",
     "peft.utils.other.AuxiliaryTrainingWrapper": "modules_to_save would be missed by cache, mixed batches and unload",
     "torch.autograd.function.once_differentiable": "second derivatives through chunks of classes would be wrong",
+    "torch.nn.modules.module._global_backward_hooks": "hooks for all modules would miss the text model",
+    "torch.nn.modules.module._global_backward_pre_hooks": "hooks for all modules would miss the text model",
+    "torch.nn.modules.module._global_forward_hooks": "hooks for all modules would miss the text model",
+    "torch.nn.modules.module._global_forward_pre_hooks": "hooks for all modules would miss the text model",
     "torch.utils.checkpoint.checkpoint": "chunks of classes for single images would not fit into memory",
     "torch.utils.checkpoint.get_device_states": "dropout would differ when a chunk of classes is computed again",
     "torch.utils.checkpoint.set_device_states": "dropout would differ when a chunk of classes is computed again",
     "transformers.trainer.OPTIMIZER_NAME": "a half-written checkpoint would be taken for a whole one",
     "transformers.trainer.SCHEDULER_NAME": "a half-written checkpoint would be taken for a whole one",
     "transformers.trainer.TRAINER_STATE_NAME": "a half-written checkpoint would be taken for a whole one",
+    "transformers.pipelines.PIPELINE_REGISTRY": "pipeline would not know the task prompt-image-classification",
     "transformers.trainer_callback.ExportableState": "averaging over epochs would not survive a resumed training",
     "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": "the last whole checkpoint would not be found",
     "transformers.utils.cached_file": "AutoPeftModelForPromptClassification would not find files on the Hub",
@@ -52,7 +57,6 @@ IMPORTED = {
     "transformers.utils.find_adapter_config_file": "a folder of an adapter could not be told from one of a base model",
     "transformers.utils.logging": "progress bars of loading could not be kept quiet",
     "datasets.fingerprint.Hasher": "embeddings would be computed again, or taken from another model's",
-    "datasets.packaged_modules.imagefolder.imagefolder.ImageFolder": "folders of images would not be recognised",
     "huggingface_hub.utils.HFValidationError": "a path could not be told from a Hub id",
     "huggingface_hub.utils.validate_repo_id": "a path could not be told from a Hub id",
     "huggingface_hub.errors.EntryNotFoundError": "a repository without a card could not be pushed to",
@@ -171,9 +175,11 @@ def tensors_and_children_of_a_module(clip):
 
 
 def hooks_of_a_module(clip):
-    """`Module._forward_hooks`, `_forward_pre_hooks`: a text tower with hooks would be run on packed prompts."""
+    """`Module._forward_hooks`, `_forward_pre_hooks` and those of backward: they would see packed prompts, or none."""
     hooks = [clip.register_forward_hook(print), clip.register_forward_pre_hook(print)]
+    hooks += [clip.register_full_backward_hook(print), clip.register_full_backward_pre_hook(print)]
     assert list(clip._forward_hooks.values()) == list(clip._forward_pre_hooks.values()) == [print]
+    assert list(clip._backward_hooks.values()) == list(clip._backward_pre_hooks.values()) == [print]
     for hook in hooks:
         hook.remove()
 
@@ -228,6 +234,13 @@ def wrapped_names(clip):
     assert any(name.endswith("text_projection.original_module") for name in names)
 
 
+def components_of_a_pipeline(clip):
+    """`Pipeline._load_tokenizer`: a pipeline would not give a classifier the tokenizer of the revision asked for."""
+    from transformers import Pipeline
+
+    assert Pipeline._load_tokenizer is None
+
+
 ATTRIBUTES = {
     "_attn_implementation": attention_implementation,
     "_version": tensor_version,
@@ -236,10 +249,18 @@ ATTRIBUTES = {
     "_modules": tensors_and_children_of_a_module,
     "_forward_hooks": hooks_of_a_module,
     "_forward_pre_hooks": hooks_of_a_module,
+    "_backward_hooks": hooks_of_a_module,
+    "_backward_pre_hooks": hooks_of_a_module,
     "_hf_peft_config_loaded": adapter_mark_of_transformers,
     "_raise_exceptions_for_missing_entries": missing_entries,
 }
-OTHERS = (active_adapter_of_a_layer, wrapped_names, hooks_of_transformers, parts_of_a_text_model)
+OTHERS = (
+    active_adapter_of_a_layer,
+    wrapped_names,
+    hooks_of_transformers,
+    parts_of_a_text_model,
+    components_of_a_pipeline,
+)
 
 
 @pytest.mark.parametrize(

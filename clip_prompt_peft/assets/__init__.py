@@ -1,4 +1,4 @@
-"""The files that come with the package: a tiny CLIP, icons to train it on, and prompt templates.
+"""The files that come with the package: a tiny CLIP, icons to train it on, prompt templates, and a pipeline.
 
 ATTRIBUTION.md states the origin of the model and the icons; each file of templates names its source.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent
 TINY_CLIP = str(ASSETS / "tiny_clip")
+PIPELINE_FILE = ASSETS / "prompt_classification_pipeline.py"  # is copied beside saved classifiers
 
 
 def load_templates(name: str = "imagenet") -> list[str]:
@@ -26,3 +27,9 @@ def load_templates(name: str = "imagenet") -> list[str]:
     if name not in known:
         raise ValueError(f"There are no templates {name!r}; there are {', '.join(known)}.")
     return json.loads((ASSETS / "templates" / f"{name}.json").read_text(encoding="utf-8"))["templates"]
+
+
+def custom_pipelines() -> dict[str, dict]:
+    """Returns what the config of a saved classifier says about the pipeline in [`PIPELINE_FILE`] beside it."""
+    impl = f"{PIPELINE_FILE.stem}.PromptClassificationPipeline"
+    return {"image-classification": {"impl": impl, "pt": ["AutoModel"]}}

@@ -78,9 +78,9 @@ def load_adapter(args: argparse.Namespace) -> tuple[PeftModelForPromptClassifica
         OSError: If the adapter or its base model is not found.
     """
     model = AutoPeftModelForPromptClassification.from_pretrained(args.adapter, base_model_name_or_path=args.base)
-    base = model.get_base_model().name_or_path
+    base, hub = model.get_base_model().name_or_path, model.get_base_model().hub_settings.arguments
     use_one_thread_if_tiny(base)
-    return model.eval().to(args.device), AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
+    return model.eval().to(args.device), AutoImageProcessor.from_pretrained(base, trust_remote_code=False, **hub)
 
 
 def silence_libraries(progress_bars: bool = False) -> None:

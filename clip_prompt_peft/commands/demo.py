@@ -23,6 +23,7 @@ from transformers import AutoImageProcessor
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
 from ..assets import TINY_CLIP
 from ..data.known_datasets import STYLES, load_style
+from ..image_files import decode_image, process_images
 from .common import argument_parser, errors_in_one_line, silence_libraries, use_one_thread_if_tiny
 
 
@@ -73,7 +74,7 @@ class Comparison:
         Raises:
             ValueError: If the adapter does not take these class names.
         """
-        inputs = self.image_processor(image.convert("RGB"), return_tensors="pt")
+        inputs = process_images(self.image_processor, [decode_image(image)])
         with self._lock:
             self._model.set_adapter(adapter)
             self._classifier.set_class_names(class_names)
@@ -111,6 +112,7 @@ def build_demo(comparison: Comparison, examples: list[Image.Image]) -> gr.Blocks
                 image = gr.Image(
                     examples[0],
                     type="pil",
+                    image_mode=None,  # as the file has it: decode_image makes RGB of it
                     label="Image",
                     height=240,
                     sources=["upload", "clipboard"],

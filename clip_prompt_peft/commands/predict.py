@@ -3,8 +3,8 @@
     python -m clip_prompt_peft.commands.predict outputs/prompt_tuning/seed1 cat.jpg pictures/
     python -m clip_prompt_peft.commands.predict user/pets-prompts cat.jpg --top_k 5
 
-A folder stands for the images in it. Files that cannot be read are listed at the end, and the exit code is then 1; all
-other files are classified nevertheless.
+A folder stands for the images in it and in its sub-folders. Files that cannot be read are listed at the end, and the
+exit code is then 1; all other files are classified nevertheless.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..evaluation.tables import aligned
+from ..image_files import UnreadableImageError, decode_image, list_images, process_images, skipped_files
 from .common import add_adapter_arguments, argument_parser, errors_in_one_line, load_adapter, silence_libraries
 
 
@@ -31,11 +32,9 @@ def main() -> None:
         images = {}
         for path in paths[start : start + args.batch_size]:
             try:
-                images[path] = read(path)
-            except FileNotFoundError:
-                unreadable.append(f"{path}: no such file")
-            except OSError:  # PIL's error for anything but an image is a subclass
-                unreadable.append(f"{path}: not an image, or damaged")
+                images[path] = decode_image(path)
+            except UnreadableImageError as error:
+                unreadable.append(str(error))
         if images:
             lines += classify(model, image_processor, images, args.top_k)
     if lines:
@@ -60,22 +59,18 @@ def find_images(path: Path) -> list[Path]:
     """Returns the image files in a folder, or the file itself."""
     if not path.is_dir():
         return [path]
-    endings = Image.registered_extensions()
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
-    if not files:
+    images, others = list_images(path)
+    if not images:
         raise ValueError(f"there are no images in {path}")
-    return files
-
-
-def read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    if others:
+        print(f"Skipped in {path}: {skipped_files(others)}.", file=sys.stderr)
+    return [Path(image) for image in images]
 
 
 @torch.no_grad()
 def classify(model, image_processor, images: dict[Path, Image.Image], top_k: int) -> list[list[str]]:
     """Returns a line of the table for each image: its path, and `top_k` labels with their probabilities."""
-    inputs = image_processor(list(images.values()), return_tensors="pt").to(model.device)
+    inputs = process_images(image_processor, list(images.values())).to(model.device)
     probabilities = model(**inputs).logits.softmax(dim=-1)  # (B, C)
     id2label = model.config.id2label
     values, labels = probabilities.topk(min(top_k, len(id2label)))

@@ -22,7 +22,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Form, HTTPException, UploadFile
 from peft import PeftConfig, get_peft_model
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -30,17 +30,16 @@ from transformers import AutoImageProcessor
 
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig
 from ..assets import TINY_CLIP
+from ..image_files import UnreadableImageError, decode_image, process_images
 from ..tuner.files import WEIGHTS_NAME
 from .common import argument_parser, silence_libraries, use_one_thread_if_tiny
 
 
-# Limits of a request. The size of an image is checked before decoding: a file of a few KB can decode to gigabytes, and
-# an image that is one pixel high takes gigabytes once it is scaled to the size of the model's input.
+# Limits of a request. The size of an image is checked before decoding: a file of a few KB can decode to gigabytes.
 MAX_UPLOAD = 10 * 2**20  # bytes
 MAX_IMAGES = 16
 MAX_CLASS_NAMES = 500
 MAX_PIXELS = 50_000_000
-MAX_RATIO = 16  # of the longer side to the shorter
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # other decoders of Pillow start programs or are little tested
 
 MAX_CONNECTIONS = 64
@@ -63,8 +62,8 @@ def read_image(data: bytes, name: str = "the image") -> Image.Image:
         `PIL.Image.Image`: An RGB image, rotated as its EXIF data says.
 
     Raises:
-        HTTPException: 415 if the file is not an image of an allowed format, 413 if it is too large or too elongated,
-            422 if it is damaged.
+        HTTPException: 415 if the file is not an image of an allowed format, 413 if it is too large, 422 if it is
+            damaged or has values of an unknown range.
     """
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)  # reads only the header
@@ -77,14 +76,10 @@ def read_image(data: bytes, name: str = "the image") -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise HTTPException(413, f"{name} has {width} x {height} pixels; at most {MAX_PIXELS:,} are allowed.")
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise HTTPException(
-            413, f"{name} has {width} x {height} pixels; the longer side may be {MAX_RATIO} times the shorter one."
-        )
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # damaged pixel data, too
-        raise HTTPException(422, f"{name} is damaged: {error}") from None
+        return decode_image(image, name)
+    except UnreadableImageError as error:
+        raise HTTPException(422, str(error)) from None
 
 
 class LimitBody:
@@ -223,7 +218,7 @@ class AdapterStore:
     def _inputs(self, images: Iterable[Image.Image]) -> dict[str, torch.Tensor]:
         """Returns `pixel_values` (B, 3, H, W), and the other inputs that the model takes."""
         with self._decoding:
-            prepared = [self.image_processor(image, return_tensors="pt") for image in images]
+            prepared = [process_images(self.image_processor, [image]) for image in images]
             return {name: torch.cat([of_image[name] for of_image in prepared]) for name in prepared[0]}
 
     def _is_adapter(self, path: Path) -> bool:

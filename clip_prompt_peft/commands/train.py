@@ -71,7 +71,7 @@ def main() -> None:
         model = AutoModelForPromptClassification.from_pretrained(
             name, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
         )
-        image_processor = AutoImageProcessor.from_pretrained(name, **hub)
+        image_processor = AutoImageProcessor.from_pretrained(name, **model.hub_settings.arguments)
         config = prompt_args.config(model)
         model = get_peft_model(model, config).unload()  # raises if the prompt does not fit
         is_main_process = training_args.process_index == 0
@@ -264,7 +264,10 @@ def save(trainer: Trainer, hub_base_model_id: str | None, zero_shot: Results, tu
     """Saves the adapter, with the results in its model card, and the image processor to the output folder."""
     model = trainer.model
     if hub_base_model_id is not None:
-        model.active_peft_config.base_model_name_or_path = hub_base_model_id
+        config = model.active_peft_config
+        if hub_base_model_id != config.base_model_name_or_path:
+            config.revision = config.base_model_subfolder = None  # of the model that was loaded
+        config.base_model_name_or_path = hub_base_model_id
     model.card_metrics = {
         f"{metric} ({name}), {kind}": value
         for name in tuned

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable
+import warnings
+from collections.abc import Callable, Hashable, Sequence
 
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
 from ..templates import check_class_names
 
@@ -13,7 +14,8 @@ from ..templates import check_class_names
 IMAGE, LABEL = "image", "label"  # the column names of every dataset that this package returns
 
 USUAL_LABEL_NAMES = ("label", "labels", "class", "target")
-READABLE_AS_IMAGE = (Value("string"), Value("binary"))
+TEXTS = ("string", "large_string", "string_view")  # the Arrow types of text
+BYTES = ("binary", "large_binary", "binary_view")
 EXPECTED = {
     "image": "images, their bytes, or paths to them",
     "label": "type ClassLabel or string (numbers alone do not say what the classes are called)",
@@ -35,7 +37,8 @@ def find_image_column(features: Features, name: str | None = None) -> str:
         ValueError: If the named column is missing or cannot hold images, or if there is not exactly one image column.
     """
     found = [key for key, feature in features.items() if _is_image(feature)]
-    return _choose(features, "image", name, found, lambda feature: _is_image(feature) or feature in READABLE_AS_IMAGE)
+    fits = (_is_image, is_text, _is_bytes)
+    return _choose(features, "image", name, found, lambda feature: any(kind(feature) for kind in fits))
 
 
 def find_label_column(features: Features, name: str | None = None) -> str:
@@ -59,11 +62,38 @@ def find_label_column(features: Features, name: str | None = None) -> str:
 
 def _is_image(feature) -> bool:
     # Parquet files that were not written by `datasets` hold images as records of bytes and path.
-    return isinstance(feature, Image) or (isinstance(feature, dict) and feature.get("bytes") == Value("binary"))
+    return isinstance(feature, Image) or (isinstance(feature, dict) and _is_bytes(feature.get("bytes")))
+
+
+def is_text(feature) -> bool:
+    """Returns whether a column holds text. pandas and polars write it as other Arrow types than `datasets`."""
+    return isinstance(feature, Value) and feature.dtype in TEXTS
+
+
+def _is_bytes(feature) -> bool:
+    return isinstance(feature, Value) and feature.dtype in BYTES
+
+
+def as_image_column(dataset: Dataset) -> Dataset:
+    """Gives the column `image`, which holds images in any of the accepted forms, the type `Image`."""
+    feature = dataset.features[IMAGE]
+    if isinstance(feature, Image):
+        return dataset
+    if isinstance(feature, dict):  # in any order, with further fields, with or without a path
+        records = Features({IMAGE: {"bytes": Value("binary"), "path": Value("string")}})
+        others = {name: kept for name, kept in dataset.features.items() if name != IMAGE}
+        dataset = dataset.map(_bytes_and_path, input_columns=IMAGE, features=Features({**others, **records}))
+    else:
+        dataset = dataset.cast_column(IMAGE, Value("string" if is_text(feature) else "binary"))
+    return dataset.cast_column(IMAGE, Image())
+
+
+def _bytes_and_path(image: dict | None) -> dict:
+    return {IMAGE: image and {name: image.get(name) for name in ("bytes", "path")}}
 
 
 def _has_class_names(feature) -> bool:
-    return isinstance(feature, ClassLabel) or feature == Value("string")
+    return isinstance(feature, ClassLabel) or is_text(feature)
 
 
 def _choose(features: Features, kind: str, name: str | None, found: list[str], fits: Callable[..., bool]) -> str:
@@ -73,27 +103,134 @@ def _choose(features: Features, kind: str, name: str | None, found: list[str], f
     if name in features and fits(features[name]):
         return name
     if name is not None:
-        holds = f"holds {_type_name(features[name])}" if name in features else "does not exist"
+        holds = f"holds {type_name(features[name])}" if name in features else "does not exist"
         problem = f"The {kind} column {name!r} {holds}"
     elif found:
         problem = f"More than one column could hold the {kind}s ({', '.join(found)}); name one with {kind}_column"
     else:
         problem = f"No {kind} column; name it with {kind}_column"
-    columns = ", ".join(f"{key} ({_type_name(feature)})" for key, feature in features.items())
+    columns = ", ".join(f"{key} ({type_name(feature)})" for key, feature in features.items())
     raise ValueError(f"{problem}. Expected a column of {EXPECTED[kind]}. The columns are: {columns}.")
 
 
-def _type_name(feature) -> str:
+def type_name(feature) -> str:
+    """Returns the type of a column as an error message names it."""
     if isinstance(feature, ClassLabel):
         return f"ClassLabel of {feature.num_classes}"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
+def check_is_no_stream(dataset: Dataset) -> None:
+    """Raises `TypeError` unless all labels can be read at once."""
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"This needs all labels at once, which a {type(dataset).__name__} does not give; load it without "
+            "streaming=True, or draw a few images of each class with sample_few_shot."
+        )
+
+
 def read_labels(dataset: Dataset, label_column: str) -> list[Hashable]:
     """Returns all N values of a column, without decoding the images beside it."""
+    check_is_no_stream(dataset)
     if label_column not in dataset.column_names:
         raise ValueError(f"There is no column {label_column!r}; the columns are {', '.join(dataset.column_names)}.")
     return dataset.select_columns(label_column).with_format("arrow")[:][label_column].to_pylist()
+
+
+def with_known_types(stream: IterableDataset, label_column: str = LABEL) -> IterableDataset:
+    """Gives the images and labels of a stream without types those of its first example; other columns are dropped.
+
+    Args:
+        stream (`datasets.IterableDataset`):
+            A stream, for example from a generator, with the columns `image` and `label_column`.
+
+    Raises:
+        ValueError: If the stream is empty or lacks one of the columns.
+    """
+    if stream.features is not None:
+        return stream
+    first = next(iter(stream), None)
+    if first is None:
+        raise ValueError("The stream has no examples.")
+    missing = [name for name in (IMAGE, label_column) if name not in first]
+    if missing:
+        raise ValueError(f"The stream has no column {missing[0]!r}; its columns are {', '.join(first)}.")
+    label = Dataset.from_list([{label_column: first[label_column]}]).features[label_column]
+    types = Features({IMAGE: Image(), label_column: label})
+    return stream.select_columns([IMAGE, label_column]).cast(types)
+
+
+def check_labels_are_numbers(dataset: Dataset, label_column: str = LABEL) -> None:
+    """Raises `ValueError` if a label is missing, or if the labels are strings, lists, ...
+
+    Args:
+        dataset (`datasets.Dataset`):
+            A dataset whose labels a model is to be trained with.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            The name of the column. Nothing is checked if there is none.
+    """
+    feature = (dataset.features or {}).get(label_column)
+    if feature is None:
+        return
+    is_number = isinstance(feature, Value) and feature.dtype.startswith(("bool", "int", "uint", "float"))
+    if not is_number and not isinstance(feature, ClassLabel):
+        raise ValueError(
+            f"The column {label_column!r} holds {type_name(feature)}, but training needs one number for each image. "
+            f"Turn names into numbers with dataset.class_encode_column({label_column!r}), or load the dataset with "
+            "load_image_dataset."
+        )
+    if not isinstance(dataset, Dataset):
+        return  # a stream is read only once
+    labels = dataset.select_columns(label_column).with_format("arrow")[:][label_column]
+    if labels.null_count:
+        row = labels.is_null().index(True).as_py()
+        raise ValueError(
+            f"{labels.null_count} of {len(labels)} rows have no value in the column {label_column!r}, such as row "
+            f"{row}; leave them out with dataset.filter(lambda label: label is not None, "
+            f"input_columns={label_column!r})."
+        )
+
+
+def check_label_order(dataset: Dataset, class_names: Sequence[str] | None, label_column: str = LABEL) -> None:
+    """Checks that no class of a data set is another class of a model. Names that only one of them has may differ.
+
+    A model of fewer or more classes is only warned about: the labels may be renumbered after the images are embedded.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            The data set. Nothing is checked unless its labels are a `ClassLabel`.
+        class_names (`Sequence[str]`, *optional*):
+            The classes of the model. Nothing is checked without them.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            The name of the label column.
+
+    Raises:
+        ValueError: If they have as many classes and one of the same name has another number.
+    """
+    feature = (dataset.features or {}).get(label_column)
+    if class_names is None or not isinstance(feature, ClassLabel):
+        return
+    number_of = {name: number for number, name in enumerate(class_names)}
+    for label, spelled in enumerate(feature.names):
+        number = number_of.get(spelled, number_of.get(clean_class_name(spelled)))
+        if number in (None, label):
+            continue
+        problem = (
+            f"The data set and the model have the same classes in another order: label {label} of the data set is "
+            f"{spelled!r}, which is class {number} of the model."
+        )
+        if len(feature.names) == len(class_names):
+            raise ValueError(
+                f"{problem} Give the model the data set's names in their order, "
+                "model.set_class_names(class_names_of(dataset)), or renumber the data set with "
+                f"dataset.align_labels_with_mapping(model.config.label2id, {label_column!r})."
+            )
+        warnings.warn(
+            f"{problem} Do not train or evaluate with these labels before they are renumbered, for example by "
+            "keep_classes(dataset, model.class_names).",
+            stacklevel=3,
+        )
+        return
 
 
 def class_label_of(dataset: Dataset, label_column: str) -> ClassLabel:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 
-from .columns import LABEL, class_label_of, read_labels
+from .columns import LABEL, check_is_no_stream, class_label_of, read_labels, with_known_types
 
 
 WHEN_FEWER = ("error", "all", "repeat")
@@ -22,13 +23,20 @@ MAX_VALIDATION_SHOTS = 4  # CoOp, datasets/oxford_pets.py
 
 
 def sample_few_shot(
-    dataset: Dataset, num_shots: int, label_column: str = LABEL, seed: int = 1, when_fewer: str = "error"
+    dataset: Dataset | IterableDataset,
+    num_shots: int,
+    label_column: str = LABEL,
+    seed: int = 1,
+    when_fewer: str = "error",
 ) -> Dataset:
     """
     Draws `num_shots` examples of each class.
 
+    A stream is read once, to its end. Each set of `num_shots` examples of a class is drawn with the same probability,
+    as from a dataset, but not the same set as from a dataset with that seed. Only drawn examples are kept in memory.
+
     Args:
-        dataset (`datasets.Dataset`):
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             The training examples.
         num_shots (`int`):
             The number of examples per class.
@@ -52,7 +60,45 @@ def sample_few_shot(
     >>> few = sample_few_shot(dataset, num_shots=16, seed=1)
     ```
     """
+    if isinstance(dataset, IterableDataset):
+        return _draw_from_stream(dataset, num_shots, label_column, when_fewer, random.Random(seed))
     return dataset.select(_draw(dataset, num_shots, label_column, when_fewer, random.Random(seed)))
+
+
+def _draw_from_stream(
+    stream: IterableDataset, num_shots: int, label_column: str, when_fewer: str, rng: random.Random
+) -> Dataset:
+    """Draws from each class by reservoir sampling: the i-th example replaces a kept one with probability k / i."""
+    _check_settings(num_shots, when_fewer)
+    stream = with_known_types(stream, label_column)
+    if label_column not in stream.features:
+        raise ValueError(f"There is no column {label_column!r}; the columns are {', '.join(stream.features)}.")
+    types = stream.features.copy()
+    for name, feature in types.items():  # images stay files until they are used
+        if isinstance(feature, Image):
+            types[name] = Image(decode=False)
+            stream = stream.cast_column(name, types[name])
+    kept: dict[Hashable, list[dict]] = {}
+    counts: Counter = Counter()
+    for example in stream:
+        label = example[label_column]
+        group = kept.setdefault(label, [])
+        counts[label] += 1
+        if len(group) < num_shots:
+            group.append(example)
+        elif (place := rng.randrange(counts[label])) < num_shots:
+            group[place] = example
+    _check_counts(counts, num_shots, when_fewer, getattr(types[label_column], "names", None))
+    drawn = []
+    for group in kept.values():
+        short = len(group) < num_shots and when_fewer == "repeat"
+        drawn += rng.choices(group, k=num_shots) if short else group
+    return Dataset.from_list(drawn, features=types).cast(_decoded(types))
+
+
+def _decoded(types: Features) -> Features:
+    """Returns the types with images that are decoded when they are used."""
+    return Features({name: Image() if isinstance(kind, Image) else kind for name, kind in types.items()})
 
 
 def sample_few_shot_splits(
@@ -80,21 +126,12 @@ def sample_few_shot_splits(
 
 def _draw(dataset: Dataset, num_shots: int, label_column: str, when_fewer: str, rng: random.Random) -> list[int]:
     """Returns the indices of the drawn examples."""
-    if not isinstance(num_shots, int) or num_shots < 1:
-        raise ValueError(f"num_shots must be a positive integer, got {num_shots!r}.")
-    if when_fewer not in WHEN_FEWER:
-        raise ValueError(f"when_fewer must be one of {', '.join(map(repr, WHEN_FEWER))}, got {when_fewer!r}.")
+    _check_settings(num_shots, when_fewer)
     groups: dict[Hashable, list[int]] = {}
     for index, label in enumerate(read_labels(dataset, label_column)):
         groups.setdefault(label, []).append(index)
-    short = {label: len(group) for label, group in groups.items() if len(group) < num_shots}
-    if short and when_fewer == "error":
-        names = getattr(dataset.features[label_column], "names", None)
-        listed = _first_ten([f"{names[label] if names else label} {count}" for label, count in short.items()])
-        raise ValueError(
-            f"num_shots={num_shots}, but {len(short)} of {len(groups)} classes have fewer ({listed}). Use at most "
-            f"{min(short.values())}, or when_fewer='all' or 'repeat'."
-        )
+    counts = {label: len(group) for label, group in groups.items()}
+    _check_counts(counts, num_shots, when_fewer, getattr(dataset.features[label_column], "names", None))
     drawn = []
     for group in groups.values():
         if len(group) >= num_shots:
@@ -102,6 +139,23 @@ def _draw(dataset: Dataset, num_shots: int, label_column: str, when_fewer: str, 
         else:
             drawn += group if when_fewer == "all" else rng.choices(group, k=num_shots)
     return drawn
+
+
+def _check_settings(num_shots: int, when_fewer: str) -> None:
+    if not isinstance(num_shots, int) or num_shots < 1:
+        raise ValueError(f"num_shots must be a positive integer, got {num_shots!r}.")
+    if when_fewer not in WHEN_FEWER:
+        raise ValueError(f"when_fewer must be one of {', '.join(map(repr, WHEN_FEWER))}, got {when_fewer!r}.")
+
+
+def _check_counts(counts: Mapping[Hashable, int], num_shots: int, when_fewer: str, names: list[str] | None) -> None:
+    short = {label: count for label, count in counts.items() if count < num_shots}
+    if short and when_fewer == "error":
+        listed = _first_ten([f"{names[label] if names else label} {count}" for label, count in short.items()])
+        raise ValueError(
+            f"num_shots={num_shots}, but {len(short)} of {len(counts)} classes have fewer ({listed}). Use at most "
+            f"{min(short.values())}, or when_fewer='all' or 'repeat'."
+        )
 
 
 def _first_ten(names: Sequence[str]) -> str:
@@ -128,6 +182,7 @@ def hold_out(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset,
     """
     if not 0 < fraction < 1:
         raise ValueError(f"The fraction to hold out must lie between 0 and 1, got {fraction}.")
+    check_is_no_stream(dataset)
     try:
         split = dataset.train_test_split(fraction, stratify_by_column=LABEL, seed=seed)
     except ValueError as error:

@@ -51,7 +51,7 @@ def load_zhou_split(split_file: str | os.PathLike, image_dir: str | os.PathLike)
     >>> splits = load_zhou_split("oxford_pets/split_zhou_OxfordPets.json", "oxford_pets/images")
     ```
     """
-    split_file, image_dir = os.fspath(split_file), os.fspath(image_dir)
+    split_file, image_dir = (os.path.expanduser(os.fspath(path)) for path in (split_file, image_dir))
     items = _read_zhou_file(split_file)
     features = Features({IMAGE: Image(), LABEL: ClassLabel(names=_zhou_class_names(split_file, items))})
     missing = [path for entries in items.values() for path, _, _ in entries if not _is_inside(image_dir, path)]
@@ -127,6 +127,7 @@ def load_clip_benchmark(folder: str | os.PathLike, **load_kwargs) -> DatasetDict
     Raises:
         ValueError: If the class names, tar files, images or labels are missing, or if a label has no name.
     """
+    folder = os.path.expanduser(os.fspath(folder))
     feature = ClassLabel(names=_read_class_names(folder))
     shards: dict[str, list[str]] = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(str(folder)), "*", "*.tar"))):

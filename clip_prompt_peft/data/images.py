@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
+import fsspec
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets import Image as ImageFeature
+from datasets import Sequence as SequenceFeature
 from datasets.fingerprint import Hasher
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
+from ..image_files import UnreadableImageError, decode_image, process_images
 from ..towers import adapter_settings, embed_width, eval_mode, image_side
-from .columns import IMAGE, LABEL
+from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
 
 
 NUM_TRIES = 10
+STREAM_BATCH = 32  # images of a stream that are decoded at once
 DTYPES = ("float32", "float16")
-
-
-class UnreadableImageError(ValueError):
-    """Raised if an image of a dataset is damaged or is not an image."""
+DECODING = 1  # to be raised when decode_image or process_images give other pixels, or old embeddings are read
+PIXELS, LABELS = "pixel_values", "labels"  # as the model calls them
 
 
 class RandomResizedCropFlip:
@@ -92,50 +96,103 @@ class RandomResizedCropFlip:
         return low + (high - low) * torch.rand((), dtype=torch.float64, generator=self.generator).item()
 
 
-def with_pixel_values(dataset: Dataset, image_processor, augment: bool = False) -> Dataset:
+def with_pixel_values(
+    dataset: Dataset | IterableDataset,
+    image_processor,
+    augment: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> Dataset | IterableDataset:
     """
     Returns a view of a dataset whose examples are `pixel_values` and `labels`, computed when they are accessed.
 
-    Set `remove_unused_columns=False` in the `TrainingArguments`, or the Trainer removes the column `image`.
+    The columns have these names, too, so that the Trainer, which removes columns that the model does not take, keeps
+    them.
 
     Args:
-        dataset (`datasets.Dataset`):
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             A dataset with the columns `image` and `label`.
         image_processor (`BaseImageProcessor`):
             The image processor of the model.
         augment (`bool`, *optional*, defaults to `False`):
             Whether to replace the resizing and cropping of the processor with [`RandomResizedCropFlip`], for training.
+        class_names (`Sequence[str]`, *optional*):
+            The classes of the model, `model.class_names`, to check that the labels number them in this order.
 
     Returns:
-        `datasets.Dataset`: The same examples, transformed lazily. Accessing an example whose image is damaged raises
-        `UnreadableImageError`.
+        `datasets.Dataset` or `datasets.IterableDataset`: The same examples, transformed lazily. Accessing an example
+        whose image is damaged raises `UnreadableImageError`.
+
+    Raises:
+        ValueError: If the labels are no numbers, or number the classes in another order than `class_names`.
     """
-    return undecoded(dataset).with_transform(PixelTransform(image_processor, augment), columns=[IMAGE, LABEL])
+    check_labels_are_numbers(dataset)
+    if isinstance(dataset, IterableDataset):
+        dataset = with_known_types(dataset)
+    check_label_order(dataset, class_names)
+    columns = undecoded(dataset.select_columns([IMAGE, LABEL])).rename_columns({IMAGE: PIXELS, LABEL: LABELS})
+    transform = PixelTransform(image_processor, augment)
+    if isinstance(columns, IterableDataset):
+        return columns.map(transform, batched=True, batch_size=STREAM_BATCH)
+    return columns.with_transform(transform)
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """Returns the dataset with its images as path and bytes, for [`decode`]."""
+    """
+    Returns the dataset with its images as path and bytes, for [`decode`].
+
+    Raises:
+        UnreadableImageError: If rows hold no image.
+    """
+    check_rows(dataset)
     return dataset.cast_column(IMAGE, ImageFeature(decode=False))
 
 
-def decode(image: dict) -> Image.Image:
+def check_rows(dataset: Dataset) -> None:
+    """Raises an `UnreadableImageError` if rows hold no image: neither bytes nor a path. Images are not read."""
+    if isinstance(dataset, IterableDataset):  # told by `decode`, when such a row comes
+        return
+    images = dataset.data.column(IMAGE)  # of all rows, also of those that were not selected
+    content, path = pc.struct_field(images, "bytes"), pc.struct_field(images, "path")
+    length = pc.fill_null(pc.binary_length(content), 0)
+    if not pc.any(pc.and_(pc.equal(length, 0), pc.is_null(path))).as_py():
+        return
+    rows = dataset.select_columns(IMAGE).cast_column(IMAGE, ImageFeature(decode=False))
+    empty = [str(number) for number, row in enumerate(rows) if _is_empty(row[IMAGE])]
+    if empty:
+        split = f" of the split {str(dataset.split)!r}" if dataset.split else ""
+        raise UnreadableImageError(
+            f"{len(empty)} of {len(dataset)} rows{split} hold no image, neither bytes nor a path; counted from 0: "
+            f"{', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}. Remove these rows, or add their images."
+        )
+
+
+def _is_empty(image: dict | None) -> bool:
+    return not image or not (image["bytes"] or image["path"])
+
+
+def decode(image: dict | None) -> Image.Image:
     """
-    Decodes an image from its `path` or `bytes`, as `datasets` does, and converts it to RGB.
+    Decodes a row of an image column with [`decode_image`], from its `bytes` or from a `path` that may be remote.
 
     Raises:
-        UnreadableImageError: If that fails. The message names the file, which the error of `datasets` does not.
+        UnreadableImageError: If that fails. The message names the file.
     """
-    try:
-        return ImageFeature().decode_example(image).convert("RGB")
-    except Exception as error:  # damaged files raise errors of many types
-        name = repr(image["path"]) if image["path"] else f"an image of {len(image['bytes'] or ())} bytes"
-        raise UnreadableImageError(
-            f"Cannot read {name}: it is damaged, or no image ({error}). Replace the file, or remove it."
-        ) from error
+    if _is_empty(image):
+        raise UnreadableImageError("A row holds no image, neither bytes nor a path. Remove it, or add its image.")
+    content, path = image["bytes"], image["path"]
+    if content is None and "://" in path:
+        try:
+            with fsspec.open(path, "rb") as file:
+                content = file.read()
+        except Exception as error:  # each file system has its own
+            raise UnreadableImageError(
+                f"Cannot read {path!r}: it cannot be fetched ({type(error).__name__}: {error}). Download it first."
+            ) from error
+    return decode_image(path if content is None else content, name=repr(path) if path else None)
 
 
 class PixelTransform:
-    """Turns a batch of examples into `pixel_values` (3, H, W) each and `labels`, see [`with_pixel_values`]."""
+    """Turns a batch of images in `pixel_values` into (3, H, W) each, and keeps `labels`, see [`with_pixel_values`]."""
 
     def __init__(self, image_processor, augment: bool = False) -> None:
         self.image_processor, self.augmentation = image_processor, None
@@ -147,15 +204,17 @@ class PixelTransform:
             self.augmentation = RandomResizedCropFlip((size["height"], size["width"]))
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        inputs = self.model_inputs([decode(image) for image in batch[IMAGE]])
-        return {name: list(values) for name, values in inputs.items()} | {"labels": batch[LABEL]}
+        if PIXELS not in batch:  # `datasets` reads some columns alone, for example to filter by them
+            return batch
+        inputs = self.model_inputs([decode(image) for image in batch[PIXELS]])
+        return batch | {name: list(values) for name, values in inputs.items()}
 
     def model_inputs(self, images: list[Image.Image]) -> BatchFeature:
         """Returns `pixel_values` (B, 3, H, W) and any further outputs of the processor."""
         if self.augmentation is None:
-            return self.image_processor(images, return_tensors="pt")
+            return process_images(self.image_processor, images)
         views = [self.augmentation(image) for image in images]
-        return self.image_processor(views, do_resize=False, do_center_crop=False, return_tensors="pt")
+        return process_images(self.image_processor, views, do_resize=False, do_center_crop=False)
 
 
 def cache_image_embeds(
@@ -176,10 +235,11 @@ def cache_image_embeds(
     approximates the usual augmentation, which draws a new crop in each epoch.
 
     The embeddings are computed with `datasets.map` and stored in the cache folder of the dataset. A second call with
-    the same images, weights and settings reads them from there.
+    the same images, weights and settings reads them from there. A stream is read once, and the embeddings of all its
+    images are kept in memory.
 
     Args:
-        dataset (`datasets.Dataset`):
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             A dataset of N examples with the columns `image` and `label`.
         model (`PreTrainedModel` or `PeftModel`):
             The CLIP-like model. It is not changed.
@@ -201,7 +261,8 @@ def cache_image_embeds(
         the Trainer.
 
     Raises:
-        ValueError: If the image tower is trainable or if `num_views` or `dtype` is invalid.
+        ValueError: If the image tower is trainable, if `num_views` or `dtype` is invalid, if the labels are no
+            numbers, or if they number the model's classes in another order.
         UnreadableImageError: If an image cannot be read.
 
     Example:
@@ -217,18 +278,32 @@ def cache_image_embeds(
         raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check_image_side_is_frozen(model)
-    feature = Sequence(Value(dtype), length=embed_width(model.config))
+    if isinstance(dataset, IterableDataset):
+        dataset = with_known_types(dataset)
+    check_labels_are_numbers(dataset)
+    check_label_order(dataset, getattr(model, "class_names", None))
+    feature = SequenceFeature(Value(dtype), length=embed_width(model.config))
     if num_views is not None:
-        feature = Sequence(feature, length=num_views)
+        feature = SequenceFeature(feature, length=num_views)
+    embed = _EmbedImages(model, image_processor, num_views, seed)
+    images = undecoded(dataset.select_columns([IMAGE, LABEL]))
+    features = Features(image_embeds=feature, labels=dataset.features[LABEL])
+    batch_size = max(1, batch_size // (num_views or 1))
     with eval_mode(model):
-        embedded = undecoded(dataset.select_columns([IMAGE, LABEL])).map(
-            _EmbedImages(model, image_processor, num_views, seed),
-            batched=True,
-            batch_size=max(1, batch_size // (num_views or 1)),
-            remove_columns=[IMAGE, LABEL],
-            features=Features(image_embeds=feature, labels=dataset.features[LABEL]),
-            desc=description or "Embedding images",
-        )
+        if isinstance(images, IterableDataset):
+            parts = [Dataset.from_dict(embed(batch), features=features) for batch in images.iter(batch_size)]
+            if not parts:
+                raise ValueError("The stream has no examples.")
+            embedded = concatenate_datasets(parts)
+        else:
+            embedded = images.map(
+                embed,
+                batched=True,
+                batch_size=batch_size,
+                remove_columns=[IMAGE, LABEL],
+                features=features,
+                desc=description or "Embedding images",
+            )
     return embedded.with_format("torch") if num_views is None else embedded.with_transform(_draw_view)
 
 
@@ -257,6 +332,7 @@ class _EmbedImages:
             "image_side": _hash_of_image_side(self.model),
             "processor": self.transform.image_processor.to_dict(),
             "views": None if self.num_views is None else (self.num_views, self.seed),
+            "decoding": DECODING,
         }
 
     @torch.no_grad()

@@ -5,13 +5,33 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+)
 
-from .columns import IMAGE, LABEL, find_image_column, find_label_column, read_labels
+from .columns import (
+    IMAGE,
+    LABEL,
+    as_image_column,
+    clean_class_name,
+    find_image_column,
+    find_label_column,
+    is_text,
+    read_labels,
+    type_name,
+)
+from .folders import has_metadata, load_class_folders
 from .formats import check_file, load_clip_benchmark, load_zhou_split
+from .images import check_rows
 
 
 logger = logging.getLogger(__name__)
@@ -23,8 +43,8 @@ def load_image_dataset(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     *,
-    folders: Mapping[str, str] | None = None,
-    files: Mapping[str, str] | None = None,
+    folders: Mapping[str, str | os.PathLike] | None = None,
+    files: Mapping[str, str | os.PathLike | Sequence] | None = None,
     zhou_split: str | None = None,
     image_dir: str | None = None,
     webdataset_dir: str | None = None,
@@ -41,9 +61,10 @@ def load_image_dataset(
         dataset_config_name (`str`, *optional*):
             The configuration of the dataset on the Hub.
         folders (`Mapping[str, str]`, *optional*):
-            The folder of each split, with one sub-folder of images per class, e.g. `{"train": "pets/train"}`.
-        files (`Mapping[str, str]`, *optional*):
-            The parquet or arrow file of each split.
+            The folder of each split, with one sub-folder of images per class, e.g. `{"train": "pets/train"}`, see
+            [`load_class_folders`], or with a `metadata.csv`, `.jsonl` or `.parquet` as in the `imagefolder` format.
+        files (`Mapping[str, str]` or `Mapping[str, Sequence[str]]`, *optional*):
+            The parquet or arrow file of each split, or a list of its shards.
         zhou_split, image_dir (`str`, *optional*):
             A published split and the folder of its images, see [`load_zhou_split`].
         webdataset_dir (`str`, *optional*):
@@ -79,34 +100,40 @@ def load_image_dataset(
     return standardize(splits, image_column, label_column)
 
 
-def _load_folders(folders: Mapping[str, str], load_kwargs: dict) -> DatasetDict:
-    for folder in folders.values():
+def _load_folders(folders: Mapping[str, str | os.PathLike], load_kwargs: dict) -> DatasetDict:
+    paths = {split: os.path.expanduser(os.fspath(folder)) for split, folder in folders.items()}
+    for folder in paths.values():
         if not os.path.isdir(folder):
             raise ValueError(f"The image folder {folder!r} does not exist.")
-        names = (name for _, _, files in os.walk(folder) for name in files)
-        if not any(os.path.splitext(name)[1].lower() in ImageFolder.EXTENSIONS for name in names):
-            raise ValueError(f"There are no images in {folder!r} or its sub-folders.")
-    data_files = {split: os.path.join(glob.escape(folder), "**") for split, folder in folders.items()}
-    splits = load_dataset("imagefolder", data_files=data_files, **load_kwargs)
-    if LABEL not in next(iter(splits.values())).column_names:
-        raise ValueError(
-            f"No classes were found in {', '.join(folders.values())}. Expected at least two classes, each with a "
-            "sub-folder that holds its images directly: FOLDER/cat/1.jpg, FOLDER/dog/1.jpg, ..."
-        )
-    return splits
+    if not any(map(has_metadata, paths.values())):
+        splits = load_class_folders(paths, load_kwargs.get("cache_dir"))
+        if not load_kwargs.get("streaming"):
+            return splits
+        return IterableDatasetDict({split: dataset.to_iterable_dataset() for split, dataset in splits.items()})
+    data_files = {split: os.path.join(glob.escape(folder), "**") for split, folder in paths.items()}
+    return load_dataset("imagefolder", data_files=data_files, **load_kwargs)
 
 
-def _load_files(files: Mapping[str, str], load_kwargs: dict) -> DatasetDict:
-    for file in files.values():
-        check_file(file)
-    extensions = {os.path.splitext(file)[1].lower() for file in files.values()}
-    if len(extensions) > 1 or not extensions <= set(FILE_FORMATS):
-        raise ValueError(f"Files must be of one format, {' or '.join(FILE_FORMATS)}; got {', '.join(files.values())}.")
+def _load_files(files: Mapping[str, str | os.PathLike | Sequence], load_kwargs: dict) -> DatasetDict:
+    paths = {split: _paths(given) for split, given in files.items()}
+    all_paths = [path for of_split in paths.values() for path in of_split]
+    for path in all_paths:
+        check_file(path)
+    extensions = {os.path.splitext(path)[1].lower() for path in all_paths}
+    if len(extensions) != 1 or not extensions <= set(FILE_FORMATS):
+        raise ValueError(f"Files must be of one format, {' or '.join(FILE_FORMATS)}; got {', '.join(all_paths)}.")
     builder = FILE_FORMATS[extensions.pop()]
-    splits = DatasetDict()
-    for split, file in files.items():  # one by one, or `datasets` gives all files the class names of the first
-        splits[split] = load_dataset(builder, data_files={split: file}, split=split, **load_kwargs)
+    splits = IterableDatasetDict() if load_kwargs.get("streaming") else DatasetDict()
+    for split, of_split in paths.items():  # one by one, or `datasets` gives all files the class names of the first
+        shards = [glob.escape(path) for path in of_split]
+        splits[split] = load_dataset(builder, data_files={split: shards}, split=split, **load_kwargs)
     return splits
+
+
+def _paths(given: str | os.PathLike | Sequence) -> list[str]:
+    return [
+        os.path.expanduser(os.fspath(path)) for path in ([given] if isinstance(given, (str, os.PathLike)) else given)
+    ]
 
 
 def standardize(splits: DatasetDict, image_column: str | None = None, label_column: str | None = None) -> DatasetDict:
@@ -130,6 +157,8 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
     if "train" not in splits:
         raise ValueError(f"The dataset has no split 'train'; its splits are {', '.join(splits)}.")
     train = splits["train"]
+    if isinstance(train, IterableDataset):
+        return _standardize_streams(splits, image_column, label_column)
     image_column = find_image_column(train.features, image_column)
     label_column = find_label_column(train.features, label_column)
     trained = set(read_labels(train, label_column))
@@ -151,6 +180,35 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
     return standard
 
 
+def _standardize_streams(
+    splits: IterableDatasetDict, image_column: str | None, label_column: str | None
+) -> IterableDatasetDict:
+    """Does what can be done without reading the labels."""
+    features = splits["train"].features
+    if features is None:
+        raise ValueError(
+            "The columns of this stream have no types, so its image and label columns are unknown; cast it to "
+            "Features with an Image and a ClassLabel, or load it without streaming=True."
+        )
+    image_column = find_image_column(features, image_column)
+    label_column = find_label_column(features, label_column)
+    if not isinstance(features[label_column], ClassLabel):
+        raise ValueError(
+            f"The column {label_column!r} of this stream holds {type_name(features[label_column])}, whose class names "
+            "are only known after reading all of it; load it without streaming=True."
+        )
+    standard = IterableDatasetDict()
+    for name, split in splits.items():
+        if split.features.get(label_column) != features[label_column]:
+            raise ValueError(f"The stream {name!r} has other classes than 'train'; they must be the same, in order.")
+        chosen = {image_column: IMAGE, label_column: LABEL}
+        split = split.select_columns(list(chosen)).rename_columns(
+            {old: new for old, new in chosen.items() if old != new}
+        )
+        standard[name] = split.cast_column(IMAGE, Image())
+    return standard
+
+
 def _select_columns(name: str, split: Dataset, new_names: dict[str, str]) -> Dataset:
     missing = [column for column in new_names if column not in split.column_names]
     if missing:
@@ -158,7 +216,11 @@ def _select_columns(name: str, split: Dataset, new_names: dict[str, str]) -> Dat
             f"Split {name!r} has no column {missing[0]!r}; its columns are {', '.join(split.column_names)}."
         )
     split = split.select_columns(list(new_names)).rename_columns(new_names)
-    return split if isinstance(split.features[IMAGE], Image) else split.cast_column(IMAGE, Image())
+    if is_text(split.features[LABEL]):
+        split = split.cast_column(LABEL, Value("string"))
+    split = as_image_column(split)
+    check_rows(split)
+    return split
 
 
 def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel, trained: set) -> None:
@@ -170,6 +232,12 @@ def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel,
                 "they must be the same, in the same order."
             )
         known = set(range(expected.num_classes))
+    missing = [row for row, label in enumerate(labels) if label is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(labels)} rows of the split {name!r} have no label, such as row {missing[0]}; "
+            "leave these rows out of the data."
+        )
     unknown = [label for label in labels if label not in known]
     if unknown:
         raise ValueError(
@@ -178,6 +246,14 @@ def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel,
     untrained = sorted(set(labels) - trained)
     if untrained:
         names = [expected.names[label] if isinstance(label, int) else label for label in untrained[:10]]
+        have = {expected.names[label] if isinstance(label, int) else label for label in trained}
+        alike = [repr(other) for other in sorted(have) if _plain(other) in map(_plain, names)]
+        hint = f" It has {', '.join(alike)}, which differ in case or spaces only; rename one." if alike else ""
         raise ValueError(
-            f"The split {name!r} has images of {len(untrained)} classes that have none in 'train': {', '.join(names)}."
+            f"The split {name!r} has images of {len(untrained)} classes that have none in 'train': "
+            f"{', '.join(names)}.{hint}"
         )
+
+
+def _plain(class_name: str) -> str:
+    return clean_class_name(class_name).casefold()

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data import class_names_of, with_pixel_values
 from ..templates import check_label_names
-from ..towers import has_adapters, image_side
+from ..towers import eval_mode, has_adapters, image_side
 from .metrics import compute_metrics, softmax
 
 
@@ -138,19 +138,19 @@ def compare_with_zero_shot(model, dataset: Dataset, image_processor, batch_size:
     """
     class_names = class_names_of(dataset)
     check_label_names(class_names, model.class_names)
-    model.eval()
     changes_images = has_adapters(image_side(model))
     examples = with_pixel_values(dataset, image_processor)
     tuned, zero_shot, labels = [], [], []
     batches = DataLoader(examples, batch_size=batch_size, collate_fn=default_data_collator)
-    for batch in logging.tqdm(batches, desc="Classifying", leave=False):
-        labels.append(batch.pop("labels"))
-        inputs = BatchFeature(batch).to(model.device, model.dtype)
-        if not changes_images:
-            inputs = {"image_embeds": model.get_image_features(**inputs).pooler_output}
-        tuned.append(model(**inputs).logits.float().cpu())
-        with model.disable_adapter():
-            zero_shot.append(model(**inputs).logits.float().cpu())
+    with eval_mode(model):
+        for batch in logging.tqdm(batches, desc="Classifying", leave=False):
+            labels.append(batch.pop("labels"))
+            inputs = BatchFeature(batch).to(model.device, model.dtype)
+            if not changes_images:
+                inputs = {"image_embeds": model.get_image_features(**inputs).pooler_output}
+            tuned.append(model(**inputs).logits.float().cpu())
+            with model.disable_adapter():
+                zero_shot.append(model(**inputs).logits.float().cpu())
     labels = torch.cat(labels).numpy()
     zero_shot, tuned = (Answers(torch.cat(logits).numpy(), labels) for logits in (zero_shot, tuned))
     return Comparison(class_names, zero_shot, tuned)

@@ -230,13 +230,15 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
     Args:
         prediction (`EvalPrediction`):
-            The (N, C) logits in `predictions` and the (N,) labels in `label_ids`.
+            The (N, C) logits in `predictions` and the (N,) labels in `label_ids`, or lists of batches of them
+            (`eval_do_concat_batches=False`).
 
     Returns:
         `dict[str, float]`: `accuracy`, `mean_class_accuracy`, `macro_f1`, `expected_calibration_error` and, with more
         than 5 classes, `top5_accuracy`.
     """
-    logits, references = np.asarray(prediction.predictions, dtype=np.float64), prediction.label_ids  # (N, C), (N,)
+    logits = _concatenated(prediction.predictions).astype(np.float64)  # (N, C)
+    references = _concatenated(prediction.label_ids)  # (N,)
     metrics = {}
     for metric in (Accuracy, MeanClassAccuracy, MacroF1):
         metrics |= _compute(metric, logits.argmax(axis=-1), references)
@@ -253,7 +255,15 @@ def compute_multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
         prediction (`EvalPrediction`):
             The (N, C) logits in `predictions`, and `label_ids` of shape (N, C) with 1 where the class is in the image.
     """
-    return _compute(MeanAveragePrecision, prediction.predictions, prediction.label_ids.astype(int))
+    return _compute(
+        MeanAveragePrecision,
+        _concatenated(prediction.predictions),
+        _concatenated(prediction.label_ids).astype(int),
+    )
+
+
+def _concatenated(values) -> np.ndarray:
+    return np.concatenate(values) if isinstance(values, list) else np.asarray(values)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -34,6 +34,16 @@ model = AutoPeftModelForPromptClassification.from_pretrained("{repo_id}")
 model.config.id2label  # class names; model(pixel_values=...).logits scores them
 ```
 
+The pipeline for images (the stock task `"image-classification"` cannot load this adapter):
+
+```python
+import clip_prompt_peft
+from transformers import pipeline
+
+classify = pipeline("prompt-image-classification", model="{repo_id}")
+classify("image.jpg")
+```
+
 To load the adapter with peft (`PeftModel.from_pretrained(clip, ...)`) or transformers (`clip.load_adapter(...)`), \
 run `import clip_prompt_peft` first, which registers the method."""
 

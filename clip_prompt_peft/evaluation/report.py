@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from ..data.images import decode, undecoded
 from . import plots
 from .comparison import Comparison
 from .interpret import nearest_words
@@ -121,7 +122,7 @@ def _grids(comparison: Comparison, dataset: Dataset) -> list[tuple[str, int, str
 
 
 def _grid(indices: list[int], wrong: np.ndarray, comparison: Comparison, dataset: Dataset):
-    images = [dataset[index]["image"].convert("RGB") for index in indices]
+    images = [decode(image) for image in undecoded(dataset.select(indices))["image"]]
     for image in images:
         image.thumbnail(THUMBNAIL)
     names, labels = comparison.class_names, comparison.tuned.labels

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from ..data import cache_image_embeds, class_names_of, keep_classes, sample_few_shot, with_pixel_values
 from ..data.columns import LABEL
+from ..towers import embed_width
 
 
 ROW = "row"  # column of the indices into the pool
@@ -32,12 +33,14 @@ class ImagePool:
     def embeds(self, rows: Sequence[int], model, image_processor) -> torch.Tensor:
         """Returns the (len(rows), E) projected image embeddings, not normalized. Only missing ones are computed."""
         if self._embeds is None:
-            self._embeds = torch.zeros(len(self.dataset), model.config.projection_dim)
+            self._embeds = torch.zeros(len(self.dataset), embed_width(model.config))
             self._is_known = torch.zeros(len(self.dataset), dtype=torch.bool)
         rows = torch.as_tensor(rows)
         missing = rows[~self._is_known[rows]].unique()
         if len(missing):
-            embedded = cache_image_embeds(self.dataset.select(missing.tolist()), model, image_processor)
+            # Without names: the model's classes of the moment need not be those of the pool.
+            unnamed = self.dataset.select(missing.tolist()).cast_column(LABEL, Value("int64"))
+            embedded = cache_image_embeds(unnamed, model, image_processor)
             self._embeds[missing] = embedded["image_embeds"][:]
             self._is_known[missing] = True
         return self._embeds[rows]

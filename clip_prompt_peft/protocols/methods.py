@@ -20,13 +20,15 @@ from transformers import BatchFeature, PrinterCallback, TrainingArguments, set_s
 
 from ..assets import load_templates
 from ..evaluation.ensembles import template_ensemble
-from ..families import CLIPForPromptClassification
+from ..modeling import PromptClassificationMixin
+from ..towers import eval_mode
 from ..training.recipes import Recipe, training_recipe
 from ..tuner import CLIPPromptTuningConfig
 from ..tuner.presets import PRESETS
 from .image_set import ImageSet
 
 
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "query", "key", "value")  # the names in CLIP and in BERT
 Score = Callable[[ImageSet], "np.ndarray | None"]  # (N, C) logits, or None if the method cannot predict the classes
 
 
@@ -81,18 +83,18 @@ class TrainingSettings:
 @dataclass(frozen=True)
 class Backbone:
     """
-    The CLIP that all methods start from.
+    The CLIP, or model of another family, that all methods start from.
 
     Attributes:
-        model (`CLIPForPromptClassification`):
-            A model without adapters. Methods that add an adapter remove it again.
+        model (`PromptClassificationMixin`):
+            A classifier of any family without adapters. Methods that add an adapter remove it again.
         image_processor (`BaseImageProcessor`):
             The image processor of the model.
         settings (`TrainingSettings`):
             The training settings.
     """
 
-    model: CLIPForPromptClassification
+    model: PromptClassificationMixin
     image_processor: object
     settings: TrainingSettings
 
@@ -191,8 +193,27 @@ def _linear_probe(backbone: Backbone, train: ImageSet, seed: int) -> Iterator[Fi
 
 def _lora(backbone: Backbone, train: ImageSet, seed: int) -> AbstractContextManager[FittedMethod]:
     rank = backbone.settings.lora_rank
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "k_proj", "v_proj"])
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora_targets(backbone.model))
     return _adapter(backbone, train, seed, config, trains_image_tower=True)
+
+
+def lora_targets(model) -> list[str]:
+    """
+    Returns the names of the query, key and value projections of both towers, which differ between families.
+
+    Raises:
+        ValueError: If a tower has none with a known name, because LoRA would then train the other tower alone.
+    """
+    targets: set[str] = set()
+    for tower in ("text_model", "vision_model"):
+        names = {name.rpartition(".")[2] for name, _ in getattr(model, tower).named_modules()}
+        if not names & set(ATTENTION_INPUTS):
+            raise ValueError(
+                f"The method 'lora' trains the query, key and value projections of both towers, but the {tower} of "
+                f"{type(model).__name__} has none that is called {', '.join(ATTENTION_INPUTS)}; leave out 'lora'."
+            )
+        targets |= names & set(ATTENTION_INPUTS)
+    return [name for name in ATTENTION_INPUTS if name in targets]
 
 
 def _prompt_tuning(backbone: Backbone, train: ImageSet, seed: int) -> AbstractContextManager[FittedMethod]:
@@ -224,6 +245,7 @@ def _adapter(
 ) -> Iterator[FittedMethod]:
     """Trains any peft adapter with the `Trainer`."""
     backbone.model.set_class_names(train.class_names)
+    modes = [(module, module.training) for module in backbone.model.modules()]
     set_seed(seed)
     model = get_peft_model(backbone.model, config)
     try:
@@ -240,6 +262,8 @@ def _adapter(
         yield FittedMethod(score, model.get_nb_trainable_parameters()[0], num_bytes)
     finally:
         model.unload()
+        for module, mode in modes:  # the Trainer has put all of them into training mode
+            module.training = mode
 
 
 def train_adapter(
@@ -268,7 +292,6 @@ def train_adapter(
             folder,
             seed=seed,
             dataloader_pin_memory=device != "cpu",
-            remove_unused_columns=False,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
@@ -311,9 +334,9 @@ def _dataset(backbone: Backbone, images: ImageSet, from_pixels: bool) -> Dataset
 @torch.no_grad()
 def _logits(backbone: Backbone, model, images: ImageSet, from_pixels: bool = False) -> np.ndarray:
     """Returns (N, C) logits, from pixels if an adapter changes the image tower, otherwise from cached embeddings."""
-    model.eval()
     logits = []
-    for batch in _dataset(backbone, images, from_pixels).iter(batch_size=64 if from_pixels else 256):
-        inputs = BatchFeature({name: torch.stack(list(batch[name])) for name in batch if name != "labels"})
-        logits.append(model(**inputs.to(model.device, model.dtype)).logits)
+    with eval_mode(model):
+        for batch in _dataset(backbone, images, from_pixels).iter(batch_size=64 if from_pixels else 256):
+            inputs = BatchFeature({name: torch.stack(list(batch[name])) for name in batch if name != "labels"})
+            logits.append(model(**inputs.to(model.device, model.dtype)).logits)
     return torch.cat(logits).float().cpu().numpy()

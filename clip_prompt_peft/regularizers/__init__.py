@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..tuner.layout import PromptLayout
 from .base import Prediction, Regularizer
 from .kgcoop import KgCoOpRegularizer
 from .prograd import ProGradRegularizer, project_gradient
@@ -21,6 +22,14 @@ def build_regularizer(name: str, weights: dict[str, float] | None = None) -> Reg
     return REGULARIZERS[name](**(weights or {}))
 
 
+def regularizer_of(layout: PromptLayout) -> Regularizer:
+    """Creates the regularizer of a prompt adapter that has one."""
+    regularizer = build_regularizer(layout.regularizer, layout.regularizer_weights)
+    if layout.teacher_templates:
+        regularizer.teacher_templates = tuple(layout.teacher_templates)
+    return regularizer
+
+
 __all__ = [
     "REGULARIZERS",
     "KgCoOpRegularizer",
@@ -30,4 +39,5 @@ __all__ = [
     "Regularizer",
     "build_regularizer",
     "project_gradient",
+    "regularizer_of",
 ]

@@ -10,6 +10,8 @@ from torch import nn
 
 from ..text import normalize
 from ..text.cache import Memo, WeightsState
+from ..text.chunks import autocast_state
+from ..text.packing import attention_of
 from ..towers import ADAPTER_LAYERS, eval_mode, has_adapters, image_side, text_side
 from .base import Prediction
 
@@ -57,7 +59,8 @@ class ZeroShotTeacher:
         """
         templates = tuple(templates)
         memo = self._class_embeds.setdefault(templates, Memo())
-        key = tuple(model.class_names), WeightsState(text_side(model), with_adapters=False)
+        settings = attention_of(model.text_model), autocast_state(model.text_model.device)
+        key = tuple(model.class_names), WeightsState(text_side(model), with_adapters=False), settings
         class_embeds = memo.get(key, lambda: _mean_class_embeds(model, templates))
         image_embeds = student.image_embeds.detach()
         if has_adapters(image_side(model)):

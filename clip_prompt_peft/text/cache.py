@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..towers import ADAPTER_LAYERS, adapter_settings
+from ..towers import ADAPTER_LAYERS, adapter_settings, hooks_of
 
 
 # Tensors up to this size, and all of an adapter, are compared by value; of larger, frozen ones only samples are.
@@ -45,7 +45,7 @@ class Memo:
         """Returns the result for an equal key if it is remembered, and otherwise what `compute()` returns."""
         entries = self._entries
         found = next((entry for entry in entries if _are_equal(entry[0], key)), None)
-        result = compute() if found is None else found[1]
+        result = _in_ordinary_modes(compute) if found is None else found[1]
         # The new key takes the place of the equal one, so that the objects in use can be found by identity.
         self._entries = self._kept(((key, result), *(entry for entry in entries if entry is not found)))
         return result
@@ -93,10 +93,13 @@ class WeightsState:
         self.objects = [weakref.ref(thing) for thing in (*modules, *tensors)]
         self.versions = [_version(tensor) for tensor in tensors]
         self.settings = adapter_settings(modules) if with_adapters else []
+        self.hooks = [hook for module in modules for hook in hooks_of(module)]
         num_small = sum(tensor.numel() for tensor, small in zip(tensors, is_small) if small)
-        # Results with dropout are never the same, and values that accelerate has offloaded cannot be compared. Without
-        # adapters neither matters: results are computed in eval mode, and frozen weights rarely change.
-        is_fixed = not any(module.training for module in modules) and not any(tensor.is_meta for tensor in tensors)
+        # Results with dropout are never the same, values that accelerate has offloaded cannot be compared, and hooks
+        # wait for every call. Without adapters nothing of it matters: results are computed in eval mode, and frozen
+        # weights rarely change.
+        is_called_anew = any(module.training for module in modules) or bool(self.hooks)
+        is_fixed = not is_called_anew and not any(tensor.is_meta for tensor in tensors)
         self.is_comparable = num_small <= MAX_COMPARED and (is_fixed or not with_adapters)
         self.values = _values(tensors, is_small) if self.is_comparable else []
 
@@ -110,12 +113,23 @@ class WeightsState:
             and self.is_comparable
             and other.is_comparable
             and self.settings == other.settings
+            and self.hooks == other.hooks
             and len(self.objects) == len(other.objects)
             and all(a() is b() is not None for a, b in zip(self.objects, other.objects))
             and self.versions == other.versions
             and len(self.values) == len(other.values)
             and all(torch.equal(a, b) for a, b in zip(self.values, other.values))
         )
+
+
+def _in_ordinary_modes(compute: Callable[[], Any]) -> Any:
+    """Returns what `compute()` returns if the caller is in no mode that later callers may not be in.
+
+    Inference tensors could not be used in a later training, and a default device is not that of the inputs of a model.
+    Autocast stays as it is, and belongs into the key where it matters.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        return compute()
 
 
 def _are_equal(key: tuple, other: tuple) -> bool:

@@ -109,12 +109,16 @@ class ClassEncoder:
             return self._encode(model, prompts, layout)
         settings = attention_of(model.text_model), autocast_state(model.text_model.device)
         return self._embeds.get(
-            (WeightsState(text_side(model)), prompts, settings), lambda: self._encode_to_keep(model, prompts, layout)
+            (WeightsState(text_side(model)), prompts, settings), lambda: self._encode(model, prompts, layout)
         )
 
     def clear(self) -> None:
         """Drops the kept embeddings. It is only needed after a write to a large frozen weight through its `.data`."""
         self._embeds.clear()
+
+    def prepare(self, model: CLIPModel, prompts: ClassPrompts, layout: PromptLayout | None = None) -> None:
+        """Makes the inputs of the text tower in advance, for a trace that cannot make them."""
+        self._chunks_of(model, prompts, layout, range(len(prompts.texts)))
 
     def _check_settings(self) -> None:
         if self.path not in (AUTO, *PATHS):
@@ -124,10 +128,6 @@ class ClassEncoder:
             raise ValueError(f"batch_size must be a positive integer, None or {AUTO!r}, got {size!r}.")
         if self.across_processes not in (AUTO, True, False):
             raise ValueError(f"across_processes must be True, False or {AUTO!r}, got {self.across_processes!r}.")
-
-    def _encode_to_keep(self, model, prompts, layout) -> torch.Tensor:
-        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used in a later training
-            return self._encode(model, prompts, layout)
 
     def _encode(self, model, prompts, layout) -> torch.Tensor:
         num_classes = len(prompts.texts)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, MetaClip2TextModel
 
-from ..towers import text_embeddings_of
+from ..towers import hooks_of, text_embeddings_of, text_side
 from ..tuner.layer import CLIPPromptLayer, PerText
 from ..tuner.layout import PromptLayout
 from .prompts import ClassPrompts
@@ -43,7 +43,6 @@ TOKENWISE_MODULES = (
     "peft.tuners._buffer_dict",
     "peft.utils.other",
 )
-TRANSFORMERS_HOOKS = "transformers.utils.output_capturing"  # they only look, for output_hidden_states
 
 
 def exact_path(model: CLIPModel) -> str:
@@ -54,12 +53,12 @@ def exact_path(model: CLIPModel) -> str:
     - `"packed"`: many prompts are in one sequence, behind the positions that they share. It is right if, besides, the
       tower treats every token on its own except in attention, whose mask can be chosen.
 
-    Only towers of known classes, with known adapters in them, leave the plain path. So does a tower with forward
-    hooks, which expect to see one prompt in each sequence.
+    Only towers of known classes, with known adapters in them, leave the plain path, and only without hooks, which
+    expect to see one prompt in each sequence.
     """
     text_model = model.text_model
     attention, is_causal = attention_of(text_model)
-    if type(text_model) not in CAUSAL_TEXT_MODELS or not is_causal or not all(map(_is_known, text_model.modules())):
+    if type(text_model) not in CAUSAL_TEXT_MODELS or not is_causal or not _is_known_side(model):
         return PLAIN
     return PACKED if attention in ADDITIVE_ATTENTION else CUT
 
@@ -69,9 +68,12 @@ def attention_of(text_model: nn.Module) -> tuple[str, bool]:
     return text_model.config._attn_implementation, getattr(text_model.config, "is_causal", True)
 
 
+def _is_known_side(model: nn.Module) -> bool:
+    return all(_is_known(module) for part in text_side(model) for module in part.modules())
+
+
 def _is_known(module: nn.Module) -> bool:
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    if "forward" in vars(module) or any(getattr(hook, "__module__", None) != TRANSFORMERS_HOOKS for hook in hooks):
+    if "forward" in vars(module) or hooks_of(module):
         return False
     return isinstance(module, CLIPPromptLayer) or f"{type(module).__module__}.".startswith(TOKENWISE_MODULES)
 

@@ -5,8 +5,10 @@ Shapes: `C` classes, `L` text length (with begin and end token), `n` virtual tok
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -14,6 +16,10 @@ from ..templates import CLASS_SLOT, check_class_names, check_template
 from ..tuner.config import CLIPPromptTuningConfig
 from ..tuner.layout import PromptLayout
 from .tokenization import IGNORED, EncodedTexts, count_special_tokens, encode_texts, structural_ids
+
+
+# The classes that a warning has named, by tokenizer: prompts are built for every layout and every template.
+_reported: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +107,8 @@ def build_class_prompts(
         _check_replaced_tokens(texts, input_ids, layout)
         if layout.has_per_text_positions:
             input_ids, positions = _move_class_names(class_names, texts, input_ids, tokenizer, layout)
+    if layout is None or not layout.class_specific:
+        _warn_of_equal_tokens(class_names, encoded.input_ids, tokenizer)
     full_length = max_length if padding == IGNORED else input_ids.shape[1]
     return ClassPrompts(texts, input_ids, encoded.attention_mask, tokenizer.pad_token_id, full_length, positions)
 
@@ -124,6 +132,29 @@ def _check_special_tokens(texts, encoded: EncodedTexts, tokenizer) -> None:
             f"The prompt {texts[bad]!r} has {int(counts[bad])} special tokens, but the tokenizer adds {expected}; "
             f"leave {', '.join(map(repr, tokenizer.all_special_tokens))} out of class names."
         )
+
+
+def _warn_of_equal_tokens(class_names, input_ids, tokenizer) -> None:
+    """Names the classes whose prompts have the same tokens, once for each tokenizer."""
+    groups: dict[bytes, list[str]] = {}
+    for name, row in zip(class_names, input_ids.numpy()):
+        groups.setdefault(row.tobytes(), []).append(name)
+    equal = tuple(tuple(names) for names in groups.values() if len(names) > 1)
+    known = _reported.setdefault(tokenizer, set())
+    if not equal or equal in known:
+        return
+    known.add(equal)
+    shown = "; ".join(
+        " and ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for names in equal[:5]
+    )
+    more = f" and {len(equal) - 5} more groups" if len(equal) > 5 else ""
+    warnings.warn(
+        f"The tokenizer makes the same tokens of the class names {shown}{more}, so their logits are equal and only "
+        "the first of them is ever predicted. Give them other names, or train vectors for each class "
+        "(class_specific=True).",
+        stacklevel=3,
+    )
 
 
 def _check_replaced_tokens(texts, input_ids, layout) -> None:

@@ -8,6 +8,8 @@
 | `vectors.py` | vectors in deeper layers and in the image tower (VPT, IVLP), mapped from text vectors (MaPLe) |
 | `model.py` | injecting, merging, and fitting saved tensors to the model |
 | `files.py` | reading and checking the files of an adapter |
+| `hub.py` | where the base model came from, and with which token, revision, cache, ... |
+| `fingerprint.py` | some values of the base model, to tell another one of the same shape |
 """
 
 from .config import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig

@@ -71,9 +71,11 @@ class CLIPPromptTuningConfig(PeftConfig):
     deeper layers and after the image patches. The published methods are combinations of the fields below, see
     [`~CLIPPromptTuningConfig.from_preset`].
 
-    Injecting leaves this object as it is. The adapter has a copy with all fields set, `model.active_peft_config`,
-    which is what is saved. Changing fields there has no effect on the model: use `set_class_names` for other classes,
-    and `active_regularizers` of the classifier for other weights.
+    Injecting leaves this object as it is, so that it can serve several models, whose templates, tokens and depths
+    differ. The adapter has a copy with all fields set, `model.active_peft_config`, which is what is saved. So
+    `model.peft_config["default"] is config` is false, unlike for other methods of peft. Changing fields of the copy
+    has no effect on the model: use `set_class_names` for other classes, and `active_regularizers` of the classifier
+    for other weights.
 
     Args:
         num_virtual_tokens (`int`, *optional*):
@@ -140,6 +142,10 @@ class CLIPPromptTuningConfig(PeftConfig):
             configuration that is made with this field belongs to saved weights and cannot start a new adapter.
         init_token_ids (`list[int]`, *optional*):
             Set at injection: the n token ids that `TEXT` started from.
+        base_model_subfolder (`str`, *optional*):
+            Set at injection: the folder of the base model in its repository. Its commit is set as `revision`.
+        base_model_fingerprint (`dict`, *optional*):
+            Set at injection: some values of the base model, see `fingerprint.py`.
         format_version (`int`, *optional*, defaults to 1):
             The version of the file format.
 
@@ -174,6 +180,8 @@ class CLIPPromptTuningConfig(PeftConfig):
     padded_template: str | None = _option(None, "Set at injection: the template with room for all vectors.")
     replaced_token_ids: list[int] | None = _option(None, "Set at injection: the ids of the replaced tokens.")
     init_token_ids: list[int] | None = _option(None, "Set at injection: the token ids that TEXT started from.")
+    base_model_subfolder: str | None = _option(None, "Set at injection: folder of the base model in its repository.")
+    base_model_fingerprint: dict | None = _option(None, "Set at injection: some values of the base model.")
     format_version: int = _option(FORMAT_VERSION, "Version of the file format.")
 
     def __post_init__(self):
@@ -188,6 +196,7 @@ class CLIPPromptTuningConfig(PeftConfig):
         for check in (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts):
             check(self)
         _check_regularizer(self)
+        self.source: str | None = None  # the folder or Hub id that it was read from
         self.set_at_injection: dict[str, object] = {}  # field to value, of a configuration that `resolve` has made
         if self.has_weights:
             _check_resolved(self)
@@ -216,6 +225,12 @@ class CLIPPromptTuningConfig(PeftConfig):
         """
         num_layers = () if model is None else (num_tower_layers(model, "text"), num_tower_layers(model, "vision"))
         return cls(**{**preset_settings(name, *num_layers), **overrides})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config.source = str(pretrained_model_name_or_path)
+        return config
 
     @property
     def has_weights(self) -> bool:
@@ -248,14 +263,20 @@ def _as_member(enum_class: type[enum.Enum], value, field_name: str):
 
 def _check_types(config) -> None:
     # The values may come from a file; of a wrong type, they would fail somewhere deep inside of other libraries.
-    strings = ("base_model_name_or_path", "peft_version", "regularizer", "revision", "tokenizer_name_or_path")
+    strings = ("base_model_name_or_path", "base_model_subfolder", "peft_version", "regularizer", "revision")
+    strings = (*strings, "tokenizer_name_or_path")
+    dictionaries = ("auto_mapping", "base_model_fingerprint", "regularizer_weights")
     flags = ("class_specific", "image_conditioned", "inference_mode", "vision_prompts_from_text")
     for names, kind, is_of_kind in (
         (strings, "a string", lambda value: value is None or isinstance(value, str)),
         (flags, "True or False", lambda value: isinstance(value, bool)),
         (("target_modules", "exclude_modules"), "a list of strings, or a string", _is_patterns),
         (("modules_to_save",), "a list of strings", lambda value: _is_patterns(value) and not isinstance(value, str)),
-        (("auto_mapping", "regularizer_weights"), "a dictionary", lambda value: isinstance(value, dict | None)),
+        (
+            dictionaries,
+            "a dictionary",
+            lambda value: isinstance(value, dict | None),
+        ),
         (("init_token_ids",), "a list of token ids", lambda value: value is None or _is_token_ids(value)),
     ):
         for name in names:

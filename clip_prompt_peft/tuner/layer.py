@@ -260,12 +260,12 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         if config.prompt_tuning_init is PromptTuningInit.RANDOM:
             vectors.normal_(std=RANDOM_STD)
             return
-        shape, table = vectors.shape[:-1], self.weight  # (n,) or (C, n); (V, D)
+        shape, table = vectors.shape[:-1], self.weight  # (n,) or (C, n); (V, D), without LoRA on it
         if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
             ids = torch.randint(table.shape[0], shape, device=table.device)
         else:
             ids = torch.tensor(config.init_token_ids, device=table.device).expand(shape)
-        vectors.copy_(table[ids])
+        vectors.copy_(self.token_table(ids))
 
     def vectors(self, adapter_name: str, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the vectors of an adapter, differentiably.
@@ -453,7 +453,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         vectors = self.vectors(name).data  # (n, D)
         ids = torch.tensor(self.prompt_layouts[name].replaced_token_ids, device=rows.device)
         # Computed in the precision of the vectors, so that a table in half precision is rounded only once.
-        return (rows.to(vectors) + vectors - self.weight.data[ids].to(vectors)).to(rows.dtype)
+        return (rows.to(vectors) + vectors - self.token_table(ids).data.to(vectors)).to(rows.dtype)
 
     def unmerge(self) -> None:
         """Restores the saved rows of the position table, bit by bit."""

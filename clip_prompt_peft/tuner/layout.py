@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass, fields
 
 from peft import PromptTuningInit
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import AutoTokenizer
 
 from ..templates import (
     DEFAULT_TEMPLATE,
@@ -20,14 +20,18 @@ from ..templates import (
 )
 from ..towers import (
     Tower,
+    embed_width,
     find_towers,
     is_text_embeddings,
     is_vision_embeddings,
     num_positions,
     takes_patches,
     token_table_name,
+    unwrapped,
 )
 from .config import ClassTokenPosition, CLIPPromptTuningConfig, check_coupled_depths
+from .fingerprint import check_fingerprint, fingerprint_of
+from .hub import HubSettings, hub_settings_of, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -131,9 +135,43 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> CLIPPromptTunin
         if resolved.prompt_template is None:
             resolved.prompt_template = _config_value(model, "prompt_template") or DEFAULT_TEMPLATE
         _resolve_tokens(resolved, _tokenizer_for(config, model))
+        _name_base_model(resolved, model)
         resolved.set_at_injection = {name: getattr(resolved, name) for name in empty}
     _check_fits(resolved, model)
+    if config.has_weights and config.base_model_fingerprint is not None:
+        check_fingerprint(
+            config.base_model_fingerprint, model, repr(config.source or "of this configuration"), _named_base(config)
+        )
     return resolved
+
+
+def _name_base_model(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    """Sets commit, subfolder and fingerprint of the base model."""
+    hub = hub_settings_of(model)
+    if config.revision not in (None, hub.revision) and hub.revision is not None:
+        name = getattr(model, "name_or_path", None)
+        if _commit_of(name, hub.at(config.revision, hub.subfolder)) != hub.revision:
+            warnings.warn(
+                f"The configuration says revision={config.revision!r}, but the model was loaded from {name!r} at "
+                f"{hub.revision!r}, which is what the adapter names as its base model's revision.",
+                UserWarning,
+                stacklevel=2,
+            )
+    config.revision = hub.revision or config.revision
+    config.base_model_subfolder = hub.subfolder or None
+    config.base_model_fingerprint = fingerprint_of(model)
+
+
+def _commit_of(name: str | None, hub: HubSettings) -> str | None:
+    try:
+        return hub.pinned(name).revision
+    except OSError:  # offline, or no such revision
+        return None
+
+
+def _named_base(config: CLIPPromptTuningConfig) -> str:
+    revision = f" at revision {config.revision!r}" if config.revision else ""
+    return f"{config.base_model_name_or_path!r}{revision}"
 
 
 def chosen_towers(config: CLIPPromptTuningConfig, model: nn.Module, kind: str) -> list[Tower]:
@@ -142,6 +180,12 @@ def chosen_towers(config: CLIPPromptTuningConfig, model: nn.Module, kind: str) -
     if config.target_modules is None:
         return towers
     return [tower for tower in towers if check_target_module_exists(config, tower.embeddings_key)]
+
+
+def image_width_of(model: nn.Module) -> int | None:
+    """Returns E, the width of the image embeddings: that of the outermost module whose config says it."""
+    widths = (embed_width(getattr(module, "config", None)) for module in model.modules())
+    return next((width for width in widths if width is not None), None)
 
 
 def _config_value(model: nn.Module, name: str):
@@ -206,13 +250,24 @@ def _room_in_template(config: CLIPPromptTuningConfig, tokenizer, num_begin: int)
 def _tokenizer_for(config: CLIPPromptTuningConfig, model: nn.Module):
     if config.tokenizer_name_or_path is None and getattr(model, "tokenizer", None) is not None:
         return model.tokenizer
-    name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
+    own_name = getattr(model, "name_or_path", None)
+    name = config.tokenizer_name_or_path or own_name
     if not name:
         raise ValueError(
             f"The tokenizer is needed to find the template's tokens, but this {type(model).__name__} has no "
-            "name_or_path to load it from; set tokenizer_name_or_path in CLIPPromptTuningConfig."
+            "name_or_path to load it from; set tokenizer_name_or_path in CLIPPromptTuningConfig, or model.tokenizer."
         )
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    hub = hub_settings_of(model)
+    if name != own_name:
+        hub = hub.at(revision=None)
+    elif hub.revision is None:
+        hub = hub.at(config.revision, hub.subfolder)
+    remedy = (
+        "A model of transformers does not keep the token, revision, cache_dir or subfolder that it was loaded with: "
+        "set model.tokenizer = AutoTokenizer.from_pretrained(..., token=...) before get_peft_model, or make a "
+        "classifier first, with AutoModelForPromptClassification.from_pretrained(..., token=...)."
+    )
+    return load_tokenizer(name, hub, remedy)
 
 
 def _check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
@@ -225,6 +280,11 @@ def _check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
             "only beside an image tower), so there is nothing to tune. Models that have them: CLIPModel, "
             "CLIPTextModel, CLIPTextModelWithProjection, those of MetaCLIP 2, SigLIP and SigLIP 2, ChineseCLIPModel, "
             "AltCLIPModel, and the classifiers made of them (CLIPForPromptClassification, ...)."
+        )
+    if config.image_conditioned and image_width_of(model) is None:
+        raise ValueError(
+            f"image_conditioned needs to know the width of the image embeddings, and neither this {name} nor a module "
+            "in it has a config with projection_dim; put the prompts into the CLIPModel, or set config.projection_dim."
         )
     if config.image_conditioned and not find_towers(model, "vision"):
         raise ValueError(
@@ -310,7 +370,7 @@ def _check_room(config: CLIPPromptTuningConfig, embeddings: nn.Module) -> None:
             f"{end - 1}, but the text tower has {num_positions(embeddings)} positions and needs at least two after "
             "the vectors, for the class name and the end token; take fewer vectors."
         )
-    vocab_size = getattr(embeddings, token_table_name(embeddings)).num_embeddings
+    vocab_size = unwrapped(getattr(embeddings, token_table_name(embeddings))).num_embeddings
     highest = max(config.replaced_token_ids + (config.init_token_ids or []), default=0)
     if highest >= vocab_size:
         raise ValueError(

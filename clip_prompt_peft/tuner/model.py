@@ -10,16 +10,17 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..towers import Tower, embed_width, has_adapters
+from ..towers import Tower, has_adapters
 from .config import CLIPPromptTuningConfig
 from .files import check_values
 from .layer import CLIPPromptLayer, CLIPTextLearnableEmbeddings
-from .layout import PromptLayout, chosen_towers, resolve
+from .layout import PromptLayout, chosen_towers, image_width_of, resolve
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 
 
 PREFIX = "learnable_"  # of all containers of adapter tensors
 PEFT_PATH = "base_model.model."
+COMPILED = "_orig_mod."  # torch.compile puts it in front of all names
 
 
 class CLIPPromptTuningModel(BaseTuner):
@@ -61,8 +62,21 @@ class CLIPPromptTuningModel(BaseTuner):
             )
         self._injected = adapter_name
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._wrap_without_tensors(adapter_name)
         if self.peft_config[adapter_name].vision_prompts_from_text:
             self._connect_towers(adapter_name)
+
+    def _wrap_without_tensors(self, adapter_name: str) -> None:
+        """Wraps text embeddings that get no vectors: given a `state_dict`, peft wraps only what has tensors in it."""
+        config = self.peft_config[adapter_name]
+        for key in self._text_targets if config.num_virtual_tokens == 0 else ():
+            target = self.model.get_submodule(key)
+            is_wrapped = isinstance(target, CLIPPromptLayer) and adapter_name in target.prompt_layouts
+            if not is_wrapped and self._check_target_module_exists(config, key):
+                parent, _, name = key.rpartition(".")
+                parent = self.model.get_submodule(parent)
+                self._create_and_replace(config, adapter_name, target, name, parent, current_key=key)
+                self.targeted_module_names.append(key)
 
     def _prepare_adapter_config(self, peft_config: CLIPPromptTuningConfig, model_config: dict):
         resolved = resolve(peft_config, self.model)
@@ -95,6 +109,8 @@ class CLIPPromptTuningModel(BaseTuner):
         return check_target_module_exists(by_name, key)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
+        if current_key not in {**self._text_targets, **self._vision_targets}:
+            current_key = COMPILED + current_key  # peft has taken the prefix off
         in_text = current_key in self._text_targets
         depth, tower = (self._text_targets if in_text else self._vision_targets)[current_key]
         if in_text and depth == 0:
@@ -116,7 +132,7 @@ class CLIPPromptTuningModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _add_to_text_embeddings(self, target, adapter_name, peft_config) -> CLIPTextLearnableEmbeddings:
-        image_width = embed_width(getattr(self.model, "config", None))
+        image_width = image_width_of(self.model)
         if isinstance(target, CLIPTextLearnableEmbeddings):
             target.update_layer(adapter_name, self._layout, image_width)
         else:

@@ -109,8 +109,8 @@ def test_predict_prints_the_labels_of_the_model_and_reports_what_it_cannot_read(
     printed, errors = capsys.readouterr().out, exit.value.code
 
     assert "2 of 6 files" in errors
-    assert f"{broken}: not an image" in errors
-    assert f"{tmp_path / 'gone.jpg'}: no such file" in errors
+    assert f"Cannot read '{broken}': it is damaged, or no image" in errors
+    assert f"Cannot read '{tmp_path / 'gone.jpg'}': No such file" in errors
     model = AutoPeftModelForPromptClassification.from_pretrained(str(adapter)).eval()
     image_processor = AutoImageProcessor.from_pretrained(TINY_CLIP)
     for path in images.glob("*/*.png"):

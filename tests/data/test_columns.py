@@ -1,7 +1,10 @@
+import warnings
+
 import pytest
-from datasets import ClassLabel, Dataset, Features
+from datasets import ClassLabel, Dataset, Features, Value
 
 from clip_prompt_peft.data import class_names_of, clean_class_name
+from clip_prompt_peft.data.columns import check_label_order, check_labels_are_numbers
 
 
 def dataset(names):
@@ -37,3 +40,39 @@ def test_camel_case_is_split_on_request():
     assert clean_class_name("ApplyEyeMakeup", split_camel_case=True) == "Apply Eye Makeup"
     assert clean_class_name("TV_DVDs", split_camel_case=True) == "TV DVDs"
     assert clean_class_name("ApplyEyeMakeup") == "ApplyEyeMakeup"
+
+
+class TestLabelOrder:
+    @pytest.mark.parametrize("names", [["cat", "dog", "owl"], ["cat", "hound", "owl"], ["Cat", "DOG", "Owl"]])
+    def test_classes_of_the_same_number_may_have_other_names(self, names):
+        check_label_order(dataset(names), ["cat", "dog", "owl"])
+
+    @pytest.mark.parametrize("names", [["polar bear", "cat", "owl"], ["polar_bear", "cat", "fox"]])
+    def test_a_class_with_another_number_is_an_error(self, names):
+        with pytest.raises(ValueError, match="another order: label 0 of the data set is 'polar.bear', which"):
+            check_label_order(dataset(names), ["cat", "polar bear", "owl"])
+
+    def test_some_of_the_classes_are_a_warning(self):
+        with pytest.warns(UserWarning, match="label 0 of the data set is 'dog', which is class 1"):
+            check_label_order(dataset(["dog", "owl"]), ["cat", "dog", "owl"])
+
+    def test_without_names_nothing_is_known(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_label_order(dataset(["dog", "cat"]), None)
+            check_label_order(Dataset.from_dict({"label": [0, 1]}), ["cat", "dog"])
+
+
+class TestLabelsAreNumbers:
+    @pytest.mark.parametrize("dtype", ["int8", "uint64", "bool", "float16", "float64"])
+    def test_of_any_type(self, dtype):
+        check_labels_are_numbers(Dataset.from_dict({"label": [0, 1]}).cast_column("label", Value(dtype)))
+
+    @pytest.mark.parametrize("labels", [["cat", "dog"], [[0], [1]], [{"id": 0}, {"id": 1}]])
+    def test_others_are_refused(self, labels):
+        with pytest.raises(ValueError, match="'label' holds .*class_encode_column"):
+            check_labels_are_numbers(Dataset.from_dict({"label": labels}))
+
+    def test_missing_ones_are_counted(self):
+        with pytest.raises(ValueError, match="1 of 3 rows have no value in the column 'label', such as row 1"):
+            check_labels_are_numbers(Dataset.from_dict({"label": [0, None, 1]}))

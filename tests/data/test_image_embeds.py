@@ -146,6 +146,22 @@ class TestRefused:
         with pytest.raises(ValueError, match="pixel_values"):
             cache_image_embeds(dataset, classifier, image_processor)
 
+    def test_classes_in_another_order(self, classifier, dataset, image_processor):
+        classifier.set_class_names(dataset.features["label"].names[::-1])
+        with pytest.raises(ValueError, match="another order: label 0 of the data set is 'animal', which is class 11"):
+            cache_image_embeds(dataset, classifier, image_processor)
+        with pytest.raises(ValueError, match="another order"):
+            with_pixel_values(dataset, image_processor, class_names=classifier.class_names)
+
+    def test_labels_that_are_no_numbers(self, classifier, dataset, image_processor):
+        words = dataset.select_columns("image").add_column("label", list("abcde"))
+        for prepare in (
+            lambda: cache_image_embeds(words, classifier, image_processor),
+            lambda: with_pixel_values(words, image_processor),
+        ):
+            with pytest.raises(ValueError, match="holds string.*class_encode_column"):
+                prepare()
+
     @pytest.mark.parametrize("settings", [{"num_views": 0}, {"num_views": "many"}, {"dtype": "int8"}])
     def test_invalid_settings(self, classifier, dataset, image_processor, settings):
         with pytest.raises(ValueError, match=next(iter(settings))):

@@ -55,3 +55,11 @@ def test_which_images_changed_sides_is_counted():
 def test_images_of_other_classes_are_refused(classifier, dataset, image_processor):
     with pytest.raises(ValueError, match="not the model's classes"):
         compare_with_zero_shot(tuned(classifier), dataset, image_processor)
+
+
+def test_every_module_keeps_its_training_mode(base, dataset, image_processor):
+    model = tuned(base)
+    model.train().vision_model.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    compare_with_zero_shot(model, dataset.select(range(2)), image_processor)
+    assert {name: module.training for name, module in model.named_modules()} == before

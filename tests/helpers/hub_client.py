@@ -5,6 +5,7 @@
 A task is one of the functions below, and leaves in FOLDER what the tests look at.
 """
 
+import copy
 import json
 import logging
 import os
@@ -16,10 +17,12 @@ import torch
 from adapters import tuned
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPModel, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Trainer, TrainingArguments, pipeline
 
 from clip_prompt_peft import (
+    AutoModelForPromptClassification,
     AutoPeftModelForPromptClassification,
     CLIPForPromptClassification,
     build_class_prompts,
@@ -105,6 +108,33 @@ def push_with_local_base(folder):
     (folder / "logged.json").write_text(json.dumps(logged))
 
 
+def push_classifier(folder):
+    """The classifier itself, in both ways, and what a pipeline needs beside it."""
+    classifier = CLIPForPromptClassification.from_pretrained(BASE, class_names=CLASS_NAMES)
+    classifier.push_to_hub("me/classifier")
+    AutoImageProcessor.from_pretrained(BASE).push_to_hub("me/classifier")
+    classifier.save_pretrained(folder / "classifier", push_to_hub=True, repo_id="me/saved-and-pushed")
+
+
+def classify_by_pipeline(folder):
+    """The answers of pipelines for an adapter and a classifier on the Hub, and what the models themselves say."""
+    image = Image.new("RGB", (60, 50), "red")
+    inputs = AutoImageProcessor.from_pretrained(BASE)(image, return_tensors="pt")
+    answers = {}
+    for name, auto_class in (
+        ("me/by-trainer", AutoPeftModelForPromptClassification),
+        ("me/classifier", CLIPForPromptClassification),
+    ):
+        with torch.no_grad():
+            scores = auto_class.from_pretrained(name).eval()(**inputs).logits.softmax(-1)[0]
+        answers[name] = {
+            "expected": dict(zip(CLASS_NAMES, scores.tolist())),
+            "our task": pipeline("prompt-image-classification", model=name)(image),
+        }
+    answers["me/classifier"]["code of the repository"] = pipeline(model="me/classifier", trust_remote_code=True)(image)
+    (folder / "answers.json").write_text(json.dumps(answers))
+
+
 def load(folder):
     """Loads in the three ways, each from a repository pushed in another way."""
     logits = {
@@ -169,6 +199,51 @@ def lied_to(folder):
 
             outcomes[f"{name} {way}"] = outcome(load_and_run)
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+def settings(folder):
+    """A private base model with a token, a revision, a cache and a subfolder, and an adapter on it."""
+    secret, cache = "hf_secret", folder / "cache"
+    os.environ.pop("HF_TOKEN", None)
+    where = {"token": secret, "cache_dir": str(cache)}
+    noted = {}
+    noted["without a token"] = outcome(lambda: AutoModelForPromptClassification.from_pretrained("me/private"))
+    model = AutoModelForPromptClassification.from_pretrained(
+        "me/private", revision="v2", class_names=CLASS_NAMES, **where
+    )
+    noted["commit"] = model.hub_settings.revision
+    plain = CLIPModel.from_pretrained("me/private", revision="v2", **where)
+    noted["plain model"] = outcome(lambda: tuned(plain))
+    again = CLIPForPromptClassification.from_base(plain, revision="v2", class_names=CLASS_NAMES, **where)
+    noted["copies"] = [
+        other.hub_settings == model.hub_settings
+        for other in (copy.deepcopy(model), type(model).from_base(model.to_base(), class_names=CLASS_NAMES))
+    ]
+    model.save_pretrained(folder / "classifier")
+    peft_model = tuned(model, num_virtual_tokens=5)
+    peft_model.save_pretrained(folder / "adapter")
+    torch.save(model, folder / "model.pt")
+    noted["repr"] = secret in repr(model.hub_settings) + repr(model) + repr(model.config)
+    files = [path for path in folder.rglob("*") if path.is_file() and cache not in path.parents]
+    noted["files with the token"] = [path.name for path in files if secret.encode() in path.read_bytes()]
+    noted["config"] = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    expected = classifier_logits(peft_model)
+    loads = {
+        "auto": lambda **more: AutoPeftModelForPromptClassification.from_pretrained(
+            folder / "adapter", **where, **more
+        ),
+        "classifier": lambda **more: CLIPForPromptClassification.from_pretrained(folder / "adapter", **where, **more),
+        "offline": lambda: loads["auto"](local_files_only=True),
+    }
+    logits = {way: classifier_logits(load()) for way, load in loads.items()}
+    noted["loaded"] = {way: torch.allclose(found, expected, atol=1e-5) for way, found in logits.items()}
+    sub = AutoModelForPromptClassification.from_pretrained("me/private", subfolder="sub", class_names=["cat"], **where)
+    of_sub = tuned(sub, num_virtual_tokens=5)
+    of_sub.save_pretrained(folder / "of_sub")
+    loaded = AutoPeftModelForPromptClassification.from_pretrained(folder / "of_sub", **where)
+    noted["subfolder"] = torch.allclose(classifier_logits(loaded), classifier_logits(of_sub), atol=1e-5)
+    noted["from_base"] = again.hub_settings.revision
+    (folder / "noted.json").write_text(json.dumps(noted))
 
 
 if __name__ == "__main__":

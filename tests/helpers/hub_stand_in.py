@@ -1,7 +1,7 @@
 """A stand-in of the Hugging Face Hub: the part of its HTTP API that pushing and loading an adapter needs.
 
 It lets the tests use the real client (`HF_ENDPOINT`, with `HF_HUB_DISABLE_XET=1`) without network. Repositories live
-in memory, every repository has one branch, and failures are told to it beforehand.
+in memory, and failures are told to it beforehand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ TRUNCATE = "truncate"  # a failure that is no status: the answer breaks off in t
 class HubStandIn:
     """
     Attributes:
-        repos: files by repository id and path.
+        repos: files by repository id and path, on the branch main.
+        branches: files by repository id and path of other branches, by (repository id, branch).
+        private: tokens by repository id; without its token, a repository is not to be seen.
         failures: (regex of "METHOD /path", how); requests that match fail. How: a status; TRUNCATE; an address of
             another host to redirect to; or a number of seconds, as a float, to wait before the answer.
         requests: "METHOD /path" of all requests so far.
@@ -33,6 +35,9 @@ class HubStandIn:
 
     def __init__(self):
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.branches: dict[tuple[str, str], dict[str, bytes]] = {}
+        self.private: dict[str, str] = {}
+        self.commits: dict[str, dict[str, bytes]] = {}  # the files of every commit that was ever named
         self.failures: list[tuple[str, int | str | float]] = []
         self.requests: list[str] = []
         self.tokens: list[str | None] = []
@@ -51,8 +56,20 @@ class HubStandIn:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
 
-    def commit_id(self, repo_id: str) -> str:
-        return hashlib.sha1(repr(sorted(self.repos[repo_id].items())).encode()).hexdigest()
+    def commit_id(self, repo_id: str, revision: str = "main") -> str | None:
+        """The commit of a branch, or the commit itself; `None` if there is no such revision."""
+        if revision in self.commits:
+            return revision
+        files = self.repos[repo_id] if revision == "main" else self.branches.get((repo_id, revision))
+        if files is None:
+            return None
+        commit = hashlib.sha1(repr((repo_id, sorted(files.items()))).encode()).hexdigest()
+        self.commits[commit] = dict(files)
+        return commit
+
+    def is_visible(self, repo_id: str, authorization: str | None) -> bool:
+        token = self.private.get(repo_id)
+        return repo_id in self.repos and (token is None or authorization == f"Bearer {token}")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -153,19 +170,31 @@ class _Handler(BaseHTTPRequestHandler):
     def create_branch(self, repo_id, branch):
         self._json({})
 
-    def info(self, repo_id):
-        if repo_id not in self.hub.repos:
-            return self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-        siblings = [{"rfilename": path} for path in self.hub.repos[repo_id]]
-        return self._json({"id": repo_id, "sha": self.hub.commit_id(repo_id), "siblings": siblings, "tags": []})
+    def info(self, repo_id, revision=None):
+        commit = self._commit(repo_id, revision or "main")
+        if commit is None:
+            return None
+        siblings = [{"rfilename": path} for path in self.hub.commits[commit]]
+        return self._json({"id": repo_id, "sha": commit, "siblings": siblings, "tags": []})
+
+    def _commit(self, repo_id, revision):
+        """The commit of a revision; without one, answers that there is none and returns `None`."""
+        if not self.hub.is_visible(repo_id, self.headers.get("Authorization")):
+            self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+            return None
+        commit = self.hub.commit_id(repo_id, revision)
+        if commit is None:
+            self._json({"error": "Revision not found"}, 404, X_Error_Code="RevisionNotFound")
+        return commit
 
     def resolve(self, repo_id, revision, path):
-        if repo_id not in self.hub.repos:
-            return self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-        commit = self.hub.commit_id(repo_id)
-        if path not in self.hub.repos[repo_id]:
+        commit = self._commit(repo_id, revision)
+        if commit is None:
+            return None
+        files = self.hub.commits[commit]
+        if path not in files:
             return self._json({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        content = self.hub.repos[repo_id][path]
+        content = files[path]
         tag = f'"{hashlib.sha256(content).hexdigest()}"'
         if self.other_host is not None:
             linked = {"X_Linked_Etag": tag, "X_Linked_Size": str(len(content))}
@@ -188,6 +217,6 @@ ROUTES = {
     r"PUT /lfs/(\w+)": _Handler.lfs_put,
     f"POST /api/models/{REPO}/commit/{REVISION}": _Handler.commit,
     f"POST /api/models/{REPO}/branch/{REVISION}": _Handler.create_branch,
-    f"GET /api/models/{REPO}(?:/revision/[^/]+)?": _Handler.info,
+    f"GET /api/models/{REPO}(?:/revision/([^/]+))?": _Handler.info,
     f"(?:GET|HEAD) /{REPO}/resolve/{REVISION}/(.+)": _Handler.resolve,
 }

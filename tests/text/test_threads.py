@@ -4,18 +4,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from families import Case
+from conftest import slow_param
+from families import FAMILIES, Case
 
 from clip_prompt_peft import PRESETS
 
 
 NUM_THREADS, NUM_CALLS = 8, 40
 CASES = [("CLIP", preset) for preset in PRESETS] + [("Siglip", "cocoop"), ("Siglip", "coop-csc")]
+CASES += [slow_param((family, preset)) for family in FAMILIES if family != "CLIP" for preset in ("coop", "maple")]
 
 
-@pytest.mark.parametrize(("family", "preset"), CASES)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
 @torch.no_grad()
-def test_every_call_gives_the_logits_of_a_single_thread(family, preset):
+def test_every_call_gives_the_logits_of_a_single_thread(case):
+    family, preset = case
     case = Case(family)
     model = case.prompted(preset)
     images = [{name: value[index : index + 1] for name, value in case.images.items()} for index in range(4)]

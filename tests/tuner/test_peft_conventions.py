@@ -11,6 +11,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    TrainableTokensConfig,
     convert_to_lora,
     get_base_model_state_dict,
     get_layer_status,
@@ -134,6 +135,21 @@ def test_an_adapter_is_injected_without_a_peft_model(fields, pixel_values, by_st
     state = {name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(model).items()}
     result = set_peft_model_state_dict(classifier, state, low_cpu_mem_usage=low_cpu_mem_usage)
     assert not result.unexpected_keys
+    torch.testing.assert_close(logits_of(classifier.eval(), pixel_values), logits_of(model, pixel_values))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["plain", "compiled"])
+@pytest.mark.parametrize("fields", [*KINDS.values(), {"num_virtual_tokens": 0, "num_vision_virtual_tokens": 2}])
+def test_a_state_dict_says_what_to_wrap_also_in_a_compiled_model(fields, wrap, pixel_values):
+    """Vision prompts alone have no tensor in the text embeddings, which still have to know template and classes."""
+    model = tuned_classifier(**{**fields, "modules_to_save": None}) if fields.get("num_virtual_tokens") != 0 else None
+    model = model or get_peft_model(new_classifier(), CLIPPromptTuningConfig(**fields)).eval()
+    state = {name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(model).items()}
+    classifier = new_classifier()
+    config = CLIPPromptTuningConfig(**{**fields, "modules_to_save": None})
+    inject_adapter_in_model(config, wrap(classifier), state_dict=state)
+    set_peft_model_state_dict(classifier, state)
+    assert classifier.prompt_layout.class_names == classifier.config.class_names
     torch.testing.assert_close(logits_of(classifier.eval(), pixel_values), logits_of(model, pixel_values))
 
 
@@ -276,6 +292,52 @@ def test_layers_show_themselves_and_are_found_by_name(fields):
     names = [status.name for status in get_layer_status(model) if status.module_type.startswith("clip_prompt_tuning")]
     assert sorted(names) == sorted(f"model.{name}" for name in model.targeted_module_names)
     assert repr(model).count("clip_prompt_tuning.") == len(names)
+
+
+# Other methods on the tables that prompts read
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["token_embedding"], init_lora_weights=False),
+        LoraConfig(target_modules=["position_embedding"], init_lora_weights=False),
+        LoraConfig(target_modules="all-linear", init_lora_weights=False),
+        TrainableTokensConfig(target_modules=["token_embedding"], token_indices=[5, 6], init_weights=False),
+    ],
+    ids=["lora_token", "lora_position", "lora_linear", "trainable_tokens"],
+)
+def test_prompts_start_from_and_merge_with_the_embeddings_that_another_method_has_changed(config, pixel_values):
+    classifier = new_classifier()
+    classifier.add_adapter(config, "other")
+    expected = logits_of(classifier.eval(), pixel_values)
+    model = get_peft_model(classifier, CLIPPromptTuningConfig(), adapter_name="prompts").eval()
+    torch.testing.assert_close(logits_of(model, pixel_values), expected, rtol=1e-4, atol=1e-4)
+    randomize(model, "prompts")
+    expected = logits_of(model, pixel_values)
+    torch.testing.assert_close(logits_of(model.merge_and_unload(), pixel_values), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_image_conditioned_prompts_find_the_width_in_a_module_around_a_clip_or_say_what_is_missing(clip):
+    class Around(nn.Module):
+        def __init__(self, **parts):
+            super().__init__()
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+    config = CLIPPromptTuningConfig(image_conditioned=True, tokenizer_name_or_path=TINY_CLIP)
+    model = get_peft_model(Around(clip=clip), config)
+    first = model.base_model.model.clip.text_model.embeddings.learnable_meta_in["default"]
+    assert first.in_features == clip.config.projection_dim
+    bare = CLIPModel.from_pretrained(TINY_CLIP)
+    towers = Around(text=bare.text_model, image=bare.vision_model)
+    for tower in (bare.text_model, bare.vision_model):
+        for module in tower.modules():
+            if hasattr(module, "config"):
+                module.config = None
+    with pytest.raises(ValueError, match="projection_dim"):
+        get_peft_model(towers, config)
+    assert not any(isinstance(module, BaseTunerLayer) for module in towers.modules())
 
 
 # What is for LoRA alone says so

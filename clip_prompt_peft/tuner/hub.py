@@ -1,0 +1,163 @@
+"""Where the files of a model came from, and with what: the settings for all that is loaded later by its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.utils import extract_commit_hash, find_adapter_config_file
+
+from .files import fetch, read_config
+
+
+MODEL_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """
+    The arguments of `from_pretrained` about the Hub with which a model was loaded.
+
+    A model keeps them in its attribute `hub_settings`, never in its config. Copies of a model share them. Pickles hold
+    neither the token nor the proxies, which may contain a password; both are left out of the `repr`, too.
+
+    Args:
+        revision (`str`, *optional*):
+            The branch, tag or commit. A model that was loaded from the Hub has a commit.
+        subfolder (`str`, *optional*, defaults to `""`):
+            The folder in the repository, or below the local folder.
+        token (`str` or `bool`, *optional*):
+            The token for the Hub; `False` for none.
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            The folder for downloads.
+        local_files_only (`bool`, *optional*, defaults to `False`):
+            Whether to use only what has been downloaded before.
+        force_download (`bool`, *optional*, defaults to `False`):
+            Whether to download files again.
+        proxies (`dict[str, str]`, *optional*):
+            The proxies by protocol.
+    """
+
+    revision: str | None = None
+    subfolder: str = ""
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | os.PathLike | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    proxies: dict[str, str] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of_arguments(cls, arguments: Mapping) -> HubSettings:
+        """Returns the settings among the arguments of a `from_pretrained`."""
+        names = [setting.name for setting in fields(cls)]
+        return cls(**{name: arguments[name] for name in names if arguments.get(name) is not None})
+
+    @property
+    def arguments(self) -> dict:
+        """The arguments of `from_pretrained` that differ from its defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def at(self, revision: str | None, subfolder: str | None = None) -> HubSettings:
+        """Returns the settings for another repository, or another revision of it."""
+        return replace(self, revision=revision, subfolder=subfolder or "")
+
+    def pinned(self, name_or_path: str | os.PathLike | None, filename: str = MODEL_CONFIG) -> HubSettings:
+        """Returns the settings with the revision resolved to the commit that it is now.
+
+        All files that are loaded with them are of one state of the repository. Local folders have no revision.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`, *optional*):
+                The folder or Hub id.
+            filename (`str`, *optional*, defaults to `"config.json"`):
+                A file of the repository.
+
+        Raises:
+            OSError: If the repository cannot be accessed.
+        """
+        if name_or_path is None or os.path.exists(name_or_path):
+            return self
+        path = fetch(name_or_path, filename, _raise_exceptions_for_missing_entries=False, **self.arguments)
+        return replace(self, revision=extract_commit_hash(path, None) or self.revision)
+
+    def __copy__(self) -> HubSettings:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> HubSettings:
+        return self
+
+    def __reduce__(self):
+        return type(self), (self.revision, self.subfolder, None, self.cache_dir, self.local_files_only)
+
+
+def hub_settings_of(model: nn.Module) -> HubSettings:
+    """Returns the settings for files beside a model's weights: its tokenizer, its image processor.
+
+    transformers keeps none of them on its own models. For these, the user's defaults hold.
+    """
+    return getattr(model, "hub_settings", None) or HubSettings()
+
+
+def load_tokenizer(name_or_path: str, hub: HubSettings, remedy: str):
+    """Loads the tokenizer of a model.
+
+    Args:
+        name_or_path (`str`):
+            The folder or Hub id.
+        hub (`HubSettings`):
+            Where, and with what, the model came from.
+        remedy (`str`):
+            What the user can do, for error messages.
+
+    Raises:
+        OSError: If it cannot be loaded.
+        ValueError: If there is none beside the model.
+    """
+    place = f"{name_or_path!r}" + (f", subfolder {hub.subfolder!r}" if hub.subfolder else "")
+    if hub.revision is not None:
+        place += f", revision {hub.revision!r}"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **hub.arguments)
+    except OSError as error:
+        raise OSError(f"The tokenizer of {place} could not be loaded: {error}\n{remedy}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where there are no files
+        raise ValueError(f"There are no files of a tokenizer in {place}. {remedy}")
+    return tokenizer
+
+
+def locate(
+    name_or_path: str | os.PathLike | None, arguments: Mapping
+) -> tuple[str | os.PathLike | None, HubSettings, HubSettings | None]:
+    """Finds the base model of a checkpoint or an adapter, and resolves the revisions of both.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`, *optional*):
+            A checkpoint or an adapter, as a folder or Hub id.
+        arguments (`Mapping`):
+            The arguments of `from_pretrained`.
+
+    Returns:
+        `tuple`: Folder or Hub id of the base model, the settings to load it with, and those to load the adapter with;
+        `None` if it is a checkpoint.
+
+    Raises:
+        OSError: If the base model cannot be accessed.
+        ValueError: If the adapter is damaged, or does not name its base model.
+    """
+    hub = HubSettings.of_arguments(arguments)
+    if name_or_path is None:
+        return None, hub, None
+    of_adapter = {**hub.arguments, **(arguments.get("adapter_kwargs") or {})}
+    adapter = HubSettings.of_arguments(of_adapter)
+    path = find_adapter_config_file(str(name_or_path), **adapter.arguments)
+    if path is None or os.path.isfile(os.path.join(name_or_path, MODEL_CONFIG)):  # a model with its adapter beside it
+        return name_or_path, hub.pinned(name_or_path), None
+    config = read_config(path)
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"The adapter {str(name_or_path)!r} does not name its base model; load that one first.")
+    of_base = hub.at(config.revision, getattr(config, "base_model_subfolder", None)).pinned(base)
+    return base, of_base, replace(adapter, revision=extract_commit_hash(path, None) or adapter.revision)

@@ -1,0 +1,157 @@
+"""Folders of images as people have them: links, stray and unreadable files, odd names, different depths."""
+
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+from PIL import Image as PILImage
+
+from clip_prompt_peft.data import load_image_dataset
+
+
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
+def write(root, *paths):
+    """Writes images, or empty files if the ending is not of an image that Pillow writes."""
+    for path in paths:
+        file = Path(root, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix.lower() in (".png", ".jpg", ".jfif"):
+            PILImage.new("RGB", (4, 4)).save(file, format="PNG")
+        else:
+            file.write_bytes(b"")
+    return root
+
+
+def load(**folders):
+    return load_image_dataset(folders=folders)
+
+
+def classes(dataset):
+    """The number of images of each class."""
+    names = dataset.features["label"].names
+    labels = [names[label] for label in dataset["label"]]
+    return {name: labels.count(name) for name in names}
+
+
+def test_linked_class_folders_and_images_are_read_and_loops_end(tmp_path):
+    train = write(tmp_path / "train", "cat/1.png", "dog/1.png")
+    write(tmp_path / "elsewhere", "1.png", "2.png")
+    (train / "bird").symlink_to(tmp_path / "elsewhere")
+    (train / "cat" / "2.png").symlink_to(tmp_path / "elsewhere" / "1.png")
+    (train / "dog" / "all").symlink_to(train)
+    assert classes(load(train=train)["train"]) == {"bird": 2, "cat": 2, "dog": 1}
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (None, "class folders of .*: bird. They are empty"),
+        ("1.heic", r"bird. They hold 1 .heic files \(such as .*1.heic"),
+        ("1", "1 files without an ending"),
+        (".hidden.png", "1 hidden images"),
+    ],
+)
+def test_a_class_folder_without_images_is_an_error_that_names_it(tmp_path, file, message):
+    train = write(tmp_path / "train", "cat/1.png", "dog/1.png")
+    (train / "bird").mkdir()
+    if file:
+        write(train / "bird", file)
+    with pytest.raises(ValueError, match=message):
+        load(train=train)
+
+
+def test_skipped_files_are_told_and_those_of_the_system_are_not(tmp_path, caplog):
+    train = write(tmp_path / "train", "cat/1.PNG", "cat/2.jfif", "cat/3.heic", "dog/1.png", "dog/notes.txt")
+    write(train, "cat/.DS_Store", "Thumbs.db", "__MACOSX/cat/1.png", ".ipynb_checkpoints/1.png")
+    (train / "dog" / "2.png").symlink_to(tmp_path / "gone.png")
+    assert classes(load(train=train)["train"]) == {"cat": 2, "dog": 1}
+    for told in ("1 .heic files", "1 .txt files", "2 hidden images", "1 broken links"):
+        assert told in caplog.text
+    assert "DS_Store" not in caplog.text and "Thumbs" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a [b] c", "what?*", "ünï code", "plain/", "train [1]/*"])
+def test_folders_of_any_name_and_depth_are_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name, "cat/1.png", "dog [1]/1.png")
+    write(tmp_path / "far/away/test", "cat/1.png", "dog [1]/*.png")
+    splits = load(train=name, test=tmp_path / "far/away/test")
+    assert classes(splits["train"]) == classes(splits["test"]) == {"cat": 1, "dog [1]": 1}
+    assert splits["train"][0]["image"].size == (4, 4)
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "pets", "cat/1.png", "dog/1.png")
+    assert classes(load(train="~/pets")["train"]) == {"cat": 1, "dog": 1}
+
+
+@pytest.mark.parametrize("stray", ["cover.png", "cat/young/1.png"])
+def test_an_image_in_the_way_is_named(tmp_path, stray):
+    train = write(tmp_path / "train", "cat/1.png", "dog/1.png", stray)
+    with pytest.raises(ValueError, match=f"different depths, such as .*{stray}"):
+        load(train=train)
+
+
+def test_splits_inside_of_a_folder_are_not_mixed(tmp_path):
+    write(tmp_path, "photos/train/cat/1.png", "photos/train/dog/1.png", "photos/test/cat/1.png")
+    with pytest.raises(ValueError, match="folders of splits, test, train"):
+        load(train=tmp_path / "photos")
+
+
+def test_classes_two_folders_deep_are_told(tmp_path, caplog):
+    train = write(tmp_path / "train", "pets/cat/1.png", "pets/dog/1.png")
+    assert classes(load(train=train)["train"]) == {"cat": 1, "dog": 1}
+    assert "Their class is the folder that holds them" in caplog.text
+
+
+def test_accents_are_the_same_however_they_are_stored(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    train = write(tmp_path / "train", f"{composed}/1.png", "bar/1.png")
+    test = write(tmp_path / "test", f"{decomposed}/1.png", "bar/1.png")
+    assert classes(load(train=train, test=test)["test"]) == {"bar": 1, composed: 1}
+    write(train, f"{decomposed}/1.png")
+    with pytest.raises(ValueError, match="NFC and NFD"):
+        load(train=train)
+
+
+@pytest.mark.parametrize("name", ["Dog", "dog "])
+def test_a_class_that_differs_in_case_or_spaces_is_hinted_at(tmp_path, name):
+    train = write(tmp_path / "train", "cat/1.png", "dog/1.png")
+    test = write(tmp_path / "test", "cat/1.png", f"{name}/1.png")
+    with pytest.raises(ValueError, match="It has 'dog', which differ in case or spaces only"):
+        load(train=train, test=test)
+
+
+def test_missing_test_classes_and_numbers_as_names_are_told(tmp_path, caplog):
+    train = write(tmp_path / "train", "0/1.png", "1/1.png")
+    test = write(tmp_path / "test", "1/1.png")
+    assert list(load(train=train, test=test)["test"]["label"]) == [1]
+    assert "'test' has no images of 1 classes: ['0']" in caplog.text
+    assert "numbers as names" in caplog.text
+
+
+def test_a_changed_image_changes_the_fingerprint(tmp_path):
+    train = write(tmp_path / "train", "cat/1.png", "dog/1.png")
+    before, again = (load(train=train)["train"]._fingerprint for _ in range(2))
+    os.utime(train / "cat/1.png", (1, 1))
+    assert before == again != load(train=train)["train"]._fingerprint
+
+
+def test_labels_in_a_metadata_file_are_read(tmp_path):
+    train = write(tmp_path / "train [1]", "1.png", "2.png")
+    rows = ('{"file_name": "1.png", "label": "cat"}', '{"file_name": "2.png", "label": "dog"}')
+    (train / "metadata.jsonl").write_text("\n".join(rows))
+    assert classes(load(train=train)["train"]) == {"cat": 1, "dog": 1}
+
+
+def test_shards_and_paths_of_files_are_read(tmp_path):
+    splits = load(train=write(tmp_path / "train", "cat/1.png", "dog/1.png"))
+    shards = [tmp_path / f"part [{index}].parquet" for index in range(2)]
+    for shard in shards:
+        splits["train"].to_parquet(shard)
+    assert classes(load_image_dataset(files={"train": shards})["train"]) == {"cat": 2, "dog": 2}
+    assert classes(load_image_dataset(files={"train": shards[0]})["train"]) == {"cat": 1, "dog": 1}

@@ -1,0 +1,153 @@
+"""An adapter tells whether the model that it is loaded into is the one that it was trained on."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from adapters import change_config, tuned
+from conftest import CLASS_NAMES, TINY_CLIP
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import CLIPModel, CLIPTextModel
+
+from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification
+
+
+@pytest.fixture
+def adapter(classifier, tmp_path):
+    tuned(classifier).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def warnings_of(load):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load()
+    return [str(w.message) for w in caught if "was trained on other weights" in str(w.message)]
+
+
+def warnings_with(model, adapter):
+    return warnings_of(lambda: PeftModel.from_pretrained(model, adapter))
+
+
+def changed(clip, select, std=1e-3):
+    """The model with the chosen tensors trained a little further."""
+    with torch.no_grad():
+        for name, parameter in clip.named_parameters():
+            if select(name):
+                parameter += std * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    return clip
+
+
+def int8_round_trip(clip, dim):
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            table = parameter.reshape(len(parameter), -1) if parameter.ndim > 1 else parameter
+            by_table = dim is None or parameter.ndim < 2
+            largest = table.abs().max() if by_table else table.abs().amax(dim, keepdim=True)
+            scale = largest.clamp_min(1e-12) / 127
+            parameter.copy_(((table / scale).round() * scale).reshape(parameter.shape))
+    return clip
+
+
+def test_it_is_small(adapter):
+    fingerprint = json.loads((adapter / "adapter_config.json").read_text())["base_model_fingerprint"]
+    assert len(json.dumps(fingerprint)) < 4096
+
+
+class TestTheSameModel:
+    def test_as_it_was(self, clip, adapter):
+        assert warnings_with(clip, adapter) == []
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_in_another_precision(self, clip, adapter, dtype):
+        assert warnings_with(clip.to(dtype), adapter) == []
+        assert warnings_with(clip.float(), adapter) == []
+
+    @pytest.mark.parametrize("dim", [None, 0, 1])
+    def test_in_8_bit(self, clip, adapter, dim):
+        assert warnings_with(int8_round_trip(clip, dim), adapter) == []
+
+    @pytest.mark.parametrize("dim", [None, 1])
+    def test_whole_under_an_adapter_of_an_8_bit_one(self, clip, tmp_path, dim):
+        tuned(int8_round_trip(copy.deepcopy(clip), dim)).save_pretrained(tmp_path)
+        assert warnings_with(clip, tmp_path) == []
+
+    def test_whole_under_an_adapter_of_a_half_precision_one(self, clip, tmp_path):
+        tuned(copy.deepcopy(clip).bfloat16()).save_pretrained(tmp_path)
+        assert warnings_with(clip, tmp_path) == []
+
+    def test_saved_and_loaded_as_a_classifier(self, classifier, adapter, tmp_path):
+        CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=CLASS_NAMES).save_pretrained(tmp_path / "c")
+        assert warnings_with(CLIPModel.from_pretrained(tmp_path / "c"), adapter) == []
+
+    def test_as_a_text_tower_alone(self, adapter):
+        assert warnings_with(CLIPTextModel.from_pretrained(TINY_CLIP), adapter) == []
+
+    def test_inside_of_another_module(self, clip, adapter):
+        assert warnings_with(torch.nn.ModuleDict({"clip": clip}), adapter) == []
+
+    def test_with_a_larger_token_table(self, clip, adapter):
+        embeddings = clip.text_model.embeddings
+        rows = torch.cat([embeddings.token_embedding.weight, torch.zeros(64, 128)])
+        embeddings.token_embedding = torch.nn.Embedding.from_pretrained(rows)
+        assert warnings_with(clip, adapter) == []
+
+    def test_beside_other_adapters(self, classifier, adapter, tmp_path):
+        get_peft_model(
+            CLIPModel.from_pretrained(TINY_CLIP), LoraConfig(target_modules=["q_proj"], r=2)
+        ).save_pretrained(tmp_path / "lora")
+        classifier.load_adapter(str(tmp_path / "lora"), "lora")
+        assert warnings_with(classifier, adapter) == []
+        model = PeftModel.from_pretrained(classifier, adapter, adapter_name="first")
+        assert warnings_of(lambda: model.load_adapter(adapter, "second")) == []
+
+    def test_without_values(self, clip, adapter):
+        tensors = {name: tensor.to("meta") for name, tensor in clip.named_parameters() if "vision_model" in name}
+        for name, tensor in tensors.items():
+            path, _, attribute = name.rpartition(".")
+            setattr(clip.get_submodule(path), attribute, torch.nn.Parameter(tensor))
+        assert warnings_with(clip, adapter) == []
+
+
+class TestAnotherModel:
+    @pytest.mark.parametrize(
+        "part",
+        [
+            "text_model.",
+            "vision_model.",
+            "text_model.encoder.layers.2.",
+            "logit_scale",
+            "text_projection",
+            "visual_proj",
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_trained_further_is_named_with_adapter_and_base(self, clip, adapter, part, dtype):
+        model = changed(clip, lambda name: name.startswith(part), std=0.02).to(dtype)
+        (message,) = warnings_with(model, adapter)
+        assert str(adapter) in message and TINY_CLIP in message
+
+    def test_of_random_weights(self, clip, adapter):
+        assert warnings_with(CLIPModel(clip.config), adapter)
+
+    def test_is_noticed_by_every_way_to_load(self, clip, adapter, tmp_path):
+        other = changed(CLIPForPromptClassification.from_pretrained(TINY_CLIP), lambda name: True)
+        other.save_pretrained(tmp_path / "other")
+        change_config(adapter, base_model_name_or_path=str(tmp_path / "other"))
+        assert warnings_of(lambda: AutoPeftModelForPromptClassification.from_pretrained(adapter))
+        assert warnings_of(lambda: CLIPForPromptClassification.from_pretrained(adapter))
+        assert warnings_of(lambda: CLIPModel.from_pretrained(tmp_path / "other").load_adapter(str(adapter)))
+
+
+def test_an_adapter_without_a_fingerprint_does_not_warn(clip, adapter):
+    change_config(adapter, base_model_fingerprint=None)
+    assert warnings_with(changed(clip, lambda name: True), adapter) == []
+
+
+@pytest.mark.parametrize("fingerprint", [{}, {"values": 3}, {"values": {"a": "?"}, "per_tensor": 1}, 7])
+def test_a_damaged_fingerprint_is_refused(clip, adapter, fingerprint):
+    change_config(adapter, base_model_fingerprint=fingerprint)
+    with pytest.raises(ValueError, match="base_model_fingerprint"):
+        PeftModel.from_pretrained(clip, adapter)
