@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,14 @@ from .data import DataArguments
 
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for the user's own data
+RECIPE_ARGUMENTS = (  # what a recipe sets, unless the user gives it
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "max_grad_norm",
+    "dataloader_drop_last",
+)
 SETTINGS_FILES = (".json", ".yaml", ".yml")
 
 
@@ -93,16 +102,11 @@ class PromptArguments:
     def recipe(
         self, model, training_args: TrainingArguments, num_examples: int, shots: int, given_by_user: set[str]
     ) -> Recipe:
-        """Returns the training of the method's authors, changed by the arguments that the user gave."""
-        if self.method is None:
-            return Recipe({}, (None, None))
-        names = [
-            name
-            for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_grad_norm")
-            if name in given_by_user
-        ]
+        """Returns the training of the authors, or the default, changed by the arguments that the user gave."""
+        names = [name for name in RECIPE_ARGUMENTS if name in given_by_user]
         given = {name: getattr(training_args, name) for name in [*names, "use_cpu", "gradient_accumulation_steps"]}
-        return training_recipe(self.method, model, num_examples, shots or 16, **given)
+        shots = shots or math.ceil(num_examples / len(model.class_names))
+        return training_recipe(self.method or "default", model, num_examples, shots, **given)
 
 
 @dataclass
@@ -113,10 +117,10 @@ class PromptTrainingArguments(TrainingArguments):
         "outputs/prompt_tuning", "Folder for the adapters, one sub-folder seed1, seed2, ... for each, and the results."
     )
     overwrite_output_dir: bool = argument(False, "Replace adapters of another training in --output_dir.")
-    num_train_epochs: float = argument(100, "Number of passes over the training images.")
-    per_device_train_batch_size: int = argument(32, "Images per training step and device.")
+    num_train_epochs: float = argument(100, "Passes over the training images, by default the recipe's.")
+    per_device_train_batch_size: int = argument(32, "Images per training step and device, by default the recipe's.")
     per_device_eval_batch_size: int = argument(64, "Images per evaluation step and device.")
-    learning_rate: float = argument(2e-3, "Peak learning rate.")
+    learning_rate: float = argument(2e-3, "Peak learning rate, by default the recipe's.")
     lr_scheduler_type: str = argument("cosine", "Learning rate schedule.")
     logging_steps: float = argument(0.25, "Steps, or share of all steps, between two logs.")
     save_strategy: str = argument(

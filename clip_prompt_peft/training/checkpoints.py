@@ -85,7 +85,7 @@ def checkpoint_damage(checkpoint: str | os.PathLike) -> str | None:
 
 
 def _folders_in(folder: str | os.PathLike) -> list[Path]:
-    return [path for path in Path(folder).glob("*") if path.is_dir()]  # in Python 3.10, "*/" matches files as well
+    return list(Path(folder).glob("*/"))
 
 
 def _check_content(file: Path) -> None:

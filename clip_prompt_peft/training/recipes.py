@@ -1,4 +1,4 @@
-"""The training settings of the papers (optimizer, schedule, batch size and epochs of each preset) for the Trainer."""
+"""The training settings of the default prompts and of the papers (optimizer, schedule, batch size, epochs)."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ SETTINGS: dict[str, PaperSettings] = {
     "prograd": PaperSettings(0.002, 32, COOP_EPOCHS),
     "promptsrc": PaperSettings(0.0025, 4, 20),
 }
+DEFAULT = "default"  # the name of the recipe for a configuration without a preset
+DEFAULT_BATCH_SIZE = 32
+# Largest number of shots: learning rate and steps. Few images soon cost accuracy on others. Up to 4 shots, chosen on
+# training images of the embedded pictures that were not drawn; beyond, the settings that the examples always had.
+DEFAULT_SETTINGS = {1: (1e-3, 50), 4: (1e-3, 100), 8: (2e-3, 300), math.inf: (2e-3, 600)}
+MIN_EPOCHS = 10  # with many classes, so that every image counts
 PROMPTSRC_MEAN, PROMPTSRC_STD = 15 / 20, 1 / 20  # as fractions of the number of epochs
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 WARMUP_LEARNING_RATE = 1e-5  # constant during the first epoch
@@ -57,13 +63,13 @@ WARMUP_LEARNING_RATE = 1e-5  # constant during the first epoch
 @dataclass(frozen=True)
 class Recipe:
     """
-    The arguments with which a `Trainer` reproduces the training of a paper.
+    The arguments with which a `Trainer` trains an adapter.
 
     Attributes:
         arguments (`dict`):
             Keyword arguments for `TrainingArguments`.
         optimizers (`tuple`):
-            The optimizer and the learning rate scheduler.
+            The optimizer and the learning rate scheduler, `None` for those of the Trainer.
         callbacks (`list[TrainerCallback]`):
             The callbacks to pass to the Trainer.
         trainer_class (`type[Trainer]`):
@@ -78,26 +84,28 @@ class Recipe:
 
 def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int = 16, **overrides) -> Recipe:
     """
-    Returns the training recipe of a paper.
+    Returns the training recipe of the default prompts or of a paper.
 
-    All recipes use SGD, one warm-up epoch, a cosine schedule that is updated once per epoch, and no gradient clipping.
-    The batch is divided among the devices.
+    `"default"` is for a configuration without a preset: AdamW, a cosine schedule, and 50 (for one image per class) to
+    600 steps (for more than 8) of 32 images, but at least 10 epochs. The recipes of the papers use SGD, one warm-up
+    epoch, a cosine schedule that is updated once per epoch, and no gradient clipping. The batch is divided among the
+    devices.
 
     Args:
         name (`str`):
-            The name of a preset, one of `PRESETS`.
+            `"default"` or the name of a preset, one of `PRESETS`.
         model (`nn.Module`):
             The model with its adapter. All of its trainable parameters are trained.
         num_examples (`int`):
             The size of the training set.
         shots (`int`, *optional*, defaults to 16):
-            The number of images per class, which determines the number of epochs of some methods.
+            The number of images per class, which determines the number of epochs of the default and of some methods.
         overrides (*optional*):
-            Keyword arguments for `TrainingArguments` that replace those of the paper. The schedule takes
+            Keyword arguments for `TrainingArguments` that replace those of the recipe. The schedule takes
             `learning_rate`, `num_train_epochs`, the batch size and `gradient_accumulation_steps` into account.
 
     Raises:
-        ValueError: If the name is unknown or the model has no trainable parameters.
+        ValueError: If the name is unknown, there are no examples or shots, or the model has no trainable parameters.
 
     Example:
 
@@ -109,8 +117,12 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     ... )
     ```
     """
-    if name not in SETTINGS:
-        raise ValueError(f"There is no recipe {name!r}; there are {sorted(SETTINGS)}.")
+    if name not in (DEFAULT, *SETTINGS):
+        raise ValueError(f"There is no recipe {name!r}; there are {[DEFAULT, *sorted(SETTINGS)]}.")
+    if num_examples < 1 or shots < 1:
+        raise ValueError(f"num_examples and shots must be 1 or more, got {num_examples} and {shots}.")
+    if name == DEFAULT:
+        return _default_recipe(model, num_examples, shots, overrides)
     settings, num_devices = SETTINGS[name], _num_devices(overrides)
     epochs = settings.epochs if isinstance(settings.epochs, dict) else {math.inf: settings.epochs}
     arguments = {
@@ -129,6 +141,22 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     averaging = GaussianPromptAveraging(PROMPTSRC_MEAN * num_epochs, PROMPTSRC_STD * num_epochs)
     trainer_class = ProGradTrainer if PRESETS[name].get("regularizer") == "prograd" else Trainer
     return Recipe(arguments, optimizers, [averaging] if name == "promptsrc" else [], trainer_class)
+
+
+def _default_recipe(model: nn.Module, num_examples: int, shots: int, overrides: dict) -> Recipe:
+    _check_trainable(model)
+    num_devices = _num_devices(overrides)
+    learning_rate, num_steps = next(values for most, values in DEFAULT_SETTINGS.items() if shots <= most)
+    arguments = {
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": max(1, DEFAULT_BATCH_SIZE // num_devices),
+        "dataloader_drop_last": False,
+        **overrides,
+    }
+    batch_size = arguments["per_device_train_batch_size"] * num_devices
+    num_epochs = math.ceil(num_steps / _steps_per_epoch(num_examples, batch_size, arguments))
+    return Recipe({"num_train_epochs": max(num_epochs, MIN_EPOCHS), **arguments}, (None, None))
 
 
 def _num_devices(arguments: dict) -> int:
@@ -154,9 +182,7 @@ def sgd_with_epoch_cosine(
     Raises:
         ValueError: If the model has no trainable parameters.
     """
-    parameters = trainable_parameters([model])
-    if not parameters:
-        raise ValueError("The model has nothing to train; put an adapter into it first, or load it with is_trainable.")
+    parameters = _check_trainable(model)
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
     def factor(step: int) -> float:
@@ -177,3 +203,11 @@ def epoch_learning_rate(epoch: int, learning_rate: float, num_epochs: int) -> fl
     if epoch == 0:
         return WARMUP_LEARNING_RATE
     return 0.5 * learning_rate * (1 + math.cos(math.pi * (epoch - 1) / num_epochs))
+
+
+def _check_trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the trainable parameters, of which there must be some."""
+    parameters = trainable_parameters([model])
+    if not parameters:
+        raise ValueError("The model has nothing to train; put an adapter into it first, or load it with is_trainable.")
+    return parameters

@@ -53,7 +53,7 @@ def test_every_preset_has_a_recipe():
 def test_an_unknown_preset_is_an_error_that_lists_the_presets():
     with pytest.raises(ValueError, match=r"no preset 'coop-op'; there are \['cocoop', 'coop', "):
         CLIPPromptTuningConfig.from_preset("coop-op")
-    with pytest.raises(ValueError, match=r"no recipe 'coop-op'; there are \['cocoop', 'coop', "):
+    with pytest.raises(ValueError, match=r"no recipe 'coop-op'; there are \['default', 'cocoop', 'coop', "):
         training_recipe("coop-op", torch.nn.Linear(1, 1), num_examples=1)
 
 
@@ -120,6 +120,37 @@ def test_a_recipe_has_the_settings_of_the_paper(clip, name, shots, epochs, batch
     assert recipe.arguments["per_device_train_batch_size"] == batch_size
     assert recipe.arguments["learning_rate"] == learning_rate
     assert recipe.arguments["max_grad_norm"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "shots", "epochs"),
+    [
+        (12, 1, 50),  # one step an epoch
+        (5, 3, 100),  # two classes, five images in all
+        (48, 4, 50),
+        (192, 16, 100),  # 6 steps an epoch
+        (16_000, 16, 10),  # of 500 steps
+    ],
+)
+def test_the_default_recipe_takes_50_to_600_steps_but_at_least_ten_epochs(clip, num_examples, shots, epochs):
+    model = get_peft_model(clip, CLIPPromptTuningConfig())
+    recipe = training_recipe("default", model, num_examples, shots, use_cpu=True)
+    assert recipe.arguments["num_train_epochs"] == epochs
+    assert recipe.optimizers == (None, None) and recipe.trainer_class is Trainer
+
+
+def test_arguments_of_the_user_replace_those_of_the_default_recipe(clip):
+    model = get_peft_model(clip, CLIPPromptTuningConfig())
+    given = {"per_device_train_batch_size": 8, "lr_scheduler_type": "linear", "use_cpu": True}
+    recipe = training_recipe("default", model, num_examples=48, shots=4, **given)
+    assert recipe.arguments["num_train_epochs"] == 17  # 6 steps an epoch
+    assert recipe.arguments.items() >= given.items()
+
+
+@pytest.mark.parametrize("numbers", [{"num_examples": 0}, {"num_examples": 8, "shots": 0}])
+def test_a_recipe_for_no_images_is_an_error(clip, numbers):
+    with pytest.raises(ValueError, match="num_examples and shots must be 1 or more, got "):
+        training_recipe("default", get_peft_model(clip, CLIPPromptTuningConfig()), **numbers)
 
 
 def test_recipes_have_the_trainer_class_and_callbacks_of_their_method(clip):

@@ -1,0 +1,47 @@
+"""An editable installation works beside the clone, whatever the clone is called."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run_in_new_environment(tmp_path):
+    """Returns a function that runs a Python of an environment which has this one's packages, but not this package."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    paths = {"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")}
+    site_packages = Path(sysconfig.get_path("purelib", vars=paths))
+    (site_packages / "other_packages.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+
+    def run(*arguments, cwd):
+        command = [tmp_path / "venv" / "bin" / "python", *arguments]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+        assert not done.returncode, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip_prompt_peft", "a clone, renamed"])
+def test_a_script_beside_an_editable_clone_imports_the_package(name, tmp_path, run_in_new_environment):
+    clone = tmp_path / name
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    (clone / "setup.cfg").write_text((ROOT / "setup.cfg").read_text())  # what is tested may not be committed yet
+    run_in_new_environment(
+        "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", clone, cwd=tmp_path
+    )
+
+    # No import: torch takes seconds, and does not matter here.
+    (tmp_path / "script.py").write_text(
+        "from importlib.util import find_spec\nprint(find_spec('clip_prompt_peft').origin)\n"
+    )
+
+    found = run_in_new_environment("script.py", cwd=tmp_path)
+    assert Path(found.strip()) == clone / "clip_prompt_peft" / "__init__.py"
