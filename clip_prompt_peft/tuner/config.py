@@ -73,8 +73,8 @@ class CLIPPromptTuningConfig(PeftConfig):
 
     Injecting leaves this object as it is, so that it can serve several models, whose templates, tokens and depths
     differ. The adapter has a copy with all fields set, `model.active_peft_config`, which is what is saved. So
-    `model.peft_config["default"] is config` is false, unlike for other methods of peft. Changing fields of the copy has
-    no effect on the model: use `set_class_names` for other classes, and `active_regularizers` of the classifier for
+    `model.peft_config["default"] is config` is false, unlike for other methods of peft. Changing fields of the copy
+    has no effect on the model: use `set_class_names` for other classes, and `active_regularizers` of the classifier for
     other weights.
 
     Args:
