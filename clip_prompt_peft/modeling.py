@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .assets import PIPELINE_FILE, custom_pipelines
 from .loss import PromptClassifierOutput, check_labels, check_regularizers, compute_loss
+from .pretrained import PretrainedClassifierMixin
 from .regularizers import Prediction, Regularizer, regularizer_of
 from .regularizers.teacher import ZeroShotTeacher
 from .templates import DEFAULT_TEMPLATE, check_class_names, check_template
@@ -22,17 +18,12 @@ from .text import ClassEncoder, normalize
 from .text.cache import Memo
 from .text.prompts import ClassPrompts, build_class_prompts
 from .text.tokenization import IGNORED, EncodedTexts, encode_texts
-from .towers import embed_width, num_positions, text_embeddings_of, token_table_name, with_modules_of
-from .tuner.files import check_adapter, check_adapter_folder
-from .tuner.hub import HubSettings, hub_settings_of, load_tokenizer, locate
+from .towers import embed_width, num_positions, text_embeddings_of, token_table_name
+from .tuner.hub import HubSettings, load_tokenizer
 from .tuner.layout import PromptLayout
 
 
-logger = logging.getLogger(__name__)
-PUSH_SETTINGS = ("commit_message", "create_pr", "max_shard_size", "private", "token")
-
-
-class PromptClassificationMixin:
+class PromptClassificationMixin(PretrainedClassifierMixin):
     """
     Class names for a dual encoder: images are scored against the embeddings of one prompt for each class.
 
@@ -54,8 +45,6 @@ class PromptClassificationMixin:
           active adapter.
     """
 
-    base_class: type[PreTrainedModel]
-    weight_names: dict[str, str] | None = None
     padding = IGNORED
     default_template = DEFAULT_TEMPLATE
 
@@ -78,169 +67,6 @@ class PromptClassificationMixin:
         self._prompts = Memo()
         self._adapter_regularizers = Memo()
         self._fixed_class_embeds: torch.Tensor | None = None
-
-    # Creating, saving and converting
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *model_args,
-        class_names: Sequence[str] | None = None,
-        prompt_template: str | None = None,
-        tokenizer=None,
-        **kwargs,
-    ):
-        """
-        Loads a checkpoint as the family's own `from_pretrained` does, with class names.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`):
-                A checkpoint of the family, a saved classifier, or a prompt adapter, as a folder or Hub id.
-            class_names (`Sequence[str]`, *optional*):
-                C names. By default those saved with the checkpoint or adapter.
-            prompt_template (`str`, *optional*):
-                A text with one `{}`. By default the saved one, or `default_template`.
-            tokenizer (*optional*):
-                The tokenizer. By default the one beside the checkpoint.
-            model_args, kwargs:
-                The arguments of the family's own `from_pretrained`. Those about the Hub are kept in
-                `model.hub_settings` for what is loaded later. An adapter names the revision of its base model itself.
-
-        Raises:
-            ValueError: If names or template are not valid (before anything is loaded), or the checkpoint is of another
-                kind of model.
-        """
-        if class_names is not None:
-            class_names = check_class_names(class_names)
-        if prompt_template is not None:
-            check_template(prompt_template)
-        check_adapter_folder(pretrained_model_name_or_path)
-        with_info = kwargs.pop("output_loading_info", False)
-        if cls.weight_names is not None:
-            kwargs.setdefault("key_mapping", cls.weight_names)
-        _, base, adapter = locate(pretrained_model_name_or_path, kwargs)
-        kwargs.update(revision=base.revision, subfolder=base.subfolder)
-        if adapter is not None:
-            own = {"revision": adapter.revision, "subfolder": adapter.subfolder}
-            kwargs["adapter_kwargs"] = {**own, **(kwargs.get("adapter_kwargs") or {})}
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(
-                f"{pretrained_model_name_or_path!r} is not a {cls.family_name()} checkpoint: it lacks {len(missing)} "
-                f"of the model's weights ({', '.join(missing[:3])}, ...). AutoModelForPromptClassification picks the "
-                "class by the checkpoint's config."
-            )
-        if pretrained_model_name_or_path is None:  # transformers would call it "None"
-            model.name_or_path = model.config.name_or_path = ""
-        model.hub_settings = base
-        model._set_up(class_names, prompt_template, tokenizer)
-        return (model, info) if with_info else model
-
-    @classmethod
-    def from_base(
-        cls,
-        model: PreTrainedModel,
-        tokenizer=None,
-        class_names: Sequence[str] | None = None,
-        prompt_template: str | None = None,
-        **hub_arguments,
-    ) -> PromptClassificationMixin:
-        """Creates a classifier from a model of the family in memory. They share their modules.
-
-        Pass `token`, `revision`, ... of the model again, for its tokenizer: transformers does not keep them.
-
-        Raises:
-            TypeError: If the model is of another family, or an argument is not about the Hub.
-            ValueError: If names or template are not valid.
-        """
-        hub = HubSettings(**hub_arguments) if hub_arguments else hub_settings_of(model)
-        if not isinstance(model, cls.base_class):
-            hint = "; of a PeftModel pass get_base_model()" if hasattr(model, "get_base_model") else ""
-            raise TypeError(
-                f"{cls.__name__} is made from a {cls.base_class.__name__}, got a {type(model).__name__}{hint}."
-            )
-        classifier = with_modules_of(model, cls)
-        classifier.hub_settings = hub
-        classifier._set_up(class_names, prompt_template, tokenizer)
-        return classifier
-
-    def to_base(self) -> PreTrainedModel:
-        """Returns the plain model of the family. They share their modules.
-
-        Its config has no `id2label`: `CLIPForImageClassification` and its kin would give these names to the outputs of
-        a new layer on the image tower.
-
-        Raises:
-            ValueError: If an adapter is still in the classifier.
-        """
-        if getattr(self, "peft_config", None):
-            raise ValueError(
-                f"The adapters {sorted(self.peft_config)} are still in the model; call merge_and_unload() or unload() "
-                "on the PeftModel first and then this method on what it returns."
-            )
-        plain = with_modules_of(self, self.base_class)
-        unnamed = type(plain.config)()
-        plain.config.id2label, plain.config.label2id = unnamed.id2label, unnamed.label2id
-        if hasattr(plain.config, "custom_pipelines"):  # of a saved classifier
-            del plain.config.custom_pipelines
-        return plain
-
-    @classmethod
-    def family_name(cls) -> str:
-        """Returns the name of the family, such as `"CLIP"`."""
-        return cls.base_class.__name__.removesuffix("Model")
-
-    def _set_up(self, class_names, prompt_template, tokenizer) -> None:
-        layout = self.prompt_layout  # of an adapter that was loaded with the checkpoint
-        if prompt_template is None:
-            saved = getattr(self.config, "prompt_template", None)
-            prompt_template = saved or (layout and layout.prompt_template) or self.default_template
-        if class_names is None:
-            class_names = getattr(self.config, "class_names", None) or (layout and layout.class_names)
-        if self.config.problem_type is None and layout is not None:
-            self.config.problem_type = layout.problem_type
-        self.tokenizer = tokenizer
-        self.set_prompt_template(prompt_template)
-        if class_names is None:
-            self.config.class_names = None
-        else:
-            self.set_class_names(class_names)
-
-    def save_pretrained(self, save_directory, **kwargs):
-        """Saves the model as the family's own `save_pretrained` does, the tokenizer for the class prompts, and code.
-
-        The code is a short file by which `transformers.pipeline("image-classification", ..., trust_remote_code=True)`
-        loads this class. Without it, transformers would put a new layer on the image tower and answer at random.
-
-        With an adapter from transformers' `add_adapter` in the model, only the adapter is saved.
-        """
-        if self.class_names is not None:
-            self.class_prompts  # noqa: B018, it updates id2label if an adapter has been switched
-        tokenizer = None
-        if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
-            if self.tokenizer is None and not self.name_or_path:
-                logger.warning("The classifier has no tokenizer to save beside it; pass tokenizer=... to load it.")
-            else:
-                tokenizer = self._get_tokenizer()
-        self.config.custom_pipelines = custom_pipelines()
-        push_to_hub = kwargs.pop("push_to_hub", False)  # the family's own would push before all files are there
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
-            shutil.copy(PIPELINE_FILE, save_directory)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(save_directory)
-        if push_to_hub and kwargs.get("is_main_process", True):
-            settings = {name: kwargs[name] for name in PUSH_SETTINGS if name in kwargs}
-            self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory)), **settings)
-
-    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
-        """Loads an adapter as transformers does, but refuses prompt adapters that would change the frozen model."""
-        check_adapter(peft_model_id, **kwargs)
-        return super().load_adapter(peft_model_id, *args, **kwargs)
 
     # peft's auto classes need these two if a tokenizer is saved beside the adapter.
 

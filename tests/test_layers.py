@@ -20,6 +20,7 @@ LAYERS = [
     {"text"},
     {"regularizers"},
     {"loss"},
+    {"pretrained"},
     {"modeling"},
     {"families"},
     {"data", "training"},
