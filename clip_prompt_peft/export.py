@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoImageProcessor
 
 from .image_files import decode_image, process_images
+from .installing import how_to_install
 from .modeling import PromptClassificationMixin
 from .text import normalize
 from .towers import eval_mode, find_towers, takes_patches
@@ -201,9 +202,7 @@ def _check_images(classifier: PromptClassificationMixin, images, labels, int8: b
 def _check_packages() -> None:
     missing = [name for name in NEEDED_PACKAGES if find_spec(name) is None]
     if missing:
-        raise ImportError(
-            f"Exporting needs {', '.join(missing)}, not installed: pip install 'clip_prompt_peft[export]'."
-        )
+        raise ImportError(f"Exporting needs {', '.join(missing)}, not installed; {how_to_install('export')}.")
 
 
 def _load_image_processor(classifier: PromptClassificationMixin):

@@ -15,7 +15,7 @@ FILES = sorted(set(PACKAGE.rglob("*.py")) - {PIPELINE_FILE})
 
 # From the bottom up. What shares a line does not import each other.
 LAYERS = [
-    {"assets", "towers", "templates", "image_files"},
+    {"assets", "towers", "templates", "image_files", "installing"},
     {"tuner"},  # a peft method: of this package it needs towers and templates only
     {"text"},
     {"regularizers"},

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from clip_prompt_peft.installing import how_to_install
+
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,3 +47,10 @@ def test_a_script_beside_an_editable_clone_imports_the_package(name, tmp_path, r
 
     found = run_in_new_environment("script.py", cwd=tmp_path)
     assert Path(found.strip()) == clone / "clip_prompt_peft" / "__init__.py"
+
+
+def test_only_one_place_says_how_to_install_the_package():
+    saying = {file.name for file in (ROOT / "clip_prompt_peft").rglob("*.py") if "pip install" in file.read_text()}
+    assert saying == {"installing.py", "prompt_classification_pipeline.py"}  # the second is copied beside classifiers
+    assert how_to_install("report").endswith('pip install -e ".[report]"')
+    assert how_to_install().endswith('pip install -e "."')

@@ -10,8 +10,8 @@ try:
 except ImportError as error:
     raise ImportError(
         "This classifier runs with the package clip_prompt_peft in a version that has PromptClassificationPipeline, "
-        f"which could not be imported ({error}). Install it into this environment, or update it: pip install -U "
-        "clip_prompt_peft."
+        f"which could not be imported ({error}). Install it into this environment, or update it: in a clone of "
+        "clip_prompt_peft, pip install -e ."
     ) from error
 
 __all__ = ["PromptClassificationPipeline"]

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 from ..assets import TINY_CLIP
 from ..evaluation.tables import aligned, percent
+from ..installing import how_to_install
 
 
 # The metrics in a table of results, and the names of their columns.
@@ -169,10 +170,7 @@ def check_extra(extra: str, *modules: str) -> None:
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise ImportError(
-            f"This command needs {', '.join(missing)}: pip install 'clip_prompt_peft[{extra}]', or, in a clone, "
-            f"pip install -e '.[{extra}]'."
-        )
+        raise ImportError(f"This command needs {', '.join(missing)}; {how_to_install(extra)}.")
 
 
 def check_output_file(path: str) -> None:

@@ -3,7 +3,7 @@
     python -m clip_prompt_peft.commands.demo      # first tunes on the embedded pictures, which takes a minute
     python -m clip_prompt_peft.commands.demo --adapters outputs/prompt_tuning
 
-Needs `pip install 'clip_prompt_peft[demo]'`.
+Needs the packages of the extra `demo`.
 """
 
 from __future__ import annotations

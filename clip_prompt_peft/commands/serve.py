@@ -5,7 +5,7 @@
 
 Adapters that are there at the start are loaded. `curl -X PUT http://127.0.0.1:8000/adapters/NAME` loads one that comes
 later, and `-X DELETE` unloads one. There is no authentication, and by default the service listens on this machine
-only. Needs `pip install 'clip_prompt_peft[serve]'`.
+only. Needs the packages of the extra `serve`.
 """
 
 from __future__ import annotations

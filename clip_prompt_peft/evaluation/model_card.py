@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..installing import how_to_install
 from .tables import counted, inline_code, markdown_table, table_cell
 
 
@@ -27,7 +28,7 @@ NUM_CLASSES_SHOWN, NUM_VECTORS_SHOWN = 50, 16
 LOWER_IS_BETTER = {"expected_calibration_error": " (lower is better)"}
 LOADING = """
 ```python
-# pip install clip_prompt_peft
+# {install}
 from clip_prompt_peft import AutoPeftModelForPromptClassification
 
 model = AutoPeftModelForPromptClassification.from_pretrained("{repo_id}")
@@ -217,7 +218,7 @@ def _section(config, metrics: Mapping[str, float], repo_id: str | None, details:
             lines += ["", "### Nearest vocabulary words", "", *_word_lines(details.words)]
         versions = ", ".join(f"{name} {version}" for name, version in environment_versions().items())
         lines += ["", f"Made with {versions}."]
-    return [*lines, LOADING.format(repo_id=repo_id or "ID_OF_THIS_REPOSITORY")]
+    return [*lines, LOADING.format(repo_id=repo_id or "ID_OF_THIS_REPOSITORY", install=how_to_install())]
 
 
 def _prompt_lines(config) -> list[str]:

@@ -1,4 +1,4 @@
-"""Plots of results with matplotlib, which is installed by `pip install "clip_prompt_peft[report]"`.
+"""Plots of results with matplotlib, which comes with the extra `report`.
 
 Each function draws into the axes it is given, or into new ones, and returns them. `save_figure` writes them to a file.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..installing import how_to_install
 from .tables import printable
 
 
@@ -224,7 +225,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError('Plots need matplotlib: pip install "clip_prompt_peft[report]".') from error
+        raise ImportError(f"Plots need matplotlib; {how_to_install('report')}.") from error
     from matplotlib import pyplot
 
     if matplotlib.get_backend().lower() not in ("agg", "inline", "module://matplotlib_inline.backend_inline"):

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from ..data.images import decode, undecoded
+from ..installing import how_to_install
 from . import plots
 from .comparison import Comparison
 from .interpret import nearest_words
@@ -53,7 +54,7 @@ def write_report(
     try:
         from jinja2 import Environment
     except ImportError as error:
-        raise ImportError('A report needs jinja2: pip install "clip_prompt_peft[report]".') from error
+        raise ImportError(f"A report needs jinja2; {how_to_install('report')}.") from error
     environment = Environment(
         autoescape=True, finalize=lambda value: printable(value) if isinstance(value, str) else value
     )

@@ -1,0 +1,75 @@
+"""The command lines in README and the documents are ones that our commands and scripts accept."""
+
+import argparse
+import importlib
+import re
+import runpy
+import shlex
+
+import pytest
+from conftest import ROOT
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+COMMAND = re.compile(
+    r"(?:-m clip_prompt_peft\.commands\.(?P<module>[a-z]\w*)"
+    r"|python (?P<script>(?:examples|benchmarks|tests)/[\w/]+\.py))"
+    r"(?P<arguments>[^`\n]*)"
+)
+WITHOUT_A_PARSER = {"tests/helpers/dying_process.py", "tests/helpers/readme_snippets.py"}
+PACKAGE = "clip_prompt_peft.commands"
+
+
+def command_lines(document):
+    """The commands of a document as (module or script, arguments)."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    for found in COMMAND.finditer(text):
+        arguments = shlex.split(found["arguments"].partition("&&")[0].partition(";")[0], comments=True)
+        yield found["module"] or found["script"], [argument for argument in arguments if argument != "..."]
+
+
+LINES = sorted({(target, *arguments) for document in DOCUMENTS for target, arguments in command_lines(document)})
+
+
+class Parsed(BaseException):
+    """Ends a command as soon as its arguments are parsed; no command handles it."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Returns a function that lets a command parse a command line, and gives what the parser did not know."""
+    parse_known_args = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_end(*args, **kwargs):
+        raise Parsed(parse_known_args(*args, **kwargs)[1])
+
+    def parse(target, *arguments):
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_end)
+        monkeypatch.setattr("sys.argv", [target, *arguments])
+        with pytest.raises(Parsed) as ended:
+            if target.endswith(".py"):
+                runpy.run_path(str(ROOT / target), run_name="__main__")
+            else:
+                importlib.import_module(f"{PACKAGE}.{target}").main()
+        return ended.value.args[0]
+
+    return parse
+
+
+def test_the_command_lines_are_found():
+    targets = {line[0] for line in LINES}
+    assert {"train", "report", "predict", "serve", "benchmark", "demo", "benchmarks/step_time.py"} <= targets
+    assert any("--push_to_hub" in line for line in LINES)  # behind a line that goes on
+    assert ("train", "--dataloader_drop_last") in LINES  # in front of a comment
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line[0] not in WITHOUT_A_PARSER], ids=" ".join)
+def test_a_command_line_is_parsed(line, parse, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "helpers")
+    assert parse(*line) == []
+
+
+def test_a_wrong_flag_would_be_noticed(parse):
+    assert parse("train", "--train_dirs", "photos") == ["--train_dirs", "photos"]
+    assert parse("serve", "--adapter_folder", "photos") == ["--adapter_folder", "photos"]

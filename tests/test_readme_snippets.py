@@ -1,0 +1,82 @@
+"""The Python snippets of README and of the documents run as they are printed, one after the other.
+
+Nothing in them is replaced: the stand-in of the Hub serves the embedded tiny CLIP under the name of the published one.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import run_snippets
+from conftest import ROOT, TINY_CLIP
+from hub_stand_in import HubStandIn
+from readme_snippets import snippets_of
+
+
+README = ROOT / "README.md"
+DOCUMENTS = [document for document in (README, *sorted(ROOT.glob("docs/*.md"))) if snippets_of(document)]
+
+
+def quick_start():
+    """The first snippet of README, and the output that is shown for it."""
+    section = README.read_text(encoding="utf-8").partition("## Quick start")[2].partition("\n## ")[0]
+    return re.search(r"```python\n(.*?)```\n\n    (.*?)\n", section, re.DOTALL).groups()
+
+
+def test_the_quick_start_has_15_lines():
+    snippet, _ = quick_start()
+    assert len([line for line in snippet.splitlines() if line.strip()]) <= 15
+    assert max(map(len, snippet.splitlines())) <= 119 and ";" not in snippet
+
+
+def test_all_fences_of_python_are_found():
+    for document in (README, *ROOT.glob("docs/*.md")):
+        languages = re.findall(r"^ *```(.*)", document.read_text(encoding="utf-8"), re.MULTILINE)[::2]
+        assert set(languages) <= {"bash", "python"}, document
+        assert languages.count("python") == len(snippets_of(document)), document
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubStandIn() as hub:
+        files = {path.name: path.read_bytes() for path in Path(TINY_CLIP).iterdir()}
+        hub.repos["openai/clip-vit-base-patch16"] = files
+        yield hub
+
+
+@pytest.mark.slow  # a process that trains, for each document
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_all_snippets_run(document, hub, tmp_path):
+    pytest.importorskip("onnxruntime")
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_stand_in",
+        "OMP_NUM_THREADS": "1",
+    }
+    folder = tmp_path / "work"
+    folder.mkdir()
+
+    command = [sys.executable, run_snippets.__file__, str(document)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"--- {document.name}, snippet {len(snippets_of(document))}\n" in done.stdout
+    if document == README:
+        assert (folder / "pets-prompts" / "adapter_config.json").exists()
+        check_shown_accuracies(done.stdout)
+
+
+def check_shown_accuracies(printed):
+    _, shown = quick_start()
+    found = re.search(r"^([\d.]+)% -> ([\d.]+)% (\w+)$", printed, re.MULTILINE)
+    before, after = map(float, found.group(1, 2))
+    shown_before, shown_after = map(float, re.findall(r"([\d.]+)%", shown))
+    assert before == shown_before and after > before + 2
+    assert abs(after - shown_after) < 2  # the last digits depend on the machine
+    assert found.group(3) == shown.split()[-1]
