@@ -57,6 +57,7 @@ IMPORTED = {
     "transformers.utils.find_adapter_config_file": "a folder of an adapter could not be told from one of a base model",
     "transformers.utils.logging": "progress bars of loading could not be kept quiet",
     "datasets.fingerprint.Hasher": "embeddings would be computed again, or taken from another model's",
+    "datasets.exceptions.DatasetGenerationError": "a damaged table would be a traceback without its name",
     "huggingface_hub.utils.HFValidationError": "a path could not be told from a Hub id",
     "huggingface_hub.utils.validate_repo_id": "a path could not be told from a Hub id",
     "huggingface_hub.errors.EntryNotFoundError": "a repository without a card could not be pushed to",

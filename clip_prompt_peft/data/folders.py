@@ -15,17 +15,38 @@ from .columns import IMAGE, LABEL
 
 logger = logging.getLogger(__name__)
 
-METADATA_FILES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # of the `imagefolder` format of `datasets`
-SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
+SPLIT_OF = {  # name of a folder to split, as `datasets` has it
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 LAYOUT = (
     "Expected at least two classes, each with a sub-folder that holds its images directly: FOLDER/cat/1.jpg, "
     "FOLDER/dog/1.jpg, ..."
 )
 
 
-def has_metadata(folder: str) -> bool:
-    """Returns whether a folder, or a sub-folder, has a file that lists its images and their labels."""
-    return any(os.path.basename(path) in METADATA_FILES for path in list_images(folder)[1])
+def split_folders(folder: str) -> dict[str, str]:
+    """
+    Returns the folders of the splits in a folder, or the folder itself as `train`.
+
+    Raises:
+        ValueError: If two folders are of one split.
+    """
+    images = list_images(folder)[0]
+    top = sorted({os.path.relpath(path, folder).split(os.sep)[0] for path in images})
+    if not top or not {name.lower() for name in top} <= set(SPLIT_OF):
+        return {"train": folder}
+    splits: dict[str, str] = {}
+    for name in top:
+        split = SPLIT_OF[name.lower()]
+        if split in splits:
+            raise ValueError(
+                f"{folder!r} has two folders for the split {split!r}, {os.path.basename(splits[split])} and {name}. "
+                "Name the one to use: folders={...}, or --train_dir, --validation_dir, --test_dir."
+            )
+        splits[split] = os.path.join(folder, name)
+    return splits
 
 
 def load_class_folders(folders: Mapping[str, str], cache_dir: str | None = None) -> DatasetDict:
@@ -111,7 +132,7 @@ def _check_depths(folder: str, parts: Mapping[str, list[str]]) -> None:
     if 2 in depths:
         return
     top = sorted({names[0] for names in parts.values()})
-    if {name.lower() for name in top} <= SPLIT_FOLDERS:
+    if {name.lower() for name in top} <= set(SPLIT_OF):
         raise ValueError(
             f"{folder!r} holds the folders of splits, {', '.join(top)}, and not of classes. Give each of them: "
             f"folders={{{top[0]!r}: {os.path.join(folder, top[0])!r}, ...}}, or --train_dir, --test_dir."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 from datasets import (
@@ -18,6 +18,7 @@ from datasets import (
     load_dataset,
 )
 
+from ..image_files import list_images
 from .columns import (
     IMAGE,
     LABEL,
@@ -29,13 +30,16 @@ from .columns import (
     read_labels,
     type_name,
 )
-from .folders import has_metadata, load_class_folders
+from .folders import load_class_folders, split_folders
 from .formats import check_file, load_clip_benchmark, load_zhou_split
 from .images import check_rows
+from .path_tables import TABLES, load_metadata_folder, load_path_tables, metadata_files, read_files
 
 
 logger = logging.getLogger(__name__)
 
+OF_ROWS = {".parquet", ".arrow", ".tar"}  # endings of files that only `datasets` reads
+OF_ROWS_OR_IMAGES = {".zip", ".gz", ".csv", ".json", ".jsonl"}  # they may lie beside images, too
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}  # file extension to builder of `datasets`
 
 
@@ -57,14 +61,16 @@ def load_image_dataset(
 
     Args:
         dataset_name (`str`, *optional*):
-            A dataset id on the Hub, or a folder that `datasets.load_dataset` can read.
+            A dataset id on the Hub, or a folder: of classes, of splits with classes, or with a metadata file, which
+            are read as `folders`, or else one that `datasets.load_dataset` can read.
         dataset_config_name (`str`, *optional*):
             The configuration of the dataset on the Hub.
         folders (`Mapping[str, str]`, *optional*):
             The folder of each split, with one sub-folder of images per class, e.g. `{"train": "pets/train"}`, see
             [`load_class_folders`], or with a `metadata.csv`, `.jsonl` or `.parquet` as in the `imagefolder` format.
         files (`Mapping[str, str]` or `Mapping[str, Sequence[str]]`, *optional*):
-            The parquet or arrow file of each split, or a list of its shards.
+            The parquet or arrow file of each split, or a list of its shards. Or a csv, tsv or jsonl file of paths,
+            relative to its folder, and class names, see [`load_path_tables`].
         zhou_split, image_dir (`str`, *optional*):
             A published split and the folder of its images, see [`load_zhou_split`].
         webdataset_dir (`str`, *optional*):
@@ -85,18 +91,28 @@ def load_image_dataset(
     """
     if sum(bool(source) for source in (dataset_name, folders, files, zhou_split, webdataset_dir)) != 1:
         raise ValueError("Give exactly one of dataset_name, folders, files, zhou_split and webdataset_dir.")
+    for name, given in (("folders", folders), ("files", files)):
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(
+                f"{name} names what each split is read from, such as {{'train': {given!r}}}; got {given!r}."
+            )
+    if load_kwargs.get("split") is not None:
+        raise ValueError(
+            f"split={load_kwargs['split']!r} would load one split without the others; leave it out, and take the "
+            "split from the result."
+        )
     if bool(zhou_split) != bool(image_dir):
         raise ValueError("zhou_split and image_dir go together: the paths in the file are relative to the folder.")
     if folders:
         splits = _load_folders(folders, load_kwargs)
     elif files:
-        splits = _load_files(files, load_kwargs)
+        splits = _load_files(files, image_column, load_kwargs)
     elif zhou_split:
         splits = load_zhou_split(zhou_split, image_dir)
     elif webdataset_dir:
         splits = load_clip_benchmark(webdataset_dir, **load_kwargs)
     else:
-        splits = load_dataset(dataset_name, dataset_config_name, **load_kwargs)
+        splits = _load_named(os.fspath(dataset_name), dataset_config_name, load_kwargs)
     return standardize(splits, image_column, label_column)
 
 
@@ -105,28 +121,69 @@ def _load_folders(folders: Mapping[str, str | os.PathLike], load_kwargs: dict) -
     for folder in paths.values():
         if not os.path.isdir(folder):
             raise ValueError(f"The image folder {folder!r} does not exist.")
-    if not any(map(has_metadata, paths.values())):
-        splits = load_class_folders(paths, load_kwargs.get("cache_dir"))
-        if not load_kwargs.get("streaming"):
-            return splits
-        return IterableDatasetDict({split: dataset.to_iterable_dataset() for split, dataset in splits.items()})
-    data_files = {split: os.path.join(glob.escape(folder), "**") for split, folder in paths.items()}
-    return load_dataset("imagefolder", data_files=data_files, **load_kwargs)
+    cache_dir = load_kwargs.get("cache_dir")
+    with_metadata = {split: path for split, path in paths.items() if metadata_files(path)}
+    without = {split: path for split, path in paths.items() if split not in with_metadata}
+    if with_metadata and without:
+        raise ValueError(
+            f"{', '.join(with_metadata.values())} has a metadata file, but {', '.join(without.values())} has none. "
+            "Give each folder one, or none and folders of classes."
+        )
+    splits = DatasetDict({split: load_metadata_folder(path, cache_dir) for split, path in with_metadata.items()})
+    return _streamed(splits or load_class_folders(paths, cache_dir), load_kwargs)
 
 
-def _load_files(files: Mapping[str, str | os.PathLike | Sequence], load_kwargs: dict) -> DatasetDict:
+def _streamed(splits: DatasetDict, load_kwargs: dict) -> DatasetDict | IterableDatasetDict:
+    """Turns the splits into streams if these are asked for."""
+    if not load_kwargs.get("streaming"):
+        return splits
+    return IterableDatasetDict({split: dataset.to_iterable_dataset() for split, dataset in splits.items()})
+
+
+def _load_named(name: str, config: str | None, load_kwargs: dict) -> DatasetDict:
+    """Loads a data set of the Hub or a local folder."""
+    settings = {key: value for key, value in load_kwargs.items() if value is not None}
+    folder = os.path.expanduser(settings.get("data_dir", "") if name == "imagefolder" else name)
+    if config is None and "data_files" not in settings and os.path.isdir(folder) and not _is_repository(folder):
+        return _load_folders(split_folders(folder), load_kwargs)
+    return load_dataset(name, config, **load_kwargs)
+
+
+def _is_repository(folder: str) -> bool:
+    """Returns whether a folder holds what only `datasets` reads: files of rows, archives, or a layout in a card."""
+    card = os.path.join(folder, "README.md")
+    if os.path.isfile(card):
+        with open(card, encoding="utf-8", errors="replace") as file:
+            if re.search(r"^(configs|dataset_info):", file.read(), re.MULTILINE):
+                return True
+    metadata = metadata_files(folder)
+    if any(os.path.dirname(path) == folder.rstrip(os.sep) for path in metadata):
+        return split_folders(folder) != {"train": folder}  # one file for all splits
+    images, others = list_images(folder)
+    endings = {os.path.splitext(path)[1].lower() for path in set(others) - set(metadata)}
+    return bool(endings & (OF_ROWS if images else OF_ROWS | OF_ROWS_OR_IMAGES))
+
+
+def _load_files(
+    files: Mapping[str, str | os.PathLike | Sequence], image_column: str | None, load_kwargs: dict
+) -> DatasetDict:
     paths = {split: _paths(given) for split, given in files.items()}
     all_paths = [path for of_split in paths.values() for path in of_split]
     for path in all_paths:
         check_file(path)
     extensions = {os.path.splitext(path)[1].lower() for path in all_paths}
-    if len(extensions) != 1 or not extensions <= set(FILE_FORMATS):
-        raise ValueError(f"Files must be of one format, {' or '.join(FILE_FORMATS)}; got {', '.join(all_paths)}.")
-    builder = FILE_FORMATS[extensions.pop()]
+    if len(extensions) != 1 or not extensions <= set(FILE_FORMATS) | set(TABLES):
+        known = ", ".join((*FILE_FORMATS, *TABLES))
+        raise ValueError(f"Files must be of one format, {known}; got {', '.join(all_paths) or 'no files'}.")
+    extension = extensions.pop()
+    if extension in TABLES:
+        cache_dir = load_kwargs.get("cache_dir")
+        tables = {split: load_path_tables(of_split, image_column, cache_dir) for split, of_split in paths.items()}
+        return _streamed(DatasetDict(tables), load_kwargs)
+    builder = FILE_FORMATS[extension]
     splits = IterableDatasetDict() if load_kwargs.get("streaming") else DatasetDict()
     for split, of_split in paths.items():  # one by one, or `datasets` gives all files the class names of the first
-        shards = [glob.escape(path) for path in of_split]
-        splits[split] = load_dataset(builder, data_files={split: shards}, split=split, **load_kwargs)
+        splits[split] = read_files(builder, of_split, split, **load_kwargs)
     return splits
 
 
@@ -161,8 +218,12 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
         return _standardize_streams(splits, image_column, label_column)
     image_column = find_image_column(train.features, image_column)
     label_column = find_label_column(train.features, label_column)
+    if image_column == label_column:
+        raise ValueError(f"The column {image_column!r} cannot be the image column and the label column; name another.")
     trained = set(read_labels(train, label_column))
     label_feature = train.features[label_column]
+    if isinstance(label_feature, ClassLabel):
+        _warn_of_unused(label_feature, trained)
     if not isinstance(label_feature, ClassLabel):
         label_feature = ClassLabel(names=sorted(trained - {None}))
 
@@ -173,11 +234,24 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
         if name != "train" and all(label is None or label == -1 for label in labels):
             logger.warning("The split %r has no labels and is left out.", name)
             continue
-        _check_labels(name, split, labels, label_feature, trained)
+        is_named = isinstance(train.features[label_column], ClassLabel) and is_text(split.features[LABEL])
+        seen = {label_feature.names[label] for label in trained} if is_named else trained
+        _check_labels(name, split, labels, label_feature, seen)
         if not isinstance(split.features[LABEL], ClassLabel):
             split = split.cast_column(LABEL, label_feature)
         standard[name] = split
     return standard
+
+
+def _warn_of_unused(feature: ClassLabel, trained: set) -> None:
+    unused = [name for label, name in enumerate(feature.names) if label not in trained]
+    if unused:
+        logger.warning(
+            "%d of the %d classes have no images in 'train': %s. They are predicted by their names alone.",
+            len(unused),
+            feature.num_classes,
+            unused[:10],
+        )
 
 
 def _standardize_streams(

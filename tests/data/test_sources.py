@@ -169,11 +169,51 @@ def test_no_source_two_sources_and_a_missing_file_are_errors(source, message):
 
 
 def test_a_file_of_another_format_is_an_error(tmp_path):
-    (tmp_path / "data.csv").write_text("image,label\n")
-    with pytest.raises(ValueError, match=r"\.parquet or \.arrow.*data\.csv"):
-        load_image_dataset(files={"train": str(tmp_path / "data.csv")})
+    (tmp_path / "data.txt").write_text("image,label\n")
+    with pytest.raises(ValueError, match=r"\.parquet, \.arrow, \.csv.*data\.txt"):
+        load_image_dataset(files={"train": str(tmp_path / "data.txt")})
 
 
 def test_a_dataset_without_training_split_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no split 'train'; its splits are test"):
         load_image_dataset(folders={"test": write_folder(tmp_path / "test", {"cat": 1, "dog": 1})})
+
+
+def test_classes_without_training_images_are_told(tmp_path, caplog):
+    features = Features({"image": Image(), "label": ClassLabel(names=["pug", "beagle", "wolf"])})
+    file = write_parquet(tmp_path / "a.parquet", {"image": [picture()] * 2, "label": [0, 1]}, features)
+    load_image_dataset(files={"train": file})
+    assert "1 of the 3 classes have no images in 'train': ['wolf']" in caplog.text
+
+
+def test_names_of_a_test_set_are_those_of_the_training_classes(tmp_path):
+    features = Features({"image": Image(), "label": ClassLabel(names=["pug", "beagle"])})
+    train = write_parquet(tmp_path / "a.parquet", {"image": [picture()] * 2, "label": [0, 1]}, features)
+    texts = Features({"image": Image(), "label": Value("string")})
+    test = write_parquet(tmp_path / "b.parquet", {"image": [picture()], "label": ["beagle"]}, texts)
+    assert list(load_image_dataset(files={"train": train, "test": test})["test"]["label"]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"files": "a.parquet"}, r"files names what each split is read from, such as \{'train': 'a.parquet'\}"),
+        ({"folders": "pets"}, "folders names what each split"),
+        ({"dataset_name": "pets", "split": "train"}, "split='train' would load one split without the others"),
+    ],
+)
+def test_a_source_without_splits_is_an_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset(**arguments)
+
+
+def test_one_column_for_images_and_labels_is_an_error(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", {"label": ["x.png", "y.png"]})
+    with pytest.raises(ValueError, match="'label' cannot be the image column and the label column"):
+        load_image_dataset(files={"train": file}, image_column="label")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"Cannot read .*a\.parquet' as parquet"):
+        load_image_dataset(files={"train": tmp_path / "a.parquet"})

@@ -1,0 +1,155 @@
+"""Tables that list image files and their labels: csv, tsv, jsonl and parquet files, and the metadata of a folder."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+import pyarrow as pa
+from datasets import Dataset, Image, IterableDataset, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from ..image_files import list_images
+from .columns import IMAGE, is_text
+
+
+logger = logging.getLogger(__name__)
+
+# Only an empty field has no value: "NA" and "None" may be classes.
+AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}
+TABLES = {  # file extension to builder of `datasets` and its settings
+    ".csv": ("csv", AS_WRITTEN),
+    ".tsv": ("csv", {**AS_WRITTEN, "sep": "\t"}),
+    ".jsonl": ("json", {}),
+}
+METADATA_FILES = {  # of the `imagefolder` format of `datasets`
+    "metadata.csv": TABLES[".csv"],
+    "metadata.jsonl": TABLES[".jsonl"],
+    "metadata.parquet": ("parquet", {}),
+}
+PATH_COLUMNS = ("file_name", "filename", "image", "path", "image_path", "filepath", "file")
+
+
+def metadata_files(folder: str) -> list[str]:
+    """Returns the files in a folder, or in its sub-folders, that list its images and their labels."""
+    return [path for path in list_images(folder)[1] if os.path.basename(path) in METADATA_FILES]
+
+
+def load_metadata_folder(folder: str, cache_dir: str | None = None) -> Dataset:
+    """
+    Reads a folder in the `imagefolder` format of `datasets`: images, and files that list them in a column `file_name`.
+
+    Images that no row lists are told in a warning.
+
+    Args:
+        folder (`str`):
+            A folder for which [`metadata_files`] finds files. Their paths are relative to the folder they lie in.
+        cache_dir (`str`, *optional*):
+            The cache folder of `datasets`.
+
+    Returns:
+        `datasets.Dataset`: The columns of the files, and the column `image`.
+
+    Raises:
+        ValueError: If a file cannot be read, has no column `file_name`, or lists an image that does not exist.
+    """
+    tables = []
+    for file in metadata_files(folder):
+        builder, settings = METADATA_FILES[os.path.basename(file)]
+        table = read_files(builder, [file], cache_dir=cache_dir, **settings)
+        tables.append(_with_images(table, file, "file_name"))
+    dataset = _joined(tables, repr(folder), IMAGE)
+    listed = set(_paths(dataset, IMAGE))
+    others = [path for path in list_images(folder)[0] if os.path.normpath(path) not in listed]
+    if others:
+        logger.warning(
+            "%d images in %r are left out, such as %r: no metadata file lists them.", len(others), folder, others[0]
+        )
+    return dataset
+
+
+def load_path_tables(files: Sequence[str], image_column: str | None = None, cache_dir: str | None = None) -> Dataset:
+    """
+    Reads csv, tsv or jsonl files with a column of paths to images, which are relative to the folder of the file.
+
+    Args:
+        files (`Sequence[str]`):
+            Files of one format.
+        image_column (`str`, *optional*):
+            The column of the paths. By default the first of `PATH_COLUMNS` that the file has.
+        cache_dir (`str`, *optional*):
+            The cache folder of `datasets`.
+
+    Returns:
+        `datasets.Dataset`: The columns of the files, with the images in `image_column`, or by default in `image`.
+
+    Raises:
+        ValueError: If a file cannot be read, has no such column, or lists an image that does not exist.
+    """
+    tables = []
+    for file in files:
+        builder, settings = TABLES[os.path.splitext(file)[1].lower()]
+        table = read_files(builder, [file], cache_dir=cache_dir, **settings)
+        usual = [name for name in PATH_COLUMNS if name in table.features]
+        tables.append(_with_images(table, file, image_column or next(iter(usual), PATH_COLUMNS[0]), image_column))
+    return _joined(tables, ", ".join(map(repr, files)), image_column or IMAGE)
+
+
+def _with_images(table: Dataset, file: str, column: str, image_column: str | None = None) -> Dataset:
+    """Returns a table of paths, relative to the folder of its file, with the images in `image_column`."""
+    types = ", ".join(f"{name} ({getattr(kind, 'dtype', kind)})" for name, kind in table.features.items())
+    if column not in table.features or not is_text(table.features[column]):
+        raise ValueError(
+            f"{file!r} needs a column {column!r} of paths to images, relative to its folder, and one of class names. "
+            f"Its columns are: {types}. Rename the column, or name it with image_column."
+        )
+    names = table[column]
+    empty = [row for row, name in enumerate(names) if not name]
+    if empty:
+        raise ValueError(f"{len(empty)} rows of {file!r} have no path in {column!r}, such as row {empty[0]}.")
+    paths = [os.path.join(os.path.dirname(file), os.path.expanduser(name)) for name in names]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(paths)} images that {file!r} lists do not exist, such as {missing[0]!r}. "
+            "Correct the paths, which are relative to the folder of the file, or remove the rows."
+        )
+    # The time of the last change becomes a part of the fingerprint, so that changed images are embedded again.
+    times = [os.stat(path).st_mtime_ns for path in paths]
+    name = image_column or IMAGE
+    table = table.remove_columns([old for old in {column, name} if old in table.features])
+    if not table.features:
+        raise ValueError(f"{file!r} has no column of class names. Its columns are: {types}.")
+    dated = table.add_column(name, times).remove_columns(name)
+    return dated.add_column(name, paths).cast_column(name, Image())
+
+
+def _paths(dataset: Dataset, column: str) -> list[str]:
+    files = dataset.select_columns(column).cast_column(column, Image(decode=False))
+    return [os.path.normpath(image["path"]) for image in files[column]]
+
+
+def _joined(tables: list[Dataset], source: str, column: str) -> Dataset:
+    if any(table.features != tables[0].features for table in tables):
+        raise ValueError(f"The tables of {source} have different columns or types; make them equal.")
+    dataset = concatenate_datasets(tables)
+    counts = Counter(_paths(dataset, column))
+    repeated = [path for path, count in counts.items() if count > 1]
+    if repeated:
+        logger.warning("%s lists %d images more than once, such as %r.", source, len(repeated), repeated[0])
+    return dataset
+
+
+def read_files(builder: str, files: Sequence[str], split: str = "train", **settings) -> Dataset | IterableDataset:
+    """Reads files with a builder of `datasets`. Those that it cannot read are named in a `ValueError`."""
+    data_files = {split: [glob.escape(file) for file in files]}
+    try:
+        return load_dataset(builder, data_files=data_files, split=split, **settings)
+    except (DatasetGenerationError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"Cannot read {', '.join(map(repr, files))} as {builder}: {error.__cause__ or error}. The file is "
+            "damaged, empty or of another format, or files have different columns; write it again."
+        ) from error
