@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Self
 
 from transformers import PreTrainedModel
 
@@ -15,10 +15,6 @@ from .templates import check_class_names, check_template
 from .towers import with_modules_of
 from .tuner.files import check_adapter, check_adapter_folder
 from .tuner.hub import HubSettings, hub_settings_of, locate
-
-
-if TYPE_CHECKING:
-    from .modeling import PromptClassificationMixin
 
 
 logger = logging.getLogger(__name__)
@@ -105,7 +101,7 @@ class PretrainedClassifierMixin:
         class_names: Sequence[str] | None = None,
         prompt_template: str | None = None,
         **hub_arguments,
-    ) -> PromptClassificationMixin:
+    ) -> Self:
         """Creates a classifier from a model of the family in memory. They share their modules.
 
         Pass `token`, `revision`, ... of the model again, for its tokenizer: transformers does not keep them.

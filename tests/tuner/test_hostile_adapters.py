@@ -218,7 +218,7 @@ def test_the_service_refuses_a_hostile_adapter_and_goes_on(adapter, monkeypatch,
     monkeypatch.syspath_prepend(hostile_adapters.Path(TINY_CLIP).parent.parent)
     from fastapi import HTTPException
 
-    from clip_prompt_peft.commands.serve import AdapterStore
+    from clip_prompt_peft.commands.service import AdapterStore
 
     shutil.copytree(adapter, tmp_path / "hostile")
     name = "base_model.model.logit_scale"
