@@ -52,7 +52,7 @@ else:
 model = AutoModelForPromptClassification.from_pretrained(
     args.model_name_or_path, class_names=class_names_of(train_images)
 )
-image_processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+image_processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **model.hub_settings.arguments)
 model.to("cuda" if torch.cuda.is_available() else "cpu")
 # The image tower is frozen, so it runs once for each image and not in every epoch.
 test_sets = {name: cache_image_embeds(images, model, image_processor) for name, images in test_sets.items()}

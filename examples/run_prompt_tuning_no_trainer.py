@@ -68,7 +68,7 @@ try:
     train, test = (splits["train"], splits["test"]) if "test" in splits else hold_out(splits["train"], 0.2)
     train = sample_few_shot(train, args.shots, seed=args.seed, when_fewer="all")
     model = AutoModelForPromptClassification.from_pretrained(name, class_names=class_names_of(train))
-    image_processor = AutoImageProcessor.from_pretrained(name)
+    image_processor = AutoImageProcessor.from_pretrained(name, **model.hub_settings.arguments)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
 except (ValueError, OSError) as error:
     sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import BaseImageProcessor
 
 from .. import AutoPeftModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
 from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import listed
 from ..training.checkpoints import last_whole_checkpoint
 from ..tuner.files import adapter_folders
-from .common import device, use_one_thread_if_tiny
+from ..tuner.hub import HubSettings
+from .common import device, load_image_processor, use_one_thread_if_tiny
 
 
 # Endings of files; a Hub id may have a dot, too, as in "user/pets-v1.5".
@@ -82,22 +83,40 @@ def find_adapter(name_or_path: str) -> str:
     return path
 
 
-def base_model_of(adapters: Mapping[str, str]) -> str:
-    """Returns the base model that all of the adapters name.
+def base_model_of(adapters: Mapping[str, str], chosen: str | None = None) -> tuple[str, HubSettings]:
+    """Returns the base model that all of the adapters name, and its revision and subfolder as settings.
+
+    Args:
+        adapters (`Mapping[str, str]`):
+            The folder or Hub id of each adapter by name.
+        chosen (`str`, *optional*):
+            The base model that the user chose. Its revision is the one that the adapters name, if they agree on one.
 
     Raises:
-        ValueError: If they name several, or none.
+        ValueError: If they name several, or none, and none is chosen.
     """
     configs = {name: PeftConfig.from_pretrained(path) for name, path in adapters.items()}
-    bases = {
-        name: config.base_model_name_or_path
+    places = {
+        name: (config.base_model_name_or_path, config.revision, config.base_model_subfolder or None)
         for name, config in configs.items()
         if isinstance(config, CLIPPromptTuningConfig)
     }
-    if len({*bases.values()}) != 1 or None in bases.values():
-        named = "; ".join(f"{name}: {base}" for name, base in bases.items()) or "there are no adapters of prompts"
-        raise ValueError(f"The adapters do not name one base model ({named}). Choose it with --base.")
-    return next(iter(bases.values()))
+    found = {place for place in places.values() if place[0] is not None and chosen in (None, place[0])}
+    if chosen is not None and len(found) != 1:
+        return chosen, HubSettings()
+    if len(found) != 1 or None in {name for name, _, _ in places.values()}:
+        named = "; ".join(f"{name}: {_shown(*place)}" for name, place in places.items())
+        raise ValueError(
+            f"The adapters do not name one base model ({named or 'there are no adapters of prompts'}). Choose it with "
+            "--base."
+        )
+    ((name, revision, subfolder),) = found
+    return name, HubSettings().at(revision, subfolder)
+
+
+def _shown(base: str | None, revision: str | None, subfolder: str | None) -> str:
+    details = {"revision": revision, "subfolder": subfolder}
+    return ", ".join([base or "none", *(f"{name} {value}" for name, value in details.items() if value)])
 
 
 def _is_meant_as_path(name: str) -> bool:
@@ -165,6 +184,6 @@ def load_adapter(
         OSError: If the adapter or its base model is not found.
     """
     model = AutoPeftModelForPromptClassification.from_pretrained(adapter, base_model_name_or_path=args.base)
-    base, hub = model.get_base_model().name_or_path, model.get_base_model().hub_settings.arguments
-    use_one_thread_if_tiny(base)
-    return model.eval().to(args.device), AutoImageProcessor.from_pretrained(base, trust_remote_code=False, **hub)
+    classifier = model.get_base_model()
+    use_one_thread_if_tiny(classifier.name_or_path)
+    return model.eval().to(args.device), load_image_processor(classifier)

@@ -26,7 +26,6 @@ from pathlib import Path
 import datasets
 import transformers
 from datasets import Dataset, DatasetDict
-from transformers import AutoImageProcessor
 
 from .. import AutoModelForPromptClassification, load_templates
 from ..assets import TINY_CLIP
@@ -52,6 +51,7 @@ from ..protocols import (
     transfer,
     transfer_table,
 )
+from ..tuner.hub import HubSettings
 from .checks import POSITIVE
 from .common import (
     DataclassParser,
@@ -59,6 +59,7 @@ from .common import (
     check_extra,
     device,
     errors_in_one_line,
+    load_image_processor,
     silence_libraries,
     stopped_in_one_line,
     use_one_thread_if_tiny,
@@ -137,13 +138,14 @@ def run_benchmark(progress: Progress) -> None:
         base_new = base_to_new(source, args.methods, shots, args.seeds)
         others = transfer(source, targets, args.methods, shots, args.seeds)
         check_can_be_written(args.output_dir)
+        hub = HubSettings().pinned(args.model_name_or_path)
         hashes = {name: hash_of_splits(splits) for name, splits in data.items()}
-        results = Results(args.output_dir, settings.fingerprint(identity_of(args.model_name_or_path)), hashes)
+        results = Results(args.output_dir, settings.fingerprint(identity_of(args.model_name_or_path, hub)), hashes)
         progress.results, progress.runs = results, merge_runs([*curve, *base_new, *others])
         if progress.num_done:
             number = f"{progress.num_done} of {counted(len(progress.runs), 'run')}"
             print(f"The results of {number} were read from {results.path}", flush=True)
-        Benchmark(partial(load_backbone, args, settings), data, results).run(progress.runs)
+        Benchmark(partial(load_backbone, args, settings, hub), data, results).run(progress.runs)
     tables = write_tables(results, curve, base_new, others, args)
     print(f"\n{tables}")
     draw_figures(results, curve, base_new, others, args)
@@ -168,11 +170,11 @@ def check_arguments(args: BenchmarkArguments, settings: TrainingSettings) -> Non
     load_templates(settings.ensemble)  # raises if the name is unknown
 
 
-def identity_of(model_name_or_path: str) -> str:
-    """Returns the Hub id of a model, or the name of its folder with a hash of its files."""
+def identity_of(model_name_or_path: str, hub: HubSettings) -> str:
+    """Returns the Hub id and commit of a model, or the name of its folder with a hash of its files."""
     folder = Path(model_name_or_path)
     if not folder.is_dir():
-        return model_name_or_path
+        return f"{model_name_or_path}@{hub.revision}"
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
@@ -202,11 +204,13 @@ def load_data(sources: list[str] | None) -> dict[str, DatasetDict]:
     return data
 
 
-def load_backbone(args: BenchmarkArguments, settings: TrainingSettings) -> Backbone:
+def load_backbone(args: BenchmarkArguments, settings: TrainingSettings, hub: HubSettings) -> Backbone:
     name = args.model_name_or_path
     use_one_thread_if_tiny(name)
-    model = AutoModelForPromptClassification.from_pretrained(name, prompt_template=settings.prompt_template)
-    return Backbone(model.to(args.device), AutoImageProcessor.from_pretrained(name), settings)
+    model = AutoModelForPromptClassification.from_pretrained(
+        name, prompt_template=settings.prompt_template, **hub.arguments
+    )
+    return Backbone(model.to(args.device), load_image_processor(model), settings)
 
 
 def write_tables(

@@ -101,6 +101,8 @@ def convert_checkpoint(
     prompt_template: str = "a photo of a {}.",
     class_token_position: str = "end",
     check_prompts: bool = True,
+    revision: str | None = None,
+    **kwargs,
 ) -> PeftModel:
     """Builds the classifier of an authors' checkpoint. Its `save_pretrained` writes the adapter.
 
@@ -118,6 +120,10 @@ def convert_checkpoint(
             `"end"`, `"middle"` or `"front"`, CoOp's `CLASS_TOKEN_POSITION`.
         check_prompts (`bool`, *optional*, defaults to `True`):
             Whether to compare class names and template with the token embeddings that are saved in the file.
+        revision (`str`, *optional*):
+            The revision of the CLIP on the Hub. Its commit is recorded in the adapter.
+        kwargs:
+            Further arguments of the classifier's `from_pretrained` (`token`, `cache_dir`, ...).
 
     Raises:
         ValueError: If the file is not such a checkpoint, or belongs to another base model, template or other classes.
@@ -136,7 +142,9 @@ def convert_checkpoint(
             f"{str(path)!r} holds no prompts that are known here ('ctx', 'image_encoder.VPT', ...), but "
             f"{sorted(saved)[:5]}."
         )
-    base = CLIPForPromptClassification.from_pretrained(base_model_name_or_path, class_names=class_names)
+    base = CLIPForPromptClassification.from_pretrained(
+        base_model_name_or_path, class_names=class_names, revision=revision, **kwargs
+    )
     config = CLIPPromptTuningConfig(
         prompt_template=prompt_template,
         class_token_position=class_token_position,
@@ -227,6 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("path", metavar="checkpoint", help="model.pth.tar-N")
     parser.add_argument("output_dir", help="folder for the adapter")
     parser.add_argument("--base_model_name_or_path", required=True, help="Hub id or folder of the same CLIP")
+    parser.add_argument(
+        "--model_revision", dest="revision", metavar="REVISION", help="branch, tag or commit of the CLIP on the Hub"
+    )
     parser.add_argument("--class_names", nargs="+", help="the class names of the training, in its order")
     parser.add_argument("--prompt_template", default="a photo of a {}.", help="the template of the training")
     parser.add_argument("--class_token_position", default="end", choices=["end", "middle", "front"])

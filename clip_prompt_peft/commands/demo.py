@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftConfig
 from PIL import Image
-from transformers import AutoImageProcessor
 
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
 from ..data.known_datasets import STYLES, load_style
 from ..image_files import decode_image, process_images
+from ..tuner.hub import HubSettings
 from .adapters import base_model_of, find_adapters
 from .common import (
     argument_parser,
     check_extra,
     errors_in_one_line,
+    load_image_processor,
     port,
     silence_libraries,
     stopped_in_one_line,
@@ -54,17 +55,19 @@ class Comparison:
             Hub id or folder of the CLIP.
         adapters (`Mapping[str, str]`):
             The folder of each adapter by name.
+        hub (`HubSettings`, *optional*):
+            The revision of the CLIP, and so on.
 
     Raises:
         ValueError: If there are no adapters of classifiers.
     """
 
-    def __init__(self, base: str, adapters: Mapping[str, str]) -> None:
+    def __init__(self, base: str, adapters: Mapping[str, str], hub: HubSettings | None = None) -> None:
         paths = {name: path for name, path in adapters.items() if is_classifier(path)}
         if not paths:
             raise ValueError(f"There are no adapters with class names in {', '.join(map(repr, adapters.values()))}.")
-        self.image_processor = AutoImageProcessor.from_pretrained(base)
-        self._classifier = AutoModelForPromptClassification.from_pretrained(base)
+        self._classifier = AutoModelForPromptClassification.from_pretrained(base, **(hub.arguments if hub else {}))
+        self.image_processor = load_image_processor(self._classifier)
         (first, path), *others = paths.items()
         model = PeftModelForPromptClassification.from_pretrained(self._classifier, path, adapter_name=first)
         for name, path in others:
@@ -166,9 +169,9 @@ def main() -> None:
         adapters = (
             tuned_on_embedded_pictures(DEFAULT_ADAPTERS) if args.adapters is None else find_adapters(args.adapters)
         )
-        base = args.base or base_model_of(adapters)
+        base, hub = base_model_of(adapters, args.base)
         use_one_thread_if_tiny(base)
-        comparison = Comparison(base, adapters)
+        comparison = Comparison(base, adapters, hub)
         examples = load_style(STYLES[0])["test"].shuffle(seed=0)[:NUM_EXAMPLES]["image"]
         build_demo(comparison, examples).launch(
             server_name="127.0.0.1",

@@ -49,13 +49,12 @@ def serve(args: argparse.Namespace) -> None:
             f"{args.adapters!r} is on the Hub; download it first: hf download {args.adapters} --local-dir DIR."
         )
     check_address(args.host, args.port)
-    base = args.base or base_model_of(adapters)
+    base, hub = base_model_of(adapters, args.base)
     use_one_thread_if_tiny(base)
     is_alone = len(adapters) == 1 and Path(args.adapters).resolve() == Path(next(iter(adapters.values()))).resolve()
     folder = Path(args.adapters).resolve()
-    store = AdapterStore(
-        base, folder.parent if is_alone else folder, args.max_adapters, [*adapters] if is_alone else None
-    )
+    parent, only = (folder.parent, [*adapters]) if is_alone else (folder, None)
+    store = AdapterStore(base, parent, args.max_adapters, only, hub)
     for name in adapters:
         store.load_or_tell(name)
     print(f"Loaded from {args.adapters}: {', '.join(store.loaded()) or 'no adapters'}", flush=True)

@@ -17,11 +17,12 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from transformers import AutoImageProcessor
 
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig
 from ..image_files import UnreadableImageError, decode_image, process_images
 from ..tuner.files import WEIGHTS_NAME
+from ..tuner.hub import HubSettings
+from .common import load_image_processor
 
 
 # Limits of a request. The size of an image is checked before decoding: a file of a few KB can decode to gigabytes.
@@ -117,14 +118,23 @@ class AdapterStore:
             How many adapters may be loaded at the same time.
         only (`Sequence[str]`, *optional*):
             The names of the adapters to take; by default, all in the folder.
+        hub (`HubSettings`, *optional*):
+            The revision of the CLIP, and so on.
     """
 
-    def __init__(self, base: str, folder: Path, max_loaded: int = 500, only: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        base: str,
+        folder: Path,
+        max_loaded: int = 500,
+        only: Sequence[str] | None = None,
+        hub: HubSettings | None = None,
+    ) -> None:
         self.folder = folder.resolve()
         self.only = only
         self.max_loaded = max_loaded
-        self.image_processor = AutoImageProcessor.from_pretrained(base)
-        self._classifier = AutoModelForPromptClassification.from_pretrained(base)
+        self._classifier = AutoModelForPromptClassification.from_pretrained(base, **(hub.arguments if hub else {}))
+        self.image_processor = load_image_processor(self._classifier)
         self._model = get_peft_model(self._classifier, CLIPPromptTuningConfig(), adapter_name=UNTRAINED).eval()
         self._lock = Lock()  # active adapter and class names are state of the model
         self._decoding = Lock()  # large images are decoded one at a time

@@ -26,7 +26,7 @@ import transformers
 from datasets import Dataset, DatasetDict
 from huggingface_hub import create_repo
 from peft import get_peft_model
-from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from .. import AutoModelForPromptClassification
 from ..data import (
@@ -51,6 +51,7 @@ from .common import (
     COLUMNS,
     Results,
     errors_in_one_line,
+    load_image_processor,
     results_table,
     silence_libraries,
     stopped_in_one_line,
@@ -105,7 +106,7 @@ def train(runs: list[TrainingArguments]) -> None:
         model = AutoModelForPromptClassification.from_pretrained(
             name, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
         )
-        image_processor = AutoImageProcessor.from_pretrained(name, **model.hub_settings.arguments)
+        image_processor = load_image_processor(model)
         config = prompt_args.config(model)
         use_one_thread_if_tiny(name)
         peft_model = get_peft_model(model, config)  # raises if the prompt does not fit

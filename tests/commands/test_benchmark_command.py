@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
-from conftest import EMOJI
+from conftest import EMOJI, TINY_CLIP
 from datasets import load_dataset
+from PIL import Image
 
 
 SHORT = ["--shots", 1, 2, "--seeds", 1, 2, "--num_train_epochs", 1]
@@ -69,3 +71,42 @@ def test_a_mistake_is_told_in_one_line_before_any_work(run_here, tmp_path, argum
     assert exit.value.code.startswith("python -m clip_prompt_peft.commands.benchmark: error: ")
     assert re.search(message, exit.value.code)
     assert not (tmp_path / "outputs").exists()
+
+
+ZERO_SHOT = ["--shots", 1, "--seeds", 1, "--methods", "zero-shot", "--data", "mine=mine", "--output_dir", "out"]
+COLORS = ("red", "green", "blue", "white")
+
+
+def draw(folder, size):
+    for split in ("train", "test"):
+        for color in COLORS:
+            (folder / split / color).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (size, size), color).save(folder / split / color / "1.png")
+
+
+@pytest.mark.slow
+def test_results_are_used_again_for_the_same_images_and_model_only(run_here, tmp_path):
+    draw(tmp_path / "mine", 20)
+    for parent in ("a", "b"):
+        shutil.copytree(TINY_CLIP, tmp_path / parent / "clip")
+    config = json.loads((tmp_path / "b/clip/config.json").read_text())
+    (tmp_path / "b/clip/config.json").write_text(json.dumps({**config, "logit_scale_init_value": 1.0}))
+    read = "were read from out/results.jsonl"
+    assert read not in run_here("benchmark", *ZERO_SHOT, "--model_name_or_path", "a/clip")
+    assert read in run_here("benchmark", *ZERO_SHOT, "--model_name_or_path", "a/clip")
+    assert read not in run_here("benchmark", *ZERO_SHOT, "--model_name_or_path", "b/clip")
+    draw(tmp_path / "mine", 21)
+    assert read not in run_here("benchmark", *ZERO_SHOT, "--model_name_or_path", "a/clip")
+
+
+def test_ctrl_c_ends_it_in_one_line(run_here, tmp_path, monkeypatch, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    draw(tmp_path / "mine", 20)
+    monkeypatch.setattr("clip_prompt_peft.protocols.Benchmark.run", stop)
+    with pytest.raises(SystemExit) as exit:
+        run_here("benchmark", *ZERO_SHOT)
+    assert exit.value.code == 130
+    expected = r"\nStopped\. 0 of \d+ runs? (is|are) done; run the same command again to go on\.\n$"
+    assert re.search(expected, capsys.readouterr().err)

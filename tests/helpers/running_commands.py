@@ -9,12 +9,17 @@ from conftest import EMOJI
 from clip_prompt_peft.data import load_image_dataset
 
 
+def environment(more=None):
+    """Returns the environment for a process."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(more or {})}
+
+
 def run_command(command, *arguments, folder, env=None):
     """Runs a command in a process of its own and returns its exit code, output and errors."""
     done = subprocess.run(
         [sys.executable, "-m", f"clip_prompt_peft.commands.{command}", *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(env or {})},
+        env=environment(env),
         capture_output=True,
         text=True,
         timeout=300,
