@@ -8,7 +8,7 @@ import pytest
 import torch
 from adapters import as_if_trained
 from conftest import CLASS_NAMES, TINY_CLIP
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from clip_prompt_peft import PRESETS, CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.labels import LabelCheck, check_indices, without_wrong_indices
@@ -174,3 +174,41 @@ def test_nor_does_a_step_with_another_loss(no_waiting, problem_type, loss):
 def test_the_meta_device_notices_a_check_at_once(no_waiting):
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         step_on_meta(None, at_once_on=("cpu", "meta"))
+
+
+class TestTheTeacherOnADevice:
+    """Its embeddings are kept without a look at the values of weights, for which the host would have to wait."""
+
+    @pytest.fixture
+    def model(self, classifier, monkeypatch):
+        monkeypatch.setattr("clip_prompt_peft.text.cache.NEAR", ())
+        monkeypatch.setattr(torch, "equal", None)  # raises where values are compared
+        classifier.add_adapter(LoraConfig(target_modules=r"text_model.*q_proj", init_lora_weights=False), "lora")
+        return get_peft_model(classifier, CLIPPromptTuningConfig(regularizer="kgcoop")).train()
+
+    @pytest.fixture
+    def num_computed(self, monkeypatch):
+        computed = []
+
+        def compute(model, templates):
+            computed.append(templates)
+            return torch.ones(len(CLASS_NAMES), model.embed_width)
+
+        monkeypatch.setattr("clip_prompt_peft.regularizers.teacher._mean_class_embeds", compute)
+        return lambda: len(computed)
+
+    def test_they_are_kept_until_a_weight_is_changed_or_merged(self, model, num_computed, image_embeds):
+        def step():
+            model(image_embeds=image_embeds, labels=torch.tensor([0, 1, 2])).loss.backward()
+            return num_computed()
+
+        assert step() == step() == 1
+        text = model.get_base_model().text_model
+        with torch.no_grad():
+            text.final_layer_norm.bias.add_(1.0)
+        assert step() == step() == 2
+        layer = text.encoder.layers[0].self_attn.q_proj
+        layer.merge(adapter_names=["lora"])
+        assert step() == step() == 3
+        layer.unmerge()
+        assert step() == step() == 4
