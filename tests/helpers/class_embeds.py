@@ -81,7 +81,7 @@ def values_compared(model):
 
 
 class CountedRuns:
-    """How often the text tower runs within a `with`. It counts without a hook, with which the classifier keeps nothing."""
+    """How often the text tower runs within a `with`, without a hook: with one, the classifier keeps nothing."""
 
     def __init__(self, model):
         self.layer, self.count = base_of(model).text_model.encoder.layers[0], 0
