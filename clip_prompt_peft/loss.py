@@ -1,19 +1,19 @@
-"""Labels and losses of a classifier: cross entropy, and in training the active regularizers."""
+"""Losses of a classifier: cross entropy, and in training the active regularizers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from .labels import IGNORED_LABEL
 from .regularizers import Prediction, Regularizer
 from .tuner.config import MULTI_LABEL
 
 
-IGNORED_LABEL = -100  # the default ignore_index of torch.nn.CrossEntropyLoss
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
 
 
@@ -28,44 +28,6 @@ class PromptClassifierOutput(ImageClassifierOutput):
     """
 
     loss_terms: dict[str, torch.Tensor] | None = None
-
-
-def check_labels(labels: torch.Tensor, class_names: Sequence[str], problem_type: str | None) -> None:
-    """Checks that labels are (B,) class indices, whole numbers of any type, or (B, C) zeros and ones if multi-label.
-
-    Raises:
-        TypeError: If labels are no tensor.
-        ValueError: If their shape or values are wrong.
-    """
-    if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"labels must be a tensor, got a {type(labels).__name__}; use torch.as_tensor(labels).")
-    num_classes, shown = len(class_names), ", ".join(class_names[:5])
-    if problem_type == MULTI_LABEL:
-        if labels.ndim != 2 or labels.shape[1] != num_classes:
-            raise ValueError(
-                f"With problem_type={MULTI_LABEL!r} labels are (B, {num_classes}) zeros and ones, one for each class "
-                f"({shown}, ...), got the shape {tuple(labels.shape)}."
-            )
-        return
-    if labels.ndim != 1:
-        raise ValueError(
-            f"labels must be (B,), the index of one class for each image, got the shape {tuple(labels.shape)}. Zeros "
-            "and ones for each class become indices with labels.argmax(dim=-1); for images with several classes set "
-            f"config.problem_type = {MULTI_LABEL!r}."
-        )
-    if labels.is_floating_point() and (labels != labels.round()).any():  # also true for NaN
-        bad = labels[labels != labels.round()]
-        raise ValueError(
-            f"labels must be class indices, got {float(bad[0])}"
-            + (", which stands for a missing label; leave out such images." if bad[0].isnan() else ".")
-        )
-    labels = labels.long()  # a small type may not hold the numbers that they are compared with
-    bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= num_classes)]
-    if bad.numel():
-        raise ValueError(
-            f"Label {int(bad[0])} is out of range: the model has {num_classes} classes, so labels go from 0 to "
-            f"{num_classes - 1}. Compare the data set's label names with the model's class_names ({shown}, ...)."
-        )
 
 
 def check_regularizers(
@@ -113,8 +75,11 @@ def classification_loss(
     labels = labels.long()  # data sets also hold them as int8, float, ...
     if kind == SIGMOID:
         kept = labels != IGNORED_LABEL
-        targets = F.one_hot(labels[kept], logits.shape[1]).to(logits.dtype)  # (B, C)
-        return F.binary_cross_entropy_with_logits(logits[kept], targets, reduction="sum") / kept.sum()
+        # Ignored rows are written over instead of taken out, since only the device knows how many there are.
+        logits = logits.masked_fill(~kept[:, None], torch.finfo(logits.dtype).min)  # their loss is exactly 0
+        targets = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)  # (B, C)
+        summed = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
+        return summed / kept.sum()
     return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
 
 

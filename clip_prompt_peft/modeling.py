@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.utils import can_return_tuple
 
-from .loss import PromptClassifierOutput, check_labels, check_regularizers, compute_loss
+from .labels import LabelCheck
+from .loss import PromptClassifierOutput, check_regularizers, compute_loss
 from .pretrained import PretrainedClassifierMixin
 from .regularizers import Prediction, Regularizer, regularizer_of
 from .regularizers.teacher import ZeroShotTeacher
@@ -64,6 +65,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         self.class_encoder = ClassEncoder()
         self.regularizers: dict[str, Regularizer] = {}
         self.teacher = ZeroShotTeacher()
+        self.label_check = LabelCheck()
         self._prompts = Memo()
         self._adapter_regularizers = Memo()
         self._fixed_class_embeds: torch.Tensor | None = None
@@ -302,7 +304,8 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         """Computes `forward` without texts; `image_inputs` are the arguments of `get_image_features`."""
         layout = self.prompt_layout
         regularizers = self._active_regularizers(layout) if self.training else {}
-        self._check_inputs(layout, image_inputs["pixel_values"], labels, image_embeds)
+        self._check_inputs(layout, image_inputs["pixel_values"], image_embeds)
+        labels = self._checked_labels(layout, labels)
         check_regularizers(regularizers, labels, return_loss_terms)
         vision = None
         if image_embeds is None:
@@ -326,7 +329,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
             loss_terms=loss_terms if return_loss_terms else None,
         )
 
-    def _check_inputs(self, layout, pixel_values, labels, image_embeds) -> None:
+    def _check_inputs(self, layout, pixel_values, image_embeds) -> None:
         if (pixel_values is None) == (image_embeds is None):
             neither = f"got neither (nor input_ids, as {self.base_class.__name__} takes)."
             raise ValueError(
@@ -344,14 +347,29 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
                 f"first arguments are pixel_values and labels here, not input_ids as in {self.base_class.__name__}; "
                 "name them: model(input_ids=..., pixel_values=...)."
             )
-        if labels is not None and not torch.compiler.is_compiling():
-            self._class_prompts(layout)  # raises if there are no class names
-            check_labels(labels, self._class_names(layout), self.config.problem_type)
         if self.training and image_embeds is not None and layout is not None and layout.num_vision_virtual_tokens:
             raise ValueError(
                 "The active adapter has vision prompts, so image embeddings made in advance would leave these "
                 "untrained; train with pixel_values."
             )
+
+    def _checked_labels(self, layout, labels):
+        if torch.compiler.is_compiling():
+            return labels
+        self.label_check.read()
+        if labels is None:
+            return None
+        self._class_prompts(layout)  # raises if there are no class names
+        is_training = self.training and torch.is_grad_enabled()
+        return self.label_check(labels, self._class_names(layout), self.config.problem_type, is_training)
+
+    def train(self, mode: bool = True):
+        self.label_check.read()
+        return super().train(mode)
+
+    def state_dict(self, *args, **kwargs):
+        self.label_check.read()
+        return super().state_dict(*args, **kwargs)
 
     def _compare(self, labels, image_embeds, **inputs):
         """Calls the family's own `forward` of images and texts."""

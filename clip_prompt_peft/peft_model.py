@@ -101,6 +101,8 @@ class PeftModelForPromptClassification(PeftModel):
             return
         if os.path.isfile(save_directory):
             raise ValueError(f"An adapter is saved into a folder, but {str(save_directory)!r} is a file.")
+        if isinstance(classifier := self.get_base_model(), PromptClassificationMixin):
+            classifier.label_check.read()
         self._check_finite(selected_adapters, kwargs.get("state_dict"))
         os.makedirs(save_directory, exist_ok=True)
         with replace_files_at_once(save_directory) as new_files:

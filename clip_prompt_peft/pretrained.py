@@ -171,6 +171,7 @@ class PretrainedClassifierMixin:
 
         With an adapter from transformers' `add_adapter` in the model, only the adapter is saved.
         """
+        self.label_check.read()  # before any file is written
         if self.class_names is not None:
             self.class_prompts  # noqa: B018, it updates id2label if an adapter has been switched
         tokenizer = None

@@ -181,7 +181,8 @@ def with_modules_of(source: nn.Module, target_class: type[nn.Module]) -> nn.Modu
 def eval_mode(model: nn.Module):
     """Puts a model into eval mode for a while; afterwards every module is back in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:  # not eval(), with which classifiers read what a device has still to compute
+        module.training = False
     try:
         yield
     finally:

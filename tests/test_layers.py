@@ -17,7 +17,7 @@ FILES = sorted(set(PACKAGE.rglob("*.py")) - {PIPELINE_FILE})
 LAYERS = [
     {"assets", "towers", "templates", "image_files", "installing"},
     {"tuner"},  # a peft method: of this package it needs towers and templates only
-    {"text"},
+    {"text", "labels"},
     {"regularizers"},
     {"loss"},
     {"pretrained"},

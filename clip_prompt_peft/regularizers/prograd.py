@@ -67,8 +67,7 @@ def project_gradient(gradient: torch.Tensor, general: torch.Tensor, projection: 
         `torch.Tensor`: The new gradient, which equals `gradient` if the two do not oppose each other.
     """
     norm = general.norm()
-    if norm == 0:
-        return gradient
     direction = general / norm
     opposing = (gradient * direction).sum().clamp(max=0)
-    return gradient - projection * opposing * direction
+    projected = gradient - projection * opposing * direction
+    return torch.where(norm == 0, gradient, projected)  # an `if` would wait for the device

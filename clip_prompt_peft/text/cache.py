@@ -16,6 +16,7 @@ from ..towers import ADAPTER_LAYERS, adapter_settings, hooks_of
 # Tensors up to this size, and all of an adapter, are compared by value; of larger, frozen ones only samples are.
 SMALL = 2**16
 NUM_SAMPLES = 64
+NEAR = ("cpu",)  # where the host reads values without waiting for the device
 MAX_COMPARED = 2**24  # values that are held for comparison, of all results together
 WRAPPED = ("base_layer", "original_module")  # the names that adapters give to the module that they wrap
 
@@ -73,6 +74,10 @@ class WeightsState:
     version and a sample of their values. Writing to single values of a large frozen weight through `.data` is not
     noticed.
 
+    Without adapters, the state is needed in every training step. On a device, where comparing values would make the
+    host wait, identity, address, version and what is merged are compared, so that other writes through `.data` are
+    not noticed.
+
     Args:
         parts (`Sequence[torch.nn.Module]`):
             The modules.
@@ -92,7 +97,10 @@ class WeightsState:
                     is_small.append(in_adapter or tensor.requires_grad or tensor.numel() <= SMALL)
         self.objects = [weakref.ref(thing) for thing in (*modules, *tensors)]
         self.versions = [_version(tensor) for tensor in tensors]
+        is_waiting = not with_adapters and any(tensor.device.type not in NEAR for tensor in tensors)
         self.settings = adapter_settings(modules) if with_adapters else []
+        if is_waiting:  # merging writes to the `.data` of frozen weights
+            self.settings = [{"merged": repr(names)} for names in _merged(parts)]
         self.hooks = [hook for module in modules for hook in hooks_of(module)]
         num_small = sum(tensor.numel() for tensor, small in zip(tensors, is_small) if small)
         # Results with dropout are never the same, values that accelerate has offloaded cannot be compared, and hooks
@@ -101,7 +109,7 @@ class WeightsState:
         is_called_anew = any(module.training for module in modules) or bool(self.hooks)
         is_fixed = not is_called_anew and not any(tensor.is_meta for tensor in tensors)
         self.is_comparable = num_small <= MAX_COMPARED and (is_fixed or not with_adapters)
-        self.values = _values(tensors, is_small) if self.is_comparable else []
+        self.values = _values(tensors, is_small) if self.is_comparable and not is_waiting else []
 
     @property
     def num_values(self) -> int:
@@ -144,6 +152,12 @@ def _walk(module: nn.Module, in_adapter: bool = False) -> Iterator[tuple[nn.Modu
     for name, child in module._modules.items():
         if child is not None:
             yield from _walk(child, in_adapter and name not in WRAPPED)
+
+
+def _merged(parts: tuple[nn.Module, ...]) -> list[list[str]]:
+    """Returns the merged adapters of each adapter layer."""
+    layers = (module for part in parts for module in part.modules() if isinstance(module, ADAPTER_LAYERS))
+    return [list(getattr(layer, "merged_adapters", ())) for layer in layers]
 
 
 def _version(tensor: torch.Tensor) -> tuple:
