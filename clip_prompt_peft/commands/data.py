@@ -37,7 +37,9 @@ class DataArguments:
     train_dir: str | None = argument(None, "Folder of training images, with one sub-folder for each class.")
     validation_dir: str | None = argument(None, "The same for validation.")
     test_dir: str | None = argument(None, "The same for the final table.")
-    train_file: str | None = argument(None, "Parquet file with training images and labels.")
+    train_file: str | None = argument(
+        None, "Parquet file of training images and labels, or a csv, tsv or jsonl file of paths and labels."
+    )
     validation_file: str | None = argument(None, "The same for validation.")
     test_file: str | None = argument(None, "The same for the final table.")
     zhou_split: str | None = argument(None, "Published split split_zhou_NAME.json, together with --image_dir.")
