@@ -19,7 +19,7 @@ from .text import ClassEncoder, normalize
 from .text.cache import Memo
 from .text.prompts import ClassPrompts, build_class_prompts
 from .text.tokenization import IGNORED, EncodedTexts, encode_texts
-from .towers import embed_width, num_positions, text_embeddings_of, token_table_name
+from .towers import embed_width, execution_device, num_positions, text_embeddings_of, token_table_name
 from .tuner.hub import HubSettings, load_tokenizer
 from .tuner.layout import PromptLayout
 
@@ -157,7 +157,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
                 f"{tuple(class_embeds.shape)}."
             )
         with torch.inference_mode(False):  # inference tensors could not be used in a later training
-            self._fixed_class_embeds = normalize(class_embeds.detach()).to(self.device)
+            self._fixed_class_embeds = normalize(class_embeds.detach()).to(execution_device(self))
 
     def get_class_embeds(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Returns L2-normalised class embeddings, differentiable with respect to the active adapter.
@@ -174,7 +174,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
 
     def _class_embeds(self, layout: PromptLayout | None, image_embeds: torch.Tensor | None) -> torch.Tensor:
         if layout is None and self._fixed_class_embeds is not None:
-            return self._fixed_class_embeds.to(self.device)
+            return self._fixed_class_embeds.to(execution_device(self))
         if torch.compiler.is_exporting():
             self._prepare_to_export()
         if layout is None or not layout.image_conditioned:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -106,7 +107,7 @@ class Tower:
     Attributes:
         embeddings_key: The path of its embeddings.
         layer_keys: The paths of its encoder layers.
-        like: A tensor (..., D) of the embeddings, which gives the hidden size, device and dtype.
+        like: An empty tensor (0, D), which gives the hidden size and dtype of the embeddings, and their device.
     """
 
     embeddings_key: str
@@ -123,7 +124,7 @@ def find_towers(model: nn.Module, kind: str) -> list[Tower]:
     else:
         is_embeddings, table_name = is_vision_embeddings, position_table_name
     return [
-        _tower(model, key, getattr(module, table_name(module)).weight)
+        _tower(model, key, like_table(getattr(module, table_name(module))))
         for key, module in model.named_modules()
         # A tuner layer has the same tables as the module that it wraps; only one of them counts.
         if is_embeddings(module) and not key.endswith("base_layer")
@@ -160,6 +161,32 @@ def hooks_of(module: nn.Module) -> dict:
     of_all = (_global_forward_pre_hooks, _global_forward_hooks, _global_backward_pre_hooks, _global_backward_hooks)
     hooks = {number: hook for group in (*own, *of_all) for number, hook in group.items()}
     return {n: hook for n, hook in hooks.items() if getattr(hook, "__module__", None) != TRANSFORMERS_HOOKS}
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Returns the device on which a module computes. accelerate keeps offloaded weights elsewhere between calls."""
+    device = next(module.parameters()).device
+    offloaded = [part for part in module.modules() if has_offloaded_params(part)] if device.type == "meta" else []
+    parts = [part for part in offloaded if next(part.parameters(recurse=False), None) is not None]
+    if not parts:
+        return device
+    smallest = min(parts, key=lambda part: sum(tensor.numel() for tensor in part.parameters(recurse=False)))
+    with align_module_device(smallest):
+        return next(smallest.parameters(recurse=False)).device
+
+
+def like_table(table: nn.Module) -> torch.Tensor:
+    """Returns an empty tensor (0, D) of the width and dtype of an embedding table, on the device that it works on."""
+    weight = unwrapped(table).get_parameter("weight")
+    return weight.new_empty((0, weight.shape[-1]), device=execution_device(unwrapped(table)))
+
+
+def entry_of(tensors: nn.ParameterDict, name: str) -> torch.Tensor:
+    """Returns a tensor of a `ParameterDict`, which accelerate does not load from where it is offloaded by itself."""
+    if not tensors[name].is_meta:
+        return tensors[name]
+    with align_module_device(tensors):
+        return tensors[name]
 
 
 def with_modules_of(source: nn.Module, target_class: type[nn.Module]) -> nn.Module:

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
 from ..image_files import UnreadableImageError, decode_image, process_images
-from ..towers import adapter_settings, embed_width, eval_mode, image_side
+from ..towers import adapter_settings, embed_width, eval_mode, execution_device, image_side
 from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
 
 
@@ -338,7 +338,7 @@ class _EmbedImages:
     @torch.no_grad()
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         images = [image for image in map(decode, batch[IMAGE]) for _ in range(self.num_views or 1)]
-        inputs = self.transform.model_inputs(images).to(self.model.device, self.model.dtype)
+        inputs = self.transform.model_inputs(images).to(execution_device(self.model), self.model.dtype)
         embeds = self.model.get_image_features(**inputs).pooler_output.float().cpu()  # (B K, E)
         if self.num_views is not None:
             embeds = embeds.unflatten(0, (-1, self.num_views))  # (B, K, E)

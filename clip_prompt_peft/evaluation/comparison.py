@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data import class_names_of, with_pixel_values
 from ..templates import check_label_names
-from ..towers import eval_mode, has_adapters, image_side
+from ..towers import eval_mode, execution_device, has_adapters, image_side
 from .metrics import compute_metrics, softmax
 
 
@@ -145,7 +145,7 @@ def compare_with_zero_shot(model, dataset: Dataset, image_processor, batch_size:
     with eval_mode(model):
         for batch in logging.tqdm(batches, desc="Classifying", leave=False):
             labels.append(batch.pop("labels"))
-            inputs = BatchFeature(batch).to(model.device, model.dtype)
+            inputs = BatchFeature(batch).to(execution_device(model), model.dtype)
             if not changes_images:
                 inputs = {"image_embeds": model.get_image_features(**inputs).pooler_output}
             tuned.append(model(**inputs).logits.float().cpu())

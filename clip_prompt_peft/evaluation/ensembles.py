@@ -16,7 +16,7 @@ import torch
 from ..modeling import PromptClassificationMixin
 from ..templates import CLASS_SLOT, check_template
 from ..text import normalize
-from ..towers import eval_mode, num_positions
+from ..towers import eval_mode, execution_device, num_positions
 
 
 TEXTS_AT_ONCE = 256
@@ -115,6 +115,7 @@ def _encode(model, name: str, sentences: Sequence[str]) -> torch.Tensor:
             f"A text about {name!r} has {longest} tokens, but the text tower has {max_length} positions; shorten "
             f"{max(sentences, key=len)!r}."
         )
-    input_ids, attention_mask = encoded.input_ids.to(model.device), encoded.attention_mask.to(model.device)
+    device = execution_device(model.text_model)
+    input_ids, attention_mask = encoded.input_ids.to(device), encoded.attention_mask.to(device)
     embeds = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
     return normalize(embeds)  # (texts, E)

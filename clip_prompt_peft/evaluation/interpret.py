@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import align_module_device
 
+from ..towers import entry_of
 from ..tuner import CLIPTextLearnableEmbeddings
 
 
@@ -94,10 +96,12 @@ def nearest_words(
         raise ValueError("The model has no tokenizer to decode words with; pass tokenizer=...")
     if name not in layer.learnable_embeddings:
         return []
-    config, table = layer.prompt_configs[name], layer.token_table.weight.float()  # (V, D)
+    config = layer.prompt_configs[name]
+    with align_module_device(layer.token_table):  # if accelerate has offloaded it
+        table = layer.token_table.weight.float()  # (V, D)
     is_special = torch.zeros(len(table), dtype=torch.bool, device=table.device)
     is_special[[index for index in tokenizer.all_special_ids if index < len(table)]] = True
-    vectors = layer.learnable_embeddings[name].float()  # (n, D), or (C, n, D)
+    vectors = entry_of(layer.learnable_embeddings, name).float()  # (n, D), or (C, n, D)
     by_class = [(None, vectors)] if vectors.ndim == 2 else zip(config.class_names, vectors)
     typical_distance = _typical_distance(table[~is_special])
     entries = []

@@ -12,7 +12,7 @@ from ..text import normalize
 from ..text.cache import Memo, WeightsState
 from ..text.chunks import autocast_state
 from ..text.packing import attention_of
-from ..towers import ADAPTER_LAYERS, eval_mode, has_adapters, image_side, text_side
+from ..towers import ADAPTER_LAYERS, eval_mode, execution_device, has_adapters, image_side, text_side
 from .base import Prediction
 
 
@@ -59,7 +59,7 @@ class ZeroShotTeacher:
         """
         templates = tuple(templates)
         memo = self._class_embeds.setdefault(templates, Memo())
-        settings = attention_of(model.text_model), autocast_state(model.text_model.device)
+        settings = attention_of(model.text_model), autocast_state(execution_device(model.text_model))
         key = tuple(model.class_names), WeightsState(text_side(model), with_adapters=False), settings
         class_embeds = memo.get(key, lambda: _mean_class_embeds(model, templates))
         image_embeds = student.image_embeds.detach()
@@ -71,11 +71,11 @@ class ZeroShotTeacher:
 
 def _mean_class_embeds(model, templates: Sequence[str]) -> torch.Tensor:
     """Returns (C, E): the mean of the embeddings over the templates, normalised afterwards."""
-    total = 0
+    total, device = 0, execution_device(model.text_model)
     with without_adapters(model), eval_mode(model):  # eval mode, since a BERT has dropout
         for template in templates:
             prompts = model.build_prompts(model.class_names, template)
-            inputs = prompts.input_ids.to(model.device), prompts.attention_mask.to(model.device)
+            inputs = prompts.input_ids.to(device), prompts.attention_mask.to(device)
             embeds = model.get_text_features(*inputs).pooler_output
             total = total + embeds.to(torch.promote_types(embeds.dtype, torch.float32))
     return normalize(total / len(templates))

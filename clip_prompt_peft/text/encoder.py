@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import CLIPModel
 
-from ..towers import text_embeddings_of, text_side, trainable_parameters
+from ..towers import execution_device, text_embeddings_of, text_side, trainable_parameters
 from ..tuner.layout import PromptLayout
 from .cache import ClassEmbedsMemo, Memo, WeightsState
 from .chunks import (
@@ -108,7 +108,7 @@ class ClassEncoder:
         if model.training or (torch.is_grad_enabled() and trainable_parameters(text_side(model))):
             self._embeds.clear()
             return self._encode(model, prompts, layout)
-        settings = attention_of(model.text_model), autocast_state(model.text_model.device)
+        settings = attention_of(model.text_model), autocast_state(execution_device(model.text_model))
         return self._embeds.get(
             (WeightsState(text_side(model)), prompts, settings), lambda: self._encode(model, prompts, layout)
         )
@@ -163,7 +163,7 @@ class ClassEncoder:
         """
         at_most = None if layout is None else layout.num_shared_positions
         attention = attention_of(model.text_model)
-        settings = (self.path, self.batch_size, classes, at_most, model.text_model.device, attention)
+        settings = (self.path, self.batch_size, classes, at_most, execution_device(model.text_model), attention)
         if torch.compiler.is_compiling() and self._chunks.latest is not None:
             # A graph without breaks can neither look at all modules of the tower nor compare prompts by value.
             (kept_prompts, kept_settings, *_), chunks = self._chunks.latest
@@ -173,7 +173,7 @@ class ClassEncoder:
 
     @torch.compiler.disable
     def _kept_chunks(self, model, prompts, layout, classes, settings):
-        path, device = self._resolved_path(model), model.text_model.device
+        path, device = self._resolved_path(model), execution_device(model.text_model)
         size = self._size_to_fit(model, path)
 
         def build() -> tuple[list[PlainPrompts | PackedPrompts], int]:
@@ -190,7 +190,7 @@ class ClassEncoder:
 
     def _size_to_fit(self, model, path: str) -> TowerSize | None:
         """Returns the size of the tower if chunks are chosen by the memory of the device, otherwise `None`."""
-        if self.batch_size != AUTO or model.text_model.device.type == "cpu":
+        if self.batch_size != AUTO or execution_device(model.text_model).type == "cpu":
             return None
         # Processes that shard a tower (FSDP, DeepSpeed, ...) exchange weights in every chunk, so all of them need the
         # same number of chunks, and their free memory differs. Such a tower is run along the plain path.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..towers import execution_device
 from .chunks import autocast_state
 
 
@@ -40,7 +41,7 @@ class TowerSize:
     def of(cls, model, is_trained: bool) -> TowerSize:
         """Reads the sizes of a dual encoder's text tower from its configuration."""
         config, weight_bytes = model.config.text_config, model.text_model.dtype.itemsize
-        device = model.text_model.device
+        device = execution_device(model.text_model)
         is_cast, _ = autocast_state(device).get(device.type, (False, None))
         return cls(
             config.hidden_size,

@@ -144,6 +144,11 @@ def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"The adapter's {name!r} is of {tensor.dtype}, not of floating point numbers.")
+        if tensor.is_meta:
+            raise ValueError(
+                f"The adapter's {name!r} has no values: transformers' load_adapter puts them on the meta device if "
+                "accelerate has offloaded the model. Load it with PeftModel.from_pretrained, or before offloading."
+            )
         if not (tensor.detach().float().abs() <= LARGEST).all():
             raise ValueError(
                 f"The adapter's {name!r} holds NaN, Inf or numbers beyond {LARGEST:g}: its training diverged, or the "

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from peft import PromptTuningInit
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..towers import first_position_row, position_table_name, token_table_name
+from ..towers import entry_of, execution_device, first_position_row, like_table, position_table_name, token_table_name
 from .config import CLIPPromptTuningConfig
 from .files import check_values
 from .layout import PromptLayout
@@ -83,7 +84,10 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
                 "replaced_token_ids."
             )
         if not torch.compiler.is_compiling():  # values are unknown while compiling
-            check_values(tensors)
+            with ExitStack() as stack:
+                for part in (part for name in self.adapter_layer_names for part in getattr(self, name).modules()):
+                    stack.enter_context(align_module_device(part))  # if accelerate has offloaded it
+                check_values(dict(self.parameters_of(adapter_name)))
             self._awaited.pop(adapter_name, None)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
@@ -233,10 +237,11 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
     def update_layer(self, adapter_name: str, layout: PromptLayout, image_width: int | None = None) -> None:
         """Adds the tensors of an adapter, not initialised. An older adapter of that name is replaced."""
         self._begin(adapter_name, layout)
+        like = like_table(self.token_table)
         if layout.num_virtual_tokens:
             classes = (len(layout.class_names),) if layout.class_specific else ()
             shape = (*classes, layout.num_virtual_tokens, self.weight.shape[1])
-            self.learnable_embeddings[adapter_name] = nn.Parameter(empty_vectors(shape, self.weight))
+            self.learnable_embeddings[adapter_name] = nn.Parameter(empty_vectors(shape, like))
         if layout.image_conditioned:
             hidden = image_width // BOTTLENECK
             if hidden < 1:
@@ -244,8 +249,8 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
                     f"image_conditioned needs image embeddings of at least {BOTTLENECK} dimensions (the hidden layer "
                     f"has a {BOTTLENECK}th of them); this model's have {image_width}."
                 )
-            self.learnable_meta_in[adapter_name] = empty_linear(image_width, hidden, self.weight)
-            self.learnable_meta_out[adapter_name] = empty_linear(hidden, self.weight.shape[1], self.weight)
+            self.learnable_meta_in[adapter_name] = empty_linear(image_width, hidden, like)
+            self.learnable_meta_out[adapter_name] = empty_linear(hidden, like.shape[1], like)
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, config: CLIPPromptTuningConfig) -> None:
@@ -260,11 +265,11 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         if config.prompt_tuning_init is PromptTuningInit.RANDOM:
             vectors.normal_(std=RANDOM_STD)
             return
-        shape, table = vectors.shape[:-1], self.weight  # (n,) or (C, n); (V, D), without LoRA on it
+        shape = vectors.shape[:-1]  # (n,) or (C, n)
         if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
-            ids = torch.randint(table.shape[0], shape, device=table.device)
+            ids = torch.randint(self.weight.shape[0], shape, device=vectors.device)
         else:
-            ids = torch.tensor(config.init_token_ids, device=table.device).expand(shape)
+            ids = torch.tensor(config.init_token_ids, device=vectors.device).expand(shape)
         vectors.copy_(self.token_table(ids))
 
     def vectors(self, adapter_name: str, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
@@ -281,11 +286,12 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             `torch.Tensor`: (n, D); (C, n, D) if class-specific; (B, n, D) with `image_embeds`.
         """
         self._check_weights(adapter_name)
-        vectors = self.learnable_embeddings[adapter_name]
+        vectors = entry_of(self.learnable_embeddings, adapter_name)
         if image_embeds is None or adapter_name not in self.learnable_meta_in:
             return vectors
         first, second = self.learnable_meta_in[adapter_name], self.learnable_meta_out[adapter_name]
-        shift = second(first(image_embeds.to(first.weight)).relu())  # (B, D)
+        inputs = image_embeds.to(execution_device(first), first.weight.dtype)
+        shift = second(first(inputs).relu())  # (B, D)
         return vectors + shift[:, None]  # (B, n, D)
 
     def per_text_vectors(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -433,6 +439,11 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         """
         adapter_names = self._adapters_to_merge(adapter_names)
         self._check_overlap(self.merged_adapters + adapter_names)
+        if has_offloaded_params(self.position_table):
+            raise ValueError(
+                "accelerate has offloaded the position table, and would load it again without the merged vectors; "
+                "call accelerate.hooks.remove_hook_from_submodules(model) before merging, and offload it afterwards."
+            )
         table = self.position_table.weight.data  # (positions, D)
         merged = {name: self._merged_rows(name, table[self._table_rows(name)]) for name in adapter_names}
         broken = [name for name, rows in merged.items() if safe_merge and not torch.isfinite(rows).all()]

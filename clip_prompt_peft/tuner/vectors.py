@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..towers import entry_of, execution_device
 from .layer import RANDOM_STD, CLIPPromptLayer, empty_linear, empty_vectors
 from .layout import PromptLayout
 
@@ -65,10 +66,10 @@ class CLIPVectorsLayer(CLIPPromptLayer):
         """Returns the vectors (n, D) of an adapter, differentiably."""
         self._check_weights(adapter_name)
         if adapter_name not in self.learnable_projections:
-            return self.learnable_prompts[adapter_name]
+            return entry_of(self.learnable_prompts, adapter_name)
         projection = self.learnable_projections[adapter_name]
         text = self.text_sources[adapter_name].vectors(adapter_name)  # (n, D_text)
-        return projection(text.to(projection.weight))
+        return projection(text.to(execution_device(projection), projection.weight.dtype))
 
 
 class CLIPDeepPrompts(CLIPVectorsLayer):
