@@ -56,7 +56,7 @@ IMPORTED = {
     "transformers.utils.extract_commit_hash": "config and weights could come from different commits",
     "transformers.utils.find_adapter_config_file": "a folder of an adapter could not be told from one of a base model",
     "transformers.utils.logging": "progress bars of loading could not be kept quiet",
-    "accelerate.utils.align_module_device": "offloaded vectors, and the device of offloaded weights, would not be read",
+    "accelerate.utils.align_module_device": "offloaded vectors, and devices of offloaded weights, would not be read",
     "accelerate.utils.has_offloaded_params": "vectors could be merged into a table that is then read without them",
     "datasets.fingerprint.Hasher": "embeddings would be computed again, or taken from another model's",
     "datasets.exceptions.DatasetGenerationError": "a damaged table would be a traceback without its name",
