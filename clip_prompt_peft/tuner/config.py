@@ -228,7 +228,11 @@ class CLIPPromptTuningConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except TypeError as error:  # a field that cannot be one, such as "self"
+            name = str(pretrained_model_name_or_path)
+            raise ValueError(f"The configuration of {name!r} is damaged: {error}") from error
         config.source = str(pretrained_model_name_or_path)
         return config
 

@@ -152,6 +152,9 @@ def locate(
         return None, hub, None
     of_adapter = {**hub.arguments, **(arguments.get("adapter_kwargs") or {})}
     adapter = HubSettings.of_arguments(of_adapter)
+    if getattr(adapter.revision, "initial", adapter.revision) is None:
+        # In transformers.pipeline nobody asked for a revision: the commit is the base model's, not the adapter's.
+        adapter = adapter.at(None, adapter.subfolder)
     path = find_adapter_config_file(str(name_or_path), **adapter.arguments)
     if path is None or os.path.isfile(os.path.join(name_or_path, MODEL_CONFIG)):  # a model with its adapter beside it
         return name_or_path, hub.pinned(name_or_path), None

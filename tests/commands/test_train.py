@@ -94,7 +94,7 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
     for file in ("settings.yaml", "settings.json"):
         printed = run_here("train", file)
         assert "Tuned on   noto: up to 1 image of each of 12 classes, seed 7" in printed
-    assert "Saved out/seed1: 3.2 KB" in printed
+    assert "Saved out/seed7: 3.2 KB" in printed
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,8 @@ class HubStandIn:
 
     def commit_id(self, repo_id: str, revision: str = "main") -> str | None:
         """The commit of a branch, or the commit itself; `None` if there is no such revision."""
+        if revision not in self.commits and revision != "main":
+            self.commit_id(repo_id)  # a commit that another host has named
         if revision in self.commits:
             return revision
         files = self.repos[repo_id] if revision == "main" else self.branches.get((repo_id, revision))

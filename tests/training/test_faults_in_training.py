@@ -84,7 +84,7 @@ class TestBrokenOffWhileSaving:
         run_here(
             COMMAND, *CHECKPOINTS, "--output_dir", "before"
         )  # from here on data and embeddings are in their caches
-        with disk_full_at(3000), pytest.raises(RuntimeError):  # the vectors have room, the optimizer has not
+        with disk_full_at(5000), pytest.raises(RuntimeError):  # the adapter has room, the optimizer has not
             run_here(COMMAND, *CHECKPOINTS, "--output_dir", "out")
         assert "There is no checkpoint to continue from" in caplog.text
         assert checkpoints_in(tmp_path / "out/seed1") and last_whole_checkpoint(tmp_path / "out/seed1") is None

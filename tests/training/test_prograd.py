@@ -50,7 +50,7 @@ def test_the_projection_makes_a_difference(whole_batches, tmp_path):
 
 @pytest.mark.slow
 def test_classes_encoded_in_chunks_have_their_gradients_projected_too(whole_batches, tmp_path, monkeypatch):
-    monkeypatch.setattr("clip_prompt_peft.text.encoder.ClassEncoder._chunk_size", lambda self, num_classes: 1)
+    monkeypatch.setattr("clip_prompt_peft.text.encoder.ClassEncoder._chunk_size", lambda self, *sizes: 1)
     regularized_training.train("prograd", str(tmp_path), batch_size=8, accumulation_steps=1)
     assert_close(vectors_in(tmp_path), whole_batches("prograd"), **NEAR)
 
