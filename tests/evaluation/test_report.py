@@ -74,6 +74,7 @@ def test_the_example_writes_a_report_on_an_adapter(parts, run_here, tmp_path):
     assert "tuned: accuracy" in printed and "in place of 'photo'" in printed
     assert "<td>noto</td>" in (tmp_path / "mine.html").read_text()
     with pytest.raises(
-        SystemExit, match="commands.report: error: There is no split 'val' in the data; there are train, test"
+        SystemExit,
+        match="commands.report: error: There is no --split 'val' in the data; there are noto, fluenthc, fluent3d, train",
     ):
         run_here("report", "adapter", "--style", "noto", "--split", "val")
