@@ -163,7 +163,7 @@ class ClassEncoder:
         """
         at_most = None if layout is None else layout.num_shared_positions
         attention = attention_of(model.text_model)
-        settings = (self.path, self.batch_size, classes, at_most, execution_device(model.text_model), attention)
+        settings = (self.path, self.batch_size, classes, at_most, model.text_model.device, attention)
         if torch.compiler.is_compiling() and self._chunks.latest is not None:
             # A graph without breaks can neither look at all modules of the tower nor compare prompts by value.
             (kept_prompts, kept_settings, *_), chunks = self._chunks.latest
