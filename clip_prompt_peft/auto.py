@@ -143,12 +143,8 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
                 named or cannot be found, or the family of the base model is not supported.
         """
         own = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
-        shared = {
-            name: base_model_kwargs[name]
-            for name in ("local_files_only", "force_download", "proxies")
-            if name in base_model_kwargs
-        }
-        source = HubSettings.of_arguments({**own, **shared}).pinned(pretrained_model_name_or_path, CONFIG_NAME)
+        source = HubSettings.of_arguments({**base_model_kwargs, **own})
+        source = source.pinned(pretrained_model_name_or_path, CONFIG_NAME)
         # The weights have to be of the same commit as the configuration, even if someone pushes in the meantime.
         config_file = fetch(pretrained_model_name_or_path, CONFIG_NAME, **source.arguments)
         config = read_config(config_file)

@@ -17,13 +17,13 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoImageProcessor
 
 from .image_files import decode_image, process_images
 from .installing import how_to_install
 from .modeling import PromptClassificationMixin
 from .text import normalize
 from .towers import eval_mode, find_towers, takes_patches
+from .tuner.hub import load_image_processor
 
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def export_classifier(
     _check_exportable(classifier)
     _check_images(classifier, images, labels, int8)
     _check_packages()
-    image_processor = image_processor or _load_image_processor(classifier)
+    image_processor = image_processor or load_image_processor(classifier)
     with eval_mode(classifier):
         baked = BakedClassifier(classifier, classifier.get_class_embeds())
         path = Path(path)
@@ -203,13 +203,6 @@ def _check_packages() -> None:
     missing = [name for name in NEEDED_PACKAGES if find_spec(name) is None]
     if missing:
         raise ImportError(f"Exporting needs {', '.join(missing)}, not installed; {how_to_install('export')}.")
-
-
-def _load_image_processor(classifier: PromptClassificationMixin):
-    if not classifier.name_or_path:
-        raise ValueError("The model has no name_or_path to load an image processor from; pass image_processor=...")
-    hub = classifier.hub_settings.arguments
-    return AutoImageProcessor.from_pretrained(classifier.name_or_path, trust_remote_code=False, **hub)
 
 
 def _write_files(

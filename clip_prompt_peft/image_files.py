@@ -195,10 +195,11 @@ def list_images(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
 def skipped_files(paths: Sequence[str]) -> str:
     """Describes files that are no images, or are hidden, with one example for each ending."""
     kinds: dict[str, list[str]] = {}
+    endings = image_endings()
     for path in paths:
         if os.path.islink(path) and not os.path.exists(path):
             kind = "broken links"
-        elif (ending := os.path.splitext(path)[1].lower()) in image_endings():
+        elif (ending := os.path.splitext(path)[1].lower()) in endings:
             kind = "hidden images"
         else:
             kind = f"{ending} files" if ending else "files without an ending"

@@ -35,10 +35,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
 
     Create it with `from_pretrained`, or from a model in memory with `from_base`.
 
-    **Attributes**:
-        - **base_class** (`type`): The model of the family.
-        - **weight_names** (`dict[str, str]`, *optional*): Patterns of tensor names in checkpoints, and their names
-          here. transformers renames tensors only for its own classes.
+    **Attributes**, beside those of [`~pretrained.PretrainedClassifierMixin`]:
         - **padding** (`str`): How the text tower treats padding, see [`~tokenization.encode_texts`].
         - **default_template** (`str`): The template of zero-shot prompts.
         - **class_encoder** (`ClassEncoder`): Encodes the class prompts. It has settings of speed and memory.

@@ -174,20 +174,21 @@ class PretrainedClassifierMixin:
         self.label_check.read()  # before any file is written
         if self.class_names is not None:
             self.class_prompts  # noqa: B018, it updates id2label if an adapter has been switched
+        is_main_process, push_to_hub = kwargs.get("is_main_process", True), kwargs.pop("push_to_hub", False)
+        saves_all = is_main_process and not self._hf_peft_config_loaded
         tokenizer = None
-        if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
+        if saves_all:
             if self.tokenizer is None and not self.name_or_path:
                 logger.warning("The classifier has no tokenizer to save beside it; pass tokenizer=... to load it.")
             else:
                 tokenizer = self._get_tokenizer()
         self.config.custom_pipelines = custom_pipelines()
-        push_to_hub = kwargs.pop("push_to_hub", False)  # the family's own would push before all files are there
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True) and not self._hf_peft_config_loaded:
+        super().save_pretrained(save_directory, **kwargs)  # it would push before all files are there
+        if saves_all:
             shutil.copy(PIPELINE_FILE, save_directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(save_directory)
-        if push_to_hub and kwargs.get("is_main_process", True):
+        if push_to_hub and is_main_process:
             settings = {name: kwargs[name] for name in PUSH_SETTINGS if name in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory)), **settings)
 

@@ -30,6 +30,7 @@ POSITION_TABLES = ("position_embedding", "position_embeddings")
 TRANSFORMERS_HOOKS = "transformers.utils.output_capturing"
 LAYER_LISTS = ("layers", "layer")
 ADAPTER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the second wraps the modules of `modules_to_save`
+WRAPPED = ("base_layer", "original_module")  # the names that adapters give to the module that they wrap
 
 
 def text_side(model: nn.Module) -> tuple[nn.Module, ...]:

@@ -1,7 +1,6 @@
 """Pushing to the Hub and loading from it, with the real client against a stand-in of the Hub."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +22,7 @@ HAND_WRITTEN = "---\nlicense: mit\ntags:\n- mine\n---\n# Pets\n\nA text that som
 
 # One process pushes and one process loads, since starting one takes longer than all that it does.
 def run_client(hub, folder, *tasks):
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(folder / "home"),
-        "HF_TOKEN": "hf_stand_in",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = hub.client_environment(folder / "home")
     command = [sys.executable, hub_client.__file__, str(folder), *tasks]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,7 +3,6 @@
 Nothing in them is replaced: the stand-in of the Hub serves the embedded tiny CLIP under the name of the published one.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -51,14 +50,7 @@ def hub():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_all_snippets_run(document, hub, tmp_path):
     pytest.importorskip("onnxruntime")
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": "hf_stand_in",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = hub.client_environment(tmp_path / "home")
     folder = tmp_path / "work"
     folder.mkdir()
 

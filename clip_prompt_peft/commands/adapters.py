@@ -17,8 +17,8 @@ from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import listed
 from ..training.checkpoints import last_whole_checkpoint
 from ..tuner.files import adapter_folders
-from ..tuner.hub import HubSettings
-from .common import device, load_image_processor, use_one_thread_if_tiny
+from ..tuner.hub import HubSettings, load_image_processor
+from .common import device, use_one_thread_if_tiny
 
 
 # Endings of files; a Hub id may have a dot, too, as in "user/pets-v1.5".

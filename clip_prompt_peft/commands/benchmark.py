@@ -51,15 +51,14 @@ from ..protocols import (
     transfer,
     transfer_table,
 )
-from ..tuner.hub import HubSettings
-from .checks import POSITIVE
+from ..tuner.hub import HubSettings, load_image_processor
+from .checks import POSITIVE, check_numbers
 from .common import (
     DataclassParser,
     argument,
     check_extra,
     device,
     errors_in_one_line,
-    load_image_processor,
     silence_libraries,
     stopped_in_one_line,
     use_one_thread_if_tiny,
@@ -158,11 +157,7 @@ def check_arguments(args: BenchmarkArguments, settings: TrainingSettings) -> Non
         raise ValueError(f"There is no metric {args.metric!r}; there are {', '.join(METRICS)}.")
     if min(args.shots) < 1 or min(args.seeds) < 0:
         raise ValueError(f"--shots must be 1 or more and --seeds 0 or more, got {args.shots} and {args.seeds}.")
-    is_allowed, expected = POSITIVE
-    for name in ("num_train_epochs", "learning_rate", "batch_size"):
-        value = getattr(settings, name)
-        if value is not None and not is_allowed(value):
-            raise ValueError(f"--{name} must be {expected}, got {value}.")
+    check_numbers(settings, dict.fromkeys(("num_train_epochs", "learning_rate", "batch_size"), POSITIVE))
     try:
         device(args.device)
     except ArgumentTypeError as error:

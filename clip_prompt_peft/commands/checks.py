@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
@@ -61,12 +61,17 @@ FIXED = {
 }
 
 
-def check_training(training_args: TrainingArguments) -> None:
-    """Raises `ValueError` if an argument of the Trainer has a value that makes no sense here."""
-    for name, (is_allowed, expected) in RULES.items():
-        value = getattr(training_args, name)
+def check_numbers(args, rules: Mapping[str, Rule]) -> None:
+    """Raises `ValueError` if an argument is not what its rule allows. `None` is always allowed."""
+    for name, (is_allowed, expected) in rules.items():
+        value = getattr(args, name)
         if value is not None and not is_allowed(value):
             raise ValueError(f"--{name} must be {expected}, got {value}.")
+
+
+def check_training(training_args: TrainingArguments) -> None:
+    """Raises `ValueError` if an argument of the Trainer has a value that makes no sense here."""
+    check_numbers(training_args, RULES)
     if training_args.max_steps != -1 and training_args.max_steps < 1:
         raise ValueError(f"--max_steps must be 1 or more, got {training_args.max_steps}; without it, epochs count.")
     for name, value in FIXED.items():

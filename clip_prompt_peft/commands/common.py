@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, BaseImageProcessor, HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser
 
 from ..assets import TINY_CLIP
 from ..evaluation.tables import aligned, percent
@@ -191,12 +191,6 @@ def use_one_thread_if_tiny(model_name_or_path: str) -> None:
     """Limits torch to one thread for the tiny CLIP, which more threads only slow down on a busy machine."""
     if model_name_or_path == TINY_CLIP:
         torch.set_num_threads(1)
-
-
-def load_image_processor(classifier: PreTrainedModel) -> BaseImageProcessor:
-    """Loads the image processor of a classifier from where, and with what, the classifier was loaded."""
-    hub = classifier.hub_settings.arguments
-    return AutoImageProcessor.from_pretrained(classifier.name_or_path, trust_remote_code=False, **hub)
 
 
 def results_table(zero_shot: Results, tuned: Sequence[Results]) -> str:

@@ -12,6 +12,7 @@ from typing import Literal
 from datasets import Dataset, DatasetDict
 
 from ..data import class_names_of, hold_out, load_image_dataset
+from ..data.folders import SPLIT_OF
 from ..data.known_datasets import STYLES, load_style
 from .common import argument
 
@@ -19,9 +20,6 @@ from .common import argument
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-# Names of folders that hold a split and not a class.
-TRAINING_NAMES = {"train", "training"}
-SPLIT_NAMES = TRAINING_NAMES | {"test", "testing", "val", "valid", "validation", "eval", "dev"}
 HELD_OUT = "held out of train"
 # Arguments that belong to a source: without it they would be ignored.
 BELONGS_TO = {"dataset_config_name": "dataset_name", "image_dir": "zhou_split", "zhou_split": "image_dir"}
@@ -79,7 +77,7 @@ class DataArguments:
         if self.is_embedded or self.dataset_name and not os.path.exists(self.dataset_name):
             return self.name
         path = Path(os.path.abspath(self.name))
-        return path.parent.name if path.name.lower() in SPLIT_NAMES and path.parent.name else path.name
+        return path.parent.name if path.name.lower() in SPLIT_OF and path.parent.name else path.name
 
     def as_record(self) -> dict[str, object]:
         """Returns the arguments that are not `None` as JSON, with paths that are valid in any working directory."""
@@ -156,14 +154,14 @@ class DataArguments:
 def _check_no_splits_inside(flag: str, folder: str) -> None:
     """Raises `ValueError` if the sub-folders of an image folder are splits and not classes."""
     splits = {
-        entry.name: entry.path for entry in os.scandir(folder) if entry.is_dir() and entry.name.lower() in SPLIT_NAMES
+        entry.name: entry.path for entry in os.scandir(folder) if entry.is_dir() and entry.name.lower() in SPLIT_OF
     }
     is_nested = any(entry.is_dir() for path in splits.values() for entry in os.scandir(path))
-    is_training = {name.lower() in TRAINING_NAMES for name in splits}
-    if is_nested or len(is_training) > 1:
-        names = sorted(splits)
-        train = next((name for name in names if name.lower() in TRAINING_NAMES), "train")
-        test = next((name for name in names if name.lower() not in TRAINING_NAMES), "test")
+    names = sorted(splits)
+    for_training = [name for name in names if SPLIT_OF[name.lower()] == "train"]
+    for_tests = [name for name in names if name not in for_training]
+    if is_nested or (for_training and for_tests):
+        train, test = next(iter(for_training), "train"), next(iter(for_tests), "test")
         raise ValueError(
             f"{flag} {folder!r} holds {', '.join(names)}, not classes: training and test images "
             "would be mixed. Name the folders of each split: --train_dir "

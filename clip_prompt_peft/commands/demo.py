@@ -23,13 +23,12 @@ from PIL import Image
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
 from ..data.known_datasets import STYLES, load_style
 from ..image_files import decode_image, process_images
-from ..tuner.hub import HubSettings
+from ..tuner.hub import HubSettings, load_image_processor
 from .adapters import base_model_of, find_adapters
 from .common import (
     argument_parser,
     check_extra,
     errors_in_one_line,
-    load_image_processor,
     port,
     silence_libraries,
     stopped_in_one_line,

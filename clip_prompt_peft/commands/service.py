@@ -21,8 +21,7 @@ from starlette.responses import JSONResponse
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig
 from ..image_files import UnreadableImageError, decode_image, process_images
 from ..tuner.files import WEIGHTS_NAME
-from ..tuner.hub import HubSettings
-from .common import load_image_processor
+from ..tuner.hub import HubSettings, load_image_processor
 
 
 # Limits of a request. The size of an image is checked before decoding: a file of a few KB can decode to gigabytes.

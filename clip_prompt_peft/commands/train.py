@@ -45,13 +45,13 @@ from ..evaluation.tables import counted
 from ..training.callbacks import StopAtNonFinite
 from ..training.recipes import Recipe
 from ..tuner.files import WEIGHTS_NAME
+from ..tuner.hub import load_image_processor
 from .arguments import parse_arguments, parser
 from .checks import check_runs, check_shots, check_training, rehearse
 from .common import (
     COLUMNS,
     Results,
     errors_in_one_line,
-    load_image_processor,
     results_table,
     silence_libraries,
     stopped_in_one_line,

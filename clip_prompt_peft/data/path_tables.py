@@ -35,7 +35,12 @@ PATH_COLUMNS = ("file_name", "filename", "image", "path", "image_path", "filepat
 
 def metadata_files(folder: str) -> list[str]:
     """Returns the files in a folder, or in its sub-folders, that list its images and their labels."""
-    return [path for path in list_images(folder)[1] if os.path.basename(path) in METADATA_FILES]
+    return metadata_among(list_images(folder)[1])
+
+
+def metadata_among(paths: Sequence[str]) -> list[str]:
+    """Returns those of the files that list images and their labels."""
+    return [path for path in paths if os.path.basename(path) in METADATA_FILES]
 
 
 def load_metadata_folder(folder: str, cache_dir: str | None = None) -> Dataset:
@@ -56,17 +61,21 @@ def load_metadata_folder(folder: str, cache_dir: str | None = None) -> Dataset:
     Raises:
         ValueError: If a file cannot be read, has no column `file_name`, or lists an image that does not exist.
     """
+    images, others = list_images(folder)
     tables = []
-    for file in metadata_files(folder):
+    for file in metadata_among(others):
         builder, settings = METADATA_FILES[os.path.basename(file)]
         table = read_files(builder, [file], cache_dir=cache_dir, **settings)
         tables.append(_with_images(table, file, "file_name"))
     dataset = _joined(tables, repr(folder), IMAGE)
     listed = set(_paths(dataset, IMAGE))
-    others = [path for path in list_images(folder)[0] if os.path.normpath(path) not in listed]
-    if others:
+    left_out = [path for path in images if os.path.normpath(path) not in listed]
+    if left_out:
         logger.warning(
-            "%d images in %r are left out, such as %r: no metadata file lists them.", len(others), folder, others[0]
+            "%d images in %r are left out, such as %r: no metadata file lists them.",
+            len(left_out),
+            folder,
+            left_out[0],
         )
     return dataset
 

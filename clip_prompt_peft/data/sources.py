@@ -33,7 +33,7 @@ from .columns import (
 from .folders import load_class_folders, split_folders
 from .formats import check_file, load_clip_benchmark, load_zhou_split
 from .images import check_rows
-from .path_tables import TABLES, load_metadata_folder, load_path_tables, metadata_files, read_files
+from .path_tables import TABLES, load_metadata_folder, load_path_tables, metadata_among, metadata_files, read_files
 
 
 logger = logging.getLogger(__name__)
@@ -156,10 +156,10 @@ def _is_repository(folder: str) -> bool:
         with open(card, encoding="utf-8", errors="replace") as file:
             if re.search(r"^(configs|dataset_info):", file.read(), re.MULTILINE):
                 return True
-    metadata = metadata_files(folder)
+    images, others = list_images(folder)
+    metadata = metadata_among(others)
     if any(os.path.dirname(path) == folder.rstrip(os.sep) for path in metadata):
         return split_folders(folder) != {"train": folder}  # one file for all splits
-    images, others = list_images(folder)
     endings = {os.path.splitext(path)[1].lower() for path in set(others) - set(metadata)}
     return bool(endings & (OF_ROWS if images else OF_ROWS | OF_ROWS_OR_IMAGES))
 

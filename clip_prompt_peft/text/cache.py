@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..towers import ADAPTER_LAYERS, adapter_settings, hooks_of
+from ..towers import ADAPTER_LAYERS, WRAPPED, adapter_settings, hooks_of
 
 
 # Tensors up to this size, and all of an adapter, are compared by value; of larger, frozen ones only samples are.
@@ -18,7 +18,6 @@ SMALL = 2**16
 NUM_SAMPLES = 64
 NEAR = ("cpu",)  # where the host reads values without waiting for the device
 MAX_COMPARED = 2**24  # values that are held for comparison, of all results together
-WRAPPED = ("base_layer", "original_module")  # the names that adapters give to the module that they wrap
 
 
 class Memo:

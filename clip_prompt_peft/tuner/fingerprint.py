@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..towers import ADAPTER_LAYERS, find_towers
+from ..towers import ADAPTER_LAYERS, WRAPPED, find_towers
 
 
 NUM_VALUES = 384  # about as many in all; at least one of each tensor
@@ -26,7 +26,6 @@ SEGMENT = 128  # values around a sampled one, in which the steps of a quantized 
 MIN_SEGMENT = 16
 MAX_LEVELS = 1024  # 8 bits have 256 levels; a dequantized tensor that was rounded to half precision has some more
 MIN_QUANTIZED = 0.3  # share of tensors; in a model that is not quantized a few seem to be, such as those of ones
-WRAPPED = ("base_layer", "original_module")  # the names that adapters give to the module that they wrap
 SMALLEST = 1e-7  # half precision has no finer steps near 0
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples are spread evenly
 

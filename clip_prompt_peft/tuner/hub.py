@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor
 from transformers.utils import extract_commit_hash, find_adapter_config_file
 
 from .files import fetch, read_config
@@ -126,6 +126,19 @@ def load_tokenizer(name_or_path: str, hub: HubSettings, remedy: str):
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where there are no files
         raise ValueError(f"There are no files of a tokenizer in {place}. {remedy}")
     return tokenizer
+
+
+def load_image_processor(model) -> BaseImageProcessor:
+    """Loads the image processor of a model from where, and with what, the model was loaded.
+
+    Raises:
+        OSError: If it cannot be loaded.
+        ValueError: If the model has no `name_or_path`.
+    """
+    if not model.name_or_path:
+        raise ValueError("The model has no name_or_path to load an image processor from; pass image_processor=...")
+    hub = hub_settings_of(model).arguments
+    return AutoImageProcessor.from_pretrained(model.name_or_path, trust_remote_code=False, **hub)
 
 
 def locate(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 import time
@@ -55,6 +56,17 @@ class HubStandIn:
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
+
+    def client_environment(self, home) -> dict[str, str]:
+        """The variables of a process that takes this for the Hub, with its cache in the folder `home`."""
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        return environment | {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(home),
+            "HF_TOKEN": "hf_stand_in",
+            "OMP_NUM_THREADS": "1",
+        }
 
     def commit_id(self, repo_id: str, revision: str = "main") -> str | None:
         """The commit of a branch, or the commit itself; `None` if there is no such revision."""
