@@ -163,7 +163,9 @@ class ClassEncoder:
         """
         at_most = None if layout is None else layout.num_shared_positions
         attention = attention_of(model.text_model)
-        settings = (self.path, self.batch_size, classes, at_most, model.text_model.device, attention)
+        # Bounds instead of the range: once their number varies, a compiled graph compares integers, but no ranges.
+        bounds = (classes.start, classes.stop)
+        settings = (self.path, self.batch_size, bounds, at_most, model.text_model.device, attention)
         if torch.compiler.is_compiling() and self._chunks.latest is not None:
             # A graph without breaks can neither look at all modules of the tower nor compare prompts by value.
             (kept_prompts, kept_settings, *_), chunks = self._chunks.latest

@@ -76,11 +76,14 @@ def test_trains_and_evaluates(kind, options, model, dataset, image_processor, tm
 
 @pytest.mark.slow
 @needs_compile
-def test_trains_compiled(model, dataset, image_processor, tmp_path):
-    run(
-        model, with_pixel_values(dataset, image_processor), tmp_path, torch_compile=True,
-        torch_compile_backend="eager",
-    )  # fmt: skip
+def test_trains_compiled_with_one_number_of_classes_after_another(dataset, image_processor, tmp_path):
+    torch._dynamo.reset()
+    for num_more in range(3):  # from the second number on, torch compiles for numbers that vary
+        names = class_names_of(dataset) + [f"class {i}" for i in range(num_more)]
+        classifier = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=names)
+        model = get_peft_model(classifier, CLIPPromptTuningConfig())
+        examples = with_pixel_values(dataset, image_processor)
+        run(model, examples, tmp_path, torch_compile=True, torch_compile_backend="eager")
 
 
 @pytest.mark.slow
