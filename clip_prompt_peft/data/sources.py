@@ -178,8 +178,20 @@ def _is_repository(folder: str) -> bool:
     metadata = metadata_among(others)
     if any(os.path.dirname(path) == folder.rstrip(os.sep) for path in metadata):
         return split_folders(folder) != {"train": folder}  # one file for all splits
-    endings = {os.path.splitext(path)[1].lower() for path in set(others) - set(metadata)}
-    return bool(endings & (OF_ROWS if images else OF_ROWS | OF_ROWS_OR_IMAGES))
+    wanted = OF_ROWS if images else OF_ROWS | OF_ROWS_OR_IMAGES
+    rows = [path for path in others if path not in metadata and os.path.splitext(path)[1].lower() in wanted]
+    in_class_folders = len({os.path.dirname(path) for path in images} - {folder.rstrip(os.sep)}) > 1
+    if not rows or in_class_folders:  # the folders are read, and the file is told to be skipped
+        return False
+    if images:
+        logger.warning(
+            "%r is read by `datasets`, since it holds %r; its %d images, such as %r, may be left out.",
+            folder,
+            rows[0],
+            len(images),
+            images[0],
+        )
+    return True
 
 
 def _load_files(

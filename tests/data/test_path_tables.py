@@ -107,12 +107,13 @@ def test_a_local_folder_of_splits(tmp_path):
         load_image_dataset(str(folder))
 
 
-def test_a_local_folder_of_rows_is_read_by_datasets(tmp_path):
+def test_a_local_folder_of_rows_is_read_by_datasets(tmp_path, caplog):
     write(tmp_path, "cover.png")
     rows = {"image": [{"bytes": (tmp_path / "cover.png").read_bytes(), "path": None}] * 2, "label": ["cat", "dog"]}
     (tmp_path / "data").mkdir()
     Dataset.from_dict(rows).to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
     assert classes(load_image_dataset(str(tmp_path))["train"]) == ["cat", "dog"]
+    assert "is read by `datasets`, since it holds" in caplog.text and "cover.png', may be left out" in caplog.text
 
 
 class TestRelativePaths:
