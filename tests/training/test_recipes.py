@@ -77,6 +77,7 @@ def test_the_default_recipe_takes_50_to_600_steps_but_at_least_ten_epochs(clip, 
     model = get_peft_model(clip, CLIPPromptTuningConfig())
     recipe = training_recipe("default", model, num_examples, shots, use_cpu=True)
     assert recipe.arguments["num_train_epochs"] == epochs
+    assert recipe.arguments["learning_rate"] == (5e-4 if shots == 1 else 1e-3 if shots <= 4 else 2e-3)
     assert recipe.optimizers == (None, None) and recipe.trainer_class is Trainer
 
 
