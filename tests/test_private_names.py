@@ -63,6 +63,7 @@ IMPORTED = {
     "huggingface_hub.utils.HFValidationError": "a path could not be told from a Hub id",
     "huggingface_hub.utils.validate_repo_id": "a path could not be told from a Hub id",
     "huggingface_hub.errors.EntryNotFoundError": "a repository without a card could not be pushed to",
+    "huggingface_hub.errors.RevisionNotFoundError": "a missing revision would be told in the library's words",
 }
 
 # method of a base class: what our override does
