@@ -448,7 +448,8 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         merged = {name: self._merged_rows(name, table[self._table_rows(name)]) for name in adapter_names}
         broken = [name for name, rows in merged.items() if safe_merge and not torch.isfinite(rows).all()]
         if broken:
-            raise ValueError(f"NaN or Inf in the merged rows; the adapter {broken[0]!r} seems to be broken.")
+            # in the words of peft's methods, for those who look for them
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken[0]} seems to be broken.")
         for name, rows in merged.items():
             place = self._table_rows(name)
             self._unmerged_rows.append((place.start, table[place].clone()))
