@@ -164,6 +164,11 @@ def hooks_of(module: nn.Module) -> dict:
     return {n: hook for n, hook in hooks.items() if getattr(hook, "__module__", None) != TRANSFORMERS_HOOKS}
 
 
+def is_intercepted(module: nn.Module) -> bool:
+    """Returns whether hooks, or a `forward` of its own as accelerate sets it, take part in the calls of a module."""
+    return "forward" in vars(module) or bool(hooks_of(module))
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Returns the device on which a module computes. accelerate keeps offloaded weights elsewhere between calls."""
     device = next(module.parameters()).device

@@ -24,6 +24,7 @@ PUBLIC = {
     "torch.optim.lr_scheduler",
     "torch.utils.data",
     "torch.distributed",
+    "torch.overrides",
     "transformers.modeling_outputs",
 }
 

@@ -53,7 +53,6 @@ RULES: dict[str, Rule] = {
 }
 # Arguments of the Trainer that the command needs as they are.
 FIXED = {
-    "remove_unused_columns": False,
     "prediction_loss_only": False,
     "batch_eval_metrics": False,
     "eval_do_concat_batches": True,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import uuid
 from collections.abc import Sequence
 
 import fsspec
@@ -17,9 +19,11 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
 from ..image_files import UnreadableImageError, decode_image, process_images
-from ..towers import adapter_settings, embed_width, eval_mode, execution_device, image_side
+from ..towers import adapter_settings, embed_width, eval_mode, execution_device, hooks_of, image_side
 from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
 
+
+logger = logging.getLogger(__name__)
 
 NUM_TRIES = 10
 STREAM_BATCH = 32  # images of a stream that are decoded at once
@@ -240,7 +244,8 @@ def cache_image_embeds(
 
     The embeddings are computed with `datasets.map` and stored in the cache folder of the dataset. A second call with
     the same images, weights and settings reads them from there. A stream is read once, and the embeddings of all its
-    images are kept in memory.
+    images are kept in memory. Forward hooks in the image tower can change the embeddings in ways that nobody can
+    compare. With them, the embeddings are computed anew and kept in memory, and a warning is logged.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -300,12 +305,20 @@ def cache_image_embeds(
                 raise ValueError("The stream has no examples.")
             embedded = concatenate_datasets(parts)
         else:
+            if embed.hooked is not None:
+                logger.warning(
+                    "%r has hooks, which may change the embeddings: they are computed now and kept in memory only, "
+                    "neither read from the cache nor written to it. Remove the hooks to use the cache.",
+                    embed.hooked,
+                )
             embedded = images.map(
                 embed,
                 batched=True,
                 batch_size=batch_size,
                 remove_columns=[IMAGE, LABEL],
                 features=features,
+                keep_in_memory=embed.hooked is not None,
+                load_from_cache_file=None if embed.hooked is None else False,
                 desc=description or "Embedding images",
             )
     return embedded.with_format("torch") if num_views is None else embedded.with_transform(_draw_view)
@@ -329,6 +342,8 @@ class _EmbedImages:
         self.transform = PixelTransform(image_processor, augment=num_views is not None)
         if num_views is not None:
             self.transform.augmentation.generator = torch.Generator().manual_seed(seed)
+        self.hooked = _hooked_module(model)
+        self.token = uuid.uuid4().hex
 
     def __getstate__(self) -> dict:
         # `datasets` hashes this to find a cached result, so it holds everything that the embeddings depend on.
@@ -337,6 +352,7 @@ class _EmbedImages:
             "processor": self.transform.image_processor.to_dict(),
             "views": None if self.num_views is None else (self.num_views, self.seed),
             "decoding": DECODING,
+            **({} if self.hooked is None else {"hooks": self.token}),  # equal to no other one's
         }
 
     @torch.no_grad()
@@ -347,6 +363,19 @@ class _EmbedImages:
         if self.num_views is not None:
             embeds = embeds.unflatten(0, (-1, self.num_views))  # (B, K, E)
         return {"image_embeds": embeds.numpy(), "labels": batch[LABEL]}
+
+
+def _hooked_module(model: PreTrainedModel) -> str | None:
+    """Returns the path of a module of the image side with hooks, or `None` if there are none.
+
+    Those of transformers do not count: they look, or ask for gradients.
+    """
+    inside = {module for part in image_side(model) for module in part.modules()}
+    for path, module in model.named_modules():
+        hooks = hooks_of(module).values() if module in inside else ()
+        if any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks):
+            return path
+    return None
 
 
 def _hash_of_image_side(model: PreTrainedModel) -> str:

@@ -20,7 +20,7 @@ from .files import check_values
 from .layout import PromptLayout
 
 
-RANDOM_STD = 0.02  # of randomly initialised vectors, in CoOp, MaPLe, IVLP and PromptSRC alike
+RANDOM_STD = 0.02  # of randomly initialized vectors, in CoOp, MaPLe, IVLP and PromptSRC alike
 BOTTLENECK = 16  # CoCoOp, trainers/cocoop.py: the hidden width is that of the image embedding // 16
 TABLE_NAMES = ("token_embedding", "word_embeddings", "position_embedding", "position_embeddings", "position_ids")
 
@@ -67,7 +67,7 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
                     yield name, parameter
 
     def await_weights(self, adapter_name: str) -> None:
-        """Marks the tensors of an adapter as not initialised: it cannot be used before saved weights are loaded."""
+        """Marks the tensors of an adapter as not initialized: it cannot be used before saved weights are loaded."""
         self._awaited[adapter_name] = dict(self.parameters_of(adapter_name))
 
     def _check_weights(self, adapter_name: str) -> None:
@@ -235,7 +235,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             self.prompt_configs[name].class_names = class_names
 
     def update_layer(self, adapter_name: str, layout: PromptLayout, image_width: int | None = None) -> None:
-        """Adds the tensors of an adapter, not initialised. An older adapter of that name is replaced."""
+        """Adds the tensors of an adapter, not initialized. An older adapter of that name is replaced."""
         self._begin(adapter_name, layout)
         like = like_table(self.token_table)
         if layout.num_virtual_tokens:
@@ -254,7 +254,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, config: CLIPPromptTuningConfig) -> None:
-        """Initialises the tensors of an adapter as its configuration says."""
+        """Initializes the tensors of an adapter as its configuration says."""
         if adapter_name in self.learnable_embeddings:
             self._reset_vectors(self.learnable_embeddings[adapter_name], config)
         for container in (self.learnable_meta_in, self.learnable_meta_out):
@@ -279,7 +279,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             adapter_name (`str`):
                 An adapter with text vectors.
             image_embeds (`torch.Tensor`, *optional*):
-                (B, E), L2-normalised. If the adapter is conditioned on the image, its vectors for each image are
+                (B, E), L2-normalized. If the adapter is conditioned on the image, its vectors for each image are
                 returned.
 
         Returns:
@@ -299,7 +299,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
 
         Args:
             image_embeds (`torch.Tensor`, *optional*):
-                (B, E), L2-normalised.
+                (B, E), L2-normalized.
 
         Returns:
             `torch.Tensor`: (C, n, D) if class-specific, (B, n, D) if conditioned on the image.
@@ -448,7 +448,8 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         merged = {name: self._merged_rows(name, table[self._table_rows(name)]) for name in adapter_names}
         broken = [name for name, rows in merged.items() if safe_merge and not torch.isfinite(rows).all()]
         if broken:
-            raise ValueError(f"NaN or Inf in the merged rows; the adapter {broken[0]!r} seems to be broken.")
+            # in the words of peft's methods, for those who look for them
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken[0]} seems to be broken.")
         for name, rows in merged.items():
             place = self._table_rows(name)
             self._unmerged_rows.append((place.start, table[place].clone()))
@@ -484,7 +485,7 @@ def trainable_dtype(like: torch.Tensor) -> torch.dtype:
 
 
 def empty_vectors(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Returns vectors that are not initialised, on the device of `like`.
+    """Returns vectors that are not initialized, on the device of `like`.
 
     They are not zeros, since memory that is never written to is never taken, should a file ask for too many vectors.
     """
@@ -492,7 +493,7 @@ def empty_vectors(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 
 
 def empty_linear(width_in: int, width_out: int, like: torch.Tensor) -> nn.Linear:
-    """Returns a linear layer that is not initialised, on the device of `like`."""
+    """Returns a linear layer that is not initialized, on the device of `like`."""
     linear = nn.Linear(width_in, width_out, device="meta", dtype=trainable_dtype(like))
     # The parameters are assigned, since peft's low_cpu_mem_usage keeps assigned ones on the meta device.
     for name, parameter in list(linear.named_parameters()):
