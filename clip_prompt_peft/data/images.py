@@ -20,7 +20,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from ..image_files import UnreadableImageError, decode_image, process_images
 from ..towers import adapter_settings, embed_width, eval_mode, execution_device, hooks_of, image_side
-from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
+from .columns import IMAGE, LABEL, check_is_one_split, check_label_order, check_labels_are_numbers, with_known_types
 
 
 logger = logging.getLogger(__name__)
@@ -401,6 +401,7 @@ def content_hash(dataset: Dataset) -> str:
         `str`: The first 16 hexadecimal digits of a SHA-256. Two datasets have the same hash if and only if their
         examples are the same.
     """
+    check_is_one_split(dataset)
     names = dataset.features[LABEL].names
     digest = hashlib.sha256()
     for example in undecoded(dataset.select_columns([IMAGE, LABEL])):
