@@ -34,6 +34,14 @@ NEW_FILES = ".saving-"  # the prefix of the temporary folder that an adapter is 
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def without_warning_of_renamed_property() -> Iterator[None]:
+    """Hides the `FutureWarning` that comes as peft reads a property of the model that transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
+
+
 class PeftModelForPromptClassification(PeftModel):
     """
     The `PeftModel` that `get_peft_model` returns for a [`CLIPPromptTuningConfig`].
@@ -64,8 +72,7 @@ class PeftModelForPromptClassification(PeftModel):
 
     def __init__(self, model, peft_config, adapter_name: str = "default", **kwargs) -> None:
         _check_other_methods(model, adapter_name)
-        with warnings.catch_warnings():  # peft reads a property of the model that transformers has renamed
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        with without_warning_of_renamed_property():
             super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
