@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import chain
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
@@ -153,19 +154,25 @@ def read_labels(dataset: Dataset, label_column: str) -> list[Hashable]:
     return dataset.select_columns(label_column).with_format("arrow")[:][label_column].to_pylist()
 
 
-def with_known_types(stream: IterableDataset, label_column: str = LABEL) -> IterableDataset:
+def with_known_types(stream: IterableDataset, label_column: str = LABEL, once: bool = False) -> IterableDataset:
     """Gives the images and labels of a stream without types those of its first example; other columns are dropped.
 
     Args:
         stream (`datasets.IterableDataset`):
             A stream, for example from a generator, with the columns `image` and `label_column`.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            The name of the label column.
+        once (`bool`, *optional*, defaults to `False`):
+            Whether the result is read once only. Then the stream is not started again after its first example, which a
+            stream of something that cannot be read twice would have lost.
 
     Raises:
         ValueError: If the stream is empty or lacks one of the columns.
     """
     if stream.features is not None:
         return stream
-    first = next(iter(stream), None)
+    examples = iter(stream)
+    first = next(examples, None)
     if first is None:
         raise ValueError("The stream has no examples.")
     missing = [name for name in (IMAGE, label_column) if name not in first]
@@ -173,7 +180,25 @@ def with_known_types(stream: IterableDataset, label_column: str = LABEL) -> Iter
         raise ValueError(f"The stream has no column {missing[0]!r}; its columns are {', '.join(first)}.")
     label = Dataset.from_list([{label_column: first[label_column]}]).features[label_column]
     types = Features({IMAGE: Image(), label_column: label})
+    if once:
+        stream = IterableDataset.from_generator(_Pass(chain([first], examples)))
     return stream.select_columns([IMAGE, label_column]).cast(types)
+
+
+class _Pass:
+    """A generator function of a pass that has begun. `datasets` copies and hashes it, as no iterator can be."""
+
+    def __init__(self, examples: Iterator[dict]) -> None:
+        self.examples = examples
+
+    def __call__(self) -> Iterator[dict]:
+        return self.examples
+
+    def __deepcopy__(self, memo: dict) -> _Pass:
+        return self
+
+    def __reduce__(self):
+        return type(self), (iter(()),)
 
 
 def check_labels_are_numbers(dataset: Dataset, label_column: str = LABEL) -> None:

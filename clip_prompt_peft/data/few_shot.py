@@ -79,7 +79,7 @@ def _draw_from_stream(
 ) -> Dataset:
     """Draws from each class by reservoir sampling: the i-th example replaces a kept one with probability k / i."""
     _check_settings(num_shots, when_fewer)
-    stream = with_known_types(stream, label_column)
+    stream = with_known_types(stream, label_column, once=True)
     if label_column not in stream.features:
         raise ValueError(f"There is no column {label_column!r}; the columns are {', '.join(stream.features)}.")
     types = stream.features.copy()

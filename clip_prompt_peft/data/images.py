@@ -129,9 +129,9 @@ def with_pixel_values(
     Raises:
         ValueError: If the labels are no numbers, or number the classes in another order than `class_names`.
     """
-    check_labels_are_numbers(dataset)
     if isinstance(dataset, IterableDataset):
         dataset = with_known_types(dataset)
+    check_labels_are_numbers(dataset)
     check_label_order(dataset, class_names)
     columns = undecoded(dataset.select_columns([IMAGE, LABEL])).rename_columns({IMAGE: PIXELS, LABEL: LABELS})
     transform = PixelTransform(image_processor, augment)
@@ -174,13 +174,17 @@ def _is_empty(image: dict | None) -> bool:
     return not image or not (image["bytes"] or image["path"])
 
 
-def decode(image: dict | None) -> Image.Image:
+def decode(image: dict | Image.Image | None) -> Image.Image:
     """
     Decodes a row of an image column with [`decode_image`], from its `bytes` or from a `path` that may be remote.
+
+    Some operations on a stream, such as its `filter`, have opened the image already.
 
     Raises:
         UnreadableImageError: If that fails. The message names the file.
     """
+    if isinstance(image, Image.Image):
+        return decode_image(image)
     if _is_empty(image):
         raise UnreadableImageError("A row holds no image, neither bytes nor a path. Remove it, or add its image.")
     content, path = image["bytes"], image["path"]
@@ -284,7 +288,7 @@ def cache_image_embeds(
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check_image_side_is_frozen(model)
     if isinstance(dataset, IterableDataset):
-        dataset = with_known_types(dataset)
+        dataset = with_known_types(dataset, once=True)
     check_labels_are_numbers(dataset)
     check_label_order(dataset, getattr(model, "class_names", None))
     feature = SequenceFeature(Value(dtype), length=embed_width(model.config))

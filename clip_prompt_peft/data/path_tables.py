@@ -10,11 +10,11 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..image_files import list_images
@@ -86,6 +86,22 @@ def load_metadata_folder(folder: str, label_column: str | None = None, cache_dir
             left_out[0],
         )
     return dataset
+
+
+def split_by_folder(dataset: Dataset, folders: Mapping[str, str]) -> DatasetDict:
+    """Returns splits of the images of a dataset, by the folder of each split that they are in.
+
+    Raises:
+        ValueError: If an image is in none of the folders.
+    """
+    roots = {split: os.path.join(os.path.normpath(folder), "") for split, folder in folders.items()}
+    rows: dict[str, list[int]] = {split: [] for split in roots}
+    for row, path in enumerate(_paths(dataset, IMAGE)):
+        split = next((split for split, root in roots.items() if path.startswith(root)), None)
+        if split is None:
+            raise ValueError(f"The image {path!r} is in none of the folders of splits, {', '.join(roots.values())}.")
+        rows[split].append(row)
+    return DatasetDict({split: dataset.select(of_split) for split, of_split in rows.items() if of_split})
 
 
 def holds_paths(file: str, image_column: str | None = None) -> bool:

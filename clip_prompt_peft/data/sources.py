@@ -47,6 +47,7 @@ from .path_tables import (
     metadata_among,
     metadata_files,
     read_files,
+    split_by_folder,
     with_found_paths,
 )
 
@@ -127,7 +128,10 @@ def load_image_dataset(
         splits = load_clip_benchmark(webdataset_dir, **load_kwargs)
     else:
         splits = _load_named(os.fspath(dataset_name), dataset_config_name, label_column, load_kwargs)
-    return standardize(splits, image_column, label_column)
+    splits = standardize(splits, image_column, label_column)
+    if load_kwargs.get("streaming") and isinstance(splits, DatasetDict):  # only the paths have been read
+        return IterableDatasetDict({split: dataset.to_iterable_dataset() for split, dataset in splits.items()})
+    return splits
 
 
 def _load_folders(
@@ -148,22 +152,20 @@ def _load_folders(
     splits = DatasetDict(
         {split: load_metadata_folder(path, label_column, cache_dir) for split, path in with_metadata.items()}
     )
-    return _streamed(splits or load_class_folders(paths, cache_dir), load_kwargs)
-
-
-def _streamed(splits: DatasetDict, load_kwargs: dict) -> DatasetDict | IterableDatasetDict:
-    """Turns the splits into streams if these are asked for."""
-    if not load_kwargs.get("streaming"):
-        return splits
-    return IterableDatasetDict({split: dataset.to_iterable_dataset() for split, dataset in splits.items()})
+    return splits or load_class_folders(paths, cache_dir)
 
 
 def _load_named(name: str, config: str | None, label_column: str | None, load_kwargs: dict) -> DatasetDict:
     """Loads a data set of the Hub or a local folder."""
     settings = {key: value for key, value in load_kwargs.items() if value is not None}
     folder = os.path.expanduser(settings.get("data_dir", "") if name == "imagefolder" else name)
+    folder = folder.rstrip(os.sep) or folder
     if config is None and "data_files" not in settings and os.path.isdir(folder) and not _is_repository(folder):
-        return _load_folders(split_folders(folder), label_column, load_kwargs)
+        splits = split_folders(folder)
+        if splits != {"train": folder} and any(os.path.dirname(file) == folder for file in metadata_files(folder)):
+            rows = load_metadata_folder(folder, label_column, settings.get("cache_dir"))  # one file for all splits
+            return split_by_folder(rows, splits)
+        return _load_folders(splits, label_column, load_kwargs)
     return load_dataset(name, config, **load_kwargs)
 
 
@@ -176,11 +178,9 @@ def _is_repository(folder: str) -> bool:
                 return True
     images, others = list_images(folder)
     metadata = metadata_among(others)
-    if any(os.path.dirname(path) == folder.rstrip(os.sep) for path in metadata):
-        return split_folders(folder) != {"train": folder}  # one file for all splits
     wanted = OF_ROWS if images else OF_ROWS | OF_ROWS_OR_IMAGES
     rows = [path for path in others if path not in metadata and os.path.splitext(path)[1].lower() in wanted]
-    in_class_folders = len({os.path.dirname(path) for path in images} - {folder.rstrip(os.sep)}) > 1
+    in_class_folders = len({os.path.dirname(path) for path in images} - {folder}) > 1
     if not rows or in_class_folders:  # the folders are read, and the file is told to be skipped
         return False
     if images:
@@ -214,7 +214,7 @@ def _load_files(
             split: load_path_tables(of_split, image_column, label_column, cache_dir)
             for split, of_split in paths.items()
         }
-        return _streamed(DatasetDict(tables), load_kwargs)
+        return DatasetDict(tables)
     builder, _ = ROWS[extensions.pop()]
     splits = IterableDatasetDict() if load_kwargs.get("streaming") else DatasetDict()
     for split, of_split in paths.items():  # one by one, or `datasets` gives all files the class names of the first

@@ -67,8 +67,11 @@ def home(hub, tmp_path_factory):
     on_hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
     on_hub |= {"HF_TOKEN": "hf_secret", "HF_HOME": str(folder / "cache")}
     arguments = ["--model_name_or_path", "me/clip", "--model_revision", "v2", "--style", "noto", "--max_steps", 1]
-    code, printed, errors = run_command("train", *arguments, "--output_dir", "out", folder=folder, env=on_hub)
+    arguments += ["--token", "hf_secret", "--output_dir", "out"]
+    without = {**on_hub, "HF_TOKEN": "hf_of_somebody_else"}
+    code, printed, errors = run_command("train", *arguments, folder=folder, env=without)
     assert code == 0, printed + errors
+    assert "hf_secret" not in printed + errors
     Image.new("RGB", (40, 30), "red").save(folder / "red.png")
     return folder, on_hub
 
@@ -78,6 +81,11 @@ class TestARevisionOfTheHub:
     def test_the_adapter_names_the_commit(self, hub, home):
         config = json.loads((home[0] / "out/seed1/adapter_config.json").read_text())
         assert config["revision"] == hub.commit_id("me/clip", "v2")
+
+    def test_the_token_is_in_no_file(self, home):
+        files = [path for path in (home[0] / "out").rglob("*") if path.is_file()]
+        assert len(files) > 5
+        assert [path.name for path in files if b"hf_secret" in path.read_bytes()] == []
 
     def test_predict(self, home):
         code, printed, errors = run_command("predict", "out", "red.png", folder=home[0], env=home[1])

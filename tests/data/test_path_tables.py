@@ -175,3 +175,25 @@ def test_the_column_of_paths_is_not_that_of_the_labels(photos, column):
         (photos / "labels.csv").rename(photos / "metadata.csv")
         with pytest.raises(ValueError, match="'file_name' cannot be the image column and the label column"):
             load_image_dataset(folders={"train": photos}, label_column=name)
+
+
+def test_one_metadata_file_for_the_folders_of_splits(tmp_path):
+    folder = tmp_path / "photos"
+    write(folder, "train/1.png", "train/sub/2.png", "Test/3.png", "other/4.png")
+    rows = ["file_name,label", "train/1.png,cat", "train/sub/2.png,dog", "Test/3.png,cat"]
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    (folder / "other/4.png").unlink()
+    splits = load_image_dataset(str(folder))
+    assert {split: classes(dataset) for split, dataset in splits.items()} == {"test": ["cat"], "train": ["cat", "dog"]}
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "Metadata.csv", "metadata.xlsx"])
+def test_a_metadata_file_of_another_name_is_mentioned(photos, name):
+    (photos / name).write_text("file_name,label")
+    with pytest.raises(ValueError, match=f"table metadata.csv, .* beside them; there are 1 .* files .*{name}"):
+        load_image_dataset(folders={"train": photos})
+
+
+def test_a_folder_is_no_file(photos):
+    with pytest.raises(ValueError, match="is a folder and not a file"):
+        load_image_dataset(files={"train": photos})
