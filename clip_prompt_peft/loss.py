@@ -53,6 +53,9 @@ def classification_loss(
 ) -> torch.Tensor:
     """Returns the mean loss over the batch, chosen by `config.problem_type` as in transformers' classifiers.
 
+    Images with the ignored label -100 are left out. If it is the label of all of them, the loss is 0, and not NaN,
+    which an optimizer step would write into the vectors.
+
     Args:
         logits (`torch.Tensor`):
             (B, C).
@@ -73,14 +76,14 @@ def classification_loss(
     if problem_type == MULTI_LABEL:
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
     labels = labels.long()  # data sets also hold them as int8, float, ...
+    kept = labels != IGNORED_LABEL
+    num_kept = kept.sum().clamp(min=1)
     if kind == SIGMOID:
-        kept = labels != IGNORED_LABEL
         # Ignored rows are written over instead of taken out, since only the device knows how many there are.
         logits = logits.masked_fill(~kept[:, None], torch.finfo(logits.dtype).min)  # their loss is exactly 0
         targets = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)  # (B, C)
-        summed = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
-        return summed / kept.sum()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
+        return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum") / num_kept
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum") / num_kept
 
 
 def compute_loss(

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .evaluation.model_card import CardDetails, add_prompt_section, empty_card, is_hub_id
 from .modeling import PromptClassificationMixin
-from .towers import image_side, trainable_parameters
+from .towers import execution_device, image_side, trainable_parameters
 from .tuner import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig, CLIPPromptTuningModel
 from .tuner.model import PREFIX, adapter_tensors
 
@@ -81,6 +81,19 @@ class PeftModelForPromptClassification(PeftModel):
         if adapter_names is None:
             return super().forward(*args, **kwargs)
         return mixed_batch_forward(self, adapter_names, *args, **kwargs)
+
+    def load_adapter(
+        self, model_id, adapter_name: str, is_trainable: bool = False, torch_device: str | None = None, *args, **kwargs
+    ):
+        """Loads an adapter, with the arguments of `PeftModel.load_adapter`.
+
+        By default its weights are read to the device of the model. peft would read them to a card that is in the
+        machine, whether the model is on it or not, and take memory there.
+        """
+        if torch_device is None:
+            device = execution_device(self)
+            torch_device = "cpu" if device.type == "meta" else str(device)
+        return super().load_adapter(model_id, adapter_name, is_trainable, torch_device, *args, **kwargs)
 
     def save_pretrained(
         self,

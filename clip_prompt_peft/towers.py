@@ -168,6 +168,11 @@ def hooks_of(module: nn.Module) -> dict:
     return {n: hook for n, hook in hooks.items() if getattr(hook, "__module__", None) != TRANSFORMERS_HOOKS}
 
 
+def is_intercepted(module: nn.Module) -> bool:
+    """Returns whether hooks, or a `forward` of its own as accelerate sets it, take part in the calls of a module."""
+    return "forward" in vars(module) or bool(hooks_of(module))
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Returns the device on which a module computes. accelerate keeps offloaded weights elsewhere between calls."""
     device = next(module.parameters()).device
@@ -183,7 +188,7 @@ def execution_device(module: nn.Module) -> torch.device:
 def like_table(table: nn.Module) -> torch.Tensor:
     """Returns an empty tensor (0, D) of the width and dtype of an embedding table, on the device that it works on.
 
-    Weights of a quantised table are of other shapes and types, or packed away; its dtype is the default one.
+    Weights of a quantized table are of other shapes and types, or packed away; its dtype is the default one.
     """
     table = unwrapped(table)
     weight = dict(table.named_parameters(recurse=False)).get("weight")
@@ -241,7 +246,7 @@ def _table_name(embeddings, names: tuple[str, ...]) -> str | None:
 
 
 def _is_table(module) -> bool:
-    # not only nn.Embedding: libraries of quantisation have their own classes
+    # not only nn.Embedding: libraries of quantization have their own classes
     sizes = (getattr(module, name, None) for name in ("num_embeddings", "embedding_dim"))
     return isinstance(module, nn.Module) and all(isinstance(size, int) for size in sizes)
 

@@ -28,6 +28,25 @@ def test_the_trainer_computes_on_the_cpu_by_itself(tmp_path):
     assert TrainingArguments(str(tmp_path)).device.type == "cpu"
 
 
+@pytest.mark.slow
+def test_with_a_card_in_the_machine_models_are_loaded_used_and_served_where_they_are():
+    tests = [
+        "test_adapters_of_earlier_versions.py",
+        "test_auto.py::TestLoading",
+        "test_modeling.py::TestClassNames",
+        "commands/test_serve.py::test_adapters_are_listed_loaded_and_unloaded_at_run_time",
+    ]
+    options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "card_in_sight"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *(str(ROOT / "tests" / test) for test in tests)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "helpers"), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
 def test_nothing_but_programs_for_users_asks_whether_there_is_a_card():
     folders = ("clip_prompt_peft", "examples", "tests")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]

@@ -1,5 +1,6 @@
 """Many prompt adapters on one frozen CLIP, and batches whose images belong to different ones."""
 
+import copy
 import dataclasses
 import re
 import runpy
@@ -204,6 +205,19 @@ def test_dozens_of_adapters_share_one_base_and_answer_by_name(classifier, pixel_
 
 
 @pytest.mark.slow
+def test_weights_are_read_to_the_device_of_the_model_and_not_to_a_card_that_it_is_not_on(
+    tuned, clip, tmp_path, monkeypatch
+):
+    tuned.save_pretrained(tmp_path)
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda")
+    for base in (clip, copy.deepcopy(tuned).unload()):
+        model = PeftModel.from_pretrained(base, tmp_path / "pets")
+        model.load_adapter(tmp_path / "zoo", "zoo")
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    with pytest.raises(Exception, match="(?i)cuda"):
+        model.load_adapter(tmp_path / "zoo", "another", torch_device="cuda")
+
+
 def test_the_benchmark_prints_its_table(monkeypatch, capsys):
     script = ROOT / "benchmarks" / "many_adapters.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--num_adapters", "6", "--batch_size", "3"])

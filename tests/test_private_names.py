@@ -24,6 +24,7 @@ PUBLIC = {
     "torch.optim.lr_scheduler",
     "torch.utils.data",
     "torch.distributed",
+    "torch.overrides",
     "transformers.modeling_outputs",
 }
 
@@ -63,6 +64,7 @@ IMPORTED = {
     "huggingface_hub.utils.HFValidationError": "a path could not be told from a Hub id",
     "huggingface_hub.utils.validate_repo_id": "a path could not be told from a Hub id",
     "huggingface_hub.errors.EntryNotFoundError": "a repository without a card could not be pushed to",
+    "huggingface_hub.errors.RevisionNotFoundError": "a missing revision would be told in the library's words",
 }
 
 # method of a base class: what our override does

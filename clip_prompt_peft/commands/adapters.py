@@ -17,7 +17,7 @@ from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import listed
 from ..training.checkpoints import last_whole_checkpoint
 from ..tuner.files import adapter_folders
-from ..tuner.hub import HubSettings, load_image_processor
+from ..tuner.hub import HubSettings, load_image_processor, pin_base_model
 from .common import device, use_one_thread_if_tiny
 
 
@@ -83,7 +83,9 @@ def find_adapter(name_or_path: str) -> str:
     return path
 
 
-def base_model_of(adapters: Mapping[str, str], chosen: str | None = None) -> tuple[str, HubSettings]:
+def base_model_of(
+    adapters: Mapping[str, str], chosen: str | None = None, revision: str | None = None
+) -> tuple[str, HubSettings]:
     """Returns the base model that all of the adapters name, and its revision and subfolder as settings.
 
     Args:
@@ -91,19 +93,22 @@ def base_model_of(adapters: Mapping[str, str], chosen: str | None = None) -> tup
             The folder or Hub id of each adapter by name.
         chosen (`str`, *optional*):
             The base model that the user chose. Its revision is the one that the adapters name, if they agree on one.
+        revision (`str`, *optional*):
+            The revision that the user chose.
 
     Raises:
         ValueError: If they name several, or none, and none is chosen.
+        OSError: If the base model that they name, or its revision, cannot be accessed.
     """
     configs = {name: PeftConfig.from_pretrained(path) for name, path in adapters.items()}
     places = {
-        name: (config.base_model_name_or_path, config.revision, config.base_model_subfolder or None)
+        name: (config.base_model_name_or_path, revision or config.revision, config.base_model_subfolder or None)
         for name, config in configs.items()
         if isinstance(config, CLIPPromptTuningConfig)
     }
     found = {place for place in places.values() if place[0] is not None and chosen in (None, place[0])}
     if chosen is not None and len(found) != 1:
-        return chosen, HubSettings()
+        return chosen, HubSettings().at(revision)
     if len(found) != 1 or None in {name for name, _, _ in places.values()}:
         named = "; ".join(f"{name}: {_shown(*place)}" for name, place in places.items())
         raise ValueError(
@@ -111,7 +116,7 @@ def base_model_of(adapters: Mapping[str, str], chosen: str | None = None) -> tup
             "--base."
         )
     ((name, revision, subfolder),) = found
-    return name, HubSettings().at(revision, subfolder)
+    return name, pin_base_model(name, HubSettings().at(revision, subfolder), next(iter(adapters.values())))
 
 
 def _shown(base: str | None, revision: str | None, subfolder: str | None) -> str:
@@ -164,8 +169,14 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         "adapter",
         help="folder or Hub id of the adapter; of several, such as those of `train`, the first is used",
     )
-    parser.add_argument("--base", help="base model to use instead of the one that the adapter names")
+    add_base_arguments(parser)
     parser.add_argument("--device", type=device, default="cpu", help="where to compute: cpu, cuda, ...")
+
+
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that choose another base model."""
+    parser.add_argument("--base", help="base model to use instead of the one that the adapters name")
+    parser.add_argument("--base_revision", metavar="REVISION", help="its branch, tag or commit on the Hub")
 
 
 def load_adapter(
@@ -183,7 +194,9 @@ def load_adapter(
         ValueError: If the adapter is damaged or does not fit the base model.
         OSError: If the adapter or its base model is not found.
     """
-    model = AutoPeftModelForPromptClassification.from_pretrained(adapter, base_model_name_or_path=args.base)
+    model = AutoPeftModelForPromptClassification.from_pretrained(
+        adapter, base_model_name_or_path=args.base, base_model_revision=args.base_revision
+    )
     classifier = model.get_base_model()
     use_one_thread_if_tiny(classifier.name_or_path)
     return model.eval().to(args.device), load_image_processor(classifier)

@@ -53,7 +53,6 @@ RULES: dict[str, Rule] = {
 }
 # Arguments of the Trainer that the command needs as they are.
 FIXED = {
-    "remove_unused_columns": False,
     "prediction_loss_only": False,
     "batch_eval_metrics": False,
     "eval_do_concat_batches": True,
@@ -107,7 +106,18 @@ def check_runs(model_args, data_args, training_args) -> None:
 
 
 def check_shots(train: Dataset, validation: Dataset | None, test_sets, data_args) -> None:
-    """Raises `ValueError` if a class has fewer images than `--shots`, unless `--when_fewer` says what to do."""
+    """Checks the numbers of images.
+
+    Raises:
+        ValueError: If all are of one class, or if a class has fewer than `--shots`, unless `--when_fewer` says what to
+            do.
+    """
+    classes = images_per_class(train)
+    if len(classes) == 1:
+        raise ValueError(
+            f"The training images are of one class only, {next(iter(classes))!r}, so there is nothing to tell apart. "
+            "Give images of at least two classes."
+        )
     if not data_args.shots or data_args.when_fewer != "error":
         return
     needs = {"training": (train, data_args.shots), "validation": (validation, min(data_args.shots, 4))}

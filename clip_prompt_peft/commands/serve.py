@@ -14,7 +14,7 @@ import argparse
 import socket
 from pathlib import Path
 
-from .adapters import base_model_of, find_adapters
+from .adapters import add_base_arguments, base_model_of, find_adapters
 from .common import (
     argument_parser,
     check_extra,
@@ -49,7 +49,7 @@ def serve(args: argparse.Namespace) -> None:
             f"{args.adapters!r} is on the Hub; download it first: hf download {args.adapters} --local-dir DIR."
         )
     check_address(args.host, args.port)
-    base, hub = base_model_of(adapters, args.base)
+    base, hub = base_model_of(adapters, args.base, args.base_revision)
     use_one_thread_if_tiny(base)
     is_alone = len(adapters) == 1 and Path(args.adapters).resolve() == Path(next(iter(adapters.values()))).resolve()
     folder = Path(args.adapters).resolve()
@@ -78,7 +78,7 @@ def check_address(host: str, number: int) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--base", help="CLIP of the adapters; by default the one that they name")
+    add_base_arguments(parser)
     parser.add_argument(
         "--adapters",
         default="outputs/prompt_tuning",

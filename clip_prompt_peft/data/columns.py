@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 
@@ -18,7 +19,8 @@ TEXTS = ("string", "large_string", "string_view")  # the Arrow types of text
 BYTES = ("binary", "large_binary", "binary_view")
 EXPECTED = {
     "image": "images, their bytes, or paths to them",
-    "label": "type ClassLabel or string (numbers alone do not say what the classes are called)",
+    "label": "type ClassLabel or string (numbers alone do not say what the classes are called: put names in their "
+    "place, or cast the column to ClassLabel(names=[...]))",
 }
 
 
@@ -36,8 +38,8 @@ def find_image_column(features: Features, name: str | None = None) -> str:
     Raises:
         ValueError: If the named column is missing or cannot hold images, or if there is not exactly one image column.
     """
-    found = [key for key, feature in features.items() if _is_image(feature)]
-    fits = (_is_image, is_text, _is_bytes)
+    found = [key for key, feature in features.items() if is_image(feature)]
+    fits = (is_image, is_text, _is_bytes)
     return _choose(features, "image", name, found, lambda feature: any(kind(feature) for kind in fits))
 
 
@@ -60,9 +62,13 @@ def find_label_column(features: Features, name: str | None = None) -> str:
     return _choose(features, "label", name, usual[:1] or labels, _has_class_names)
 
 
-def _is_image(feature) -> bool:
+def is_image(feature) -> bool:
+    """Returns whether a column holds images."""
     # Parquet files that were not written by `datasets` hold images as records of bytes and path.
-    return isinstance(feature, Image) or (isinstance(feature, dict) and _is_bytes(feature.get("bytes")))
+    if not isinstance(feature, dict):
+        return isinstance(feature, Image)
+    only_paths = feature.get("bytes") == Value("null") and is_text(feature.get("path"))
+    return only_paths or _is_bytes(feature.get("bytes"))
 
 
 def is_text(feature) -> bool:
@@ -261,7 +267,29 @@ def class_names_of(dataset: Dataset, label_column: str = LABEL) -> list[str]:
     Raises:
         ValueError: If the column is missing or has no class names, or if two cleaned names are equal.
     """
-    return check_class_names([clean_class_name(name) for name in class_label_of(dataset, label_column).names])
+    names = class_label_of(dataset, label_column).names
+    check_names_differ(names)
+    return check_class_names([clean_class_name(name) for name in names])
+
+
+def check_names_differ(names: Sequence[str]) -> None:
+    """Raises `ValueError` if two classes have the same name but for spaces, underscores, or how accents are stored."""
+    spellings: dict[str, str] = {}
+    for name in names:
+        other = spellings.setdefault(unicodedata.normalize("NFC", clean_class_name(name)), name)
+        if other is not name:
+            shown = repr if clean_class_name(other) == clean_class_name(name) else ascii
+            raise ValueError(
+                f"A class name stands there twice, as {shown(other)} and {shown(name)}, which differ in spaces, "
+                "underscores or how accents are stored (NFC and NFD) only. If they are one class, give it one name in "
+                "all rows; otherwise rename one."
+            )
+
+
+def unlabeled_rows(labels: Sequence, feature) -> list[int]:
+    """Returns the rows without a label: those with none or, if they are a `ClassLabel`, with a negative one."""
+    is_class = isinstance(feature, ClassLabel)
+    return [row for row, label in enumerate(labels) if label is None or (is_class and label < 0)]
 
 
 def clean_class_name(name: str, split_camel_case: bool = False) -> str:

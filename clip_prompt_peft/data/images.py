@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 NUM_TRIES = 10
 STREAM_BATCH = 32  # images of a stream that are decoded at once
 DTYPES = ("float32", "float16")
-DECODING = 1  # to be raised when decode_image or process_images give other pixels, or old embeddings are read
+DECODING = 2  # to be raised when decode_image or process_images give other pixels, or old embeddings are read
 PIXELS, LABELS = "pixel_values", "labels"  # as the model calls them
 
 

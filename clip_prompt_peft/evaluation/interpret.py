@@ -97,7 +97,7 @@ def nearest_words(
         return []
     config = layer.prompt_configs[name]
     token_ids = torch.arange(num_rows(layer.token_table), device=like_table(layer.token_table).device)
-    table = layer.token_table(token_ids).float()  # (V, D), with what other adapters or a quantisation make of it
+    table = layer.token_table(token_ids).float()  # (V, D), with what other adapters or a quantization make of it
     is_special = torch.zeros(len(table), dtype=torch.bool, device=table.device)
     is_special[[index for index in tokenizer.all_special_ids if index < len(table)]] = True
     vectors = entry_of(layer.learnable_embeddings, name).float()  # (n, D), or (C, n, D)

@@ -8,6 +8,7 @@ from transformers import CLIPModel
 from ..towers import execution_device, text_embeddings_of, text_side, trainable_parameters
 from ..tuner.layout import PromptLayout
 from .cache import ClassEmbedsMemo, Memo, WeightsState
+from .casts import keep_casts
 from .chunks import (
     autocast_state,
     encode_by_images,
@@ -90,10 +91,10 @@ class ClassEncoder:
             layout (`PromptLayout`, *optional*):
                 The layout of the active prompt adapter.
             image_embeds (`torch.Tensor`, *optional*):
-                (B, E), L2-normalised, for an adapter that is conditioned on the image.
+                (B, E), L2-normalized, for an adapter that is conditioned on the image.
 
         Returns:
-            `torch.Tensor`: Class embeddings (C, E), L2-normalised, in at least float32, differentiable with respect to
+            `torch.Tensor`: Class embeddings (C, E), L2-normalized, in at least float32, differentiable with respect to
             everything in the text tower that requires a gradient. They must not be changed in place. With
             `image_embeds`, (B, C, E), which are neither kept nor shared between processes.
 
@@ -138,15 +139,16 @@ class ClassEncoder:
         if len(chunks) == 1:
             embeds = chunks[0].encode(model, layout)[0]
         else:
-            parameters = trainable_parameters(text_side(model))
-            embeds = encode_in_chunks(lambda chunk: chunk.encode(model, layout)[0], chunks, parameters)
+            encode = keep_casts(lambda chunk: chunk.encode(model, layout)[0], text_side(model))
+            embeds = encode_in_chunks(encode, chunks, trainable_parameters(text_side(model)))
         return gather_shares(embeds, num_classes) if is_shared else embeds
 
     def _encode_for_images(self, model, prompts, layout, image_embeds) -> torch.Tensor:
         vectors = text_embeddings_of(model.text_model).per_text_vectors(image_embeds)  # (B, n, D)
         chunks, at_once = self._chunks_of(model, prompts, layout, range(len(prompts.texts)))
         pairs = [(chunk, vectors.split(max(1, at_once // len(chunk.classes)))) for chunk in chunks]
-        return encode_by_images(lambda chunk, part: chunk.encode(model, layout, part), pairs)  # (B, C, E)
+        encode = keep_casts(lambda chunk, part: chunk.encode(model, layout, part), text_side(model))
+        return encode_by_images(encode, pairs)  # (B, C, E)
 
     def _is_shared(self, model, num_classes: int) -> bool:
         if num_processes() == 1 or num_classes < num_processes():

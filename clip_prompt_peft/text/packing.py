@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, MetaClip2TextModel
 
-from ..towers import hooks_of, text_embeddings_of, text_side
+from ..towers import is_intercepted, text_embeddings_of, text_side
 from ..tuner.layer import CLIPPromptLayer, PerText
 from ..tuner.layout import PromptLayout
 from .prompts import ClassPrompts
@@ -73,7 +73,7 @@ def _is_known_side(model: nn.Module) -> bool:
 
 
 def _is_known(module: nn.Module) -> bool:
-    if "forward" in vars(module) or hooks_of(module):
+    if is_intercepted(module):
         return False
     return isinstance(module, CLIPPromptLayer) or f"{type(module).__module__}.".startswith(TOKENWISE_MODULES)
 
@@ -97,7 +97,7 @@ class PlainPrompts:
     def encode(
         self, model: CLIPModel, layout: PromptLayout | None, image_vectors: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns the class embeddings (B, K, E), L2-normalised.
+        """Returns the class embeddings (B, K, E), L2-normalized.
 
         Args:
             model (`CLIPModel`):

@@ -29,7 +29,7 @@ from .layout import PromptLayout
 from .tensors import empty_linear, empty_vectors
 
 
-RANDOM_STD = 0.02  # of randomly initialised vectors, in CoOp, MaPLe, IVLP and PromptSRC alike
+RANDOM_STD = 0.02  # of randomly initialized vectors, in CoOp, MaPLe, IVLP and PromptSRC alike
 BOTTLENECK = 16  # CoCoOp, trainers/cocoop.py: the hidden width is that of the image embedding // 16
 TABLE_NAMES = ("token_embedding", "word_embeddings", "position_embedding", "position_embeddings", "position_ids")
 
@@ -76,7 +76,7 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
                     yield name, parameter
 
     def await_weights(self, adapter_name: str) -> None:
-        """Marks the tensors of an adapter as not initialised: it cannot be used before saved weights are loaded."""
+        """Marks the tensors of an adapter as not initialized: it cannot be used before saved weights are loaded."""
         self._awaited[adapter_name] = dict(self.parameters_of(adapter_name))
 
     def _check_weights(self, adapter_name: str) -> None:
@@ -244,7 +244,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             self.prompt_configs[name].class_names = class_names
 
     def update_layer(self, adapter_name: str, layout: PromptLayout, image_width: int | None = None) -> None:
-        """Adds the tensors of an adapter, not initialised. An older adapter of that name is replaced."""
+        """Adds the tensors of an adapter, not initialized. An older adapter of that name is replaced."""
         self._begin(adapter_name, layout)
         like = like_table(self.token_table)
         self.in_features, self.out_features = num_rows(self.token_table), like.shape[1]  # as LoRA on an embedding
@@ -264,7 +264,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, config: CLIPPromptTuningConfig) -> None:
-        """Initialises the tensors of an adapter as its configuration says."""
+        """Initializes the tensors of an adapter as its configuration says."""
         if adapter_name in self.learnable_embeddings:
             self._reset_vectors(self.learnable_embeddings[adapter_name], config)
         for container in (self.learnable_meta_in, self.learnable_meta_out):
@@ -289,7 +289,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             adapter_name (`str`):
                 An adapter with text vectors.
             image_embeds (`torch.Tensor`, *optional*):
-                (B, E), L2-normalised. If the adapter is conditioned on the image, its vectors for each image are
+                (B, E), L2-normalized. If the adapter is conditioned on the image, its vectors for each image are
                 returned.
 
         Returns:
@@ -309,7 +309,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
 
         Args:
             image_embeds (`torch.Tensor`, *optional*):
-                (B, E), L2-normalised.
+                (B, E), L2-normalized.
 
         Returns:
             `torch.Tensor`: (C, n, D) if class-specific, (B, n, D) if conditioned on the image.
@@ -457,7 +457,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         weight = self.position_table.weight
         if not (isinstance(weight, torch.Tensor) and weight.is_floating_point()):
             raise ValueError(
-                "The position table is quantised, so vectors cannot be folded into it; merge first and quantise then."
+                "The position table is quantized, so vectors cannot be folded into it; merge first and quantize then."
             )
         table = weight.data  # (positions, D)
         merged = {name: self._merged_rows(name, table[self._table_rows(name)]) for name in adapter_names}

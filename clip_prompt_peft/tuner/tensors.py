@@ -1,4 +1,4 @@
-"""New tensors of an adapter, which are not initialised."""
+"""New tensors of an adapter, which are not initialized."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def trainable_dtype(like: torch.Tensor) -> torch.dtype:
 
 
 def empty_vectors(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Returns vectors that are not initialised, on the device of `like`.
+    """Returns vectors that are not initialized, on the device of `like`.
 
     They are not zeros, since memory that is never written to is never taken, should a file ask for too many vectors.
     """
@@ -20,7 +20,7 @@ def empty_vectors(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 
 
 def empty_linear(width_in: int, width_out: int, like: torch.Tensor) -> nn.Linear:
-    """Returns a linear layer that is not initialised, on the device of `like`."""
+    """Returns a linear layer that is not initialized, on the device of `like`."""
     linear = nn.Linear(width_in, width_out, device="meta", dtype=trainable_dtype(like))
     # The parameters are assigned, since peft's low_cpu_mem_usage keeps assigned ones on the meta device.
     for name, parameter in list(linear.named_parameters()):

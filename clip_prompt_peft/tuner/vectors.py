@@ -34,7 +34,7 @@ class CLIPVectorsLayer(CLIPPromptLayer):
     def update_layer(
         self, adapter_name: str, layout: PromptLayout, n: int, like: torch.Tensor, text_width: int | None = None
     ) -> None:
-        """Adds the tensors of an adapter, not initialised. An older adapter of that name is replaced.
+        """Adds the tensors of an adapter, not initialized. An older adapter of that name is replaced.
 
         Args:
             adapter_name (`str`):
@@ -58,7 +58,7 @@ class CLIPVectorsLayer(CLIPPromptLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, config) -> None:
-        """Initialises the tensors of an adapter at random."""
+        """Initializes the tensors of an adapter at random."""
         if adapter_name in self.learnable_prompts:
             self.learnable_prompts[adapter_name].normal_(std=RANDOM_STD)
         else:

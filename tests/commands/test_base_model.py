@@ -27,6 +27,13 @@ def adapters(folder, *places):
     return {f"seed{number}": str(folder / f"seed{number}") for number in range(len(places))}
 
 
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A folder of the name of the base model, so that the Hub is not asked for it."""
+    (tmp_path / "me/clip").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+
 def test_the_base_model_has_the_revision_and_the_subfolder_that_the_adapters_name(tmp_path):
     found = adapters(tmp_path, ("me/clip", "v2", "sub"), ("me/clip", "v2", "sub"))
     assert base_model_of(found) == ("me/clip", HubSettings(revision="v2", subfolder="sub"))
@@ -39,6 +46,8 @@ def test_revisions_that_differ_are_different_base_models(tmp_path):
     with pytest.raises(ValueError, match="seed0: me/clip, revision v1; seed1: me/clip.*Choose it with --base"):
         base_model_of(found)
     assert base_model_of(found, "me/clip") == ("me/clip", HubSettings())
+    assert base_model_of(found, None, "main") == ("me/clip", HubSettings(revision="main"))
+    assert base_model_of(found, "me/other", "v3") == ("me/other", HubSettings(revision="v3"))
 
 
 @pytest.fixture(scope="module")

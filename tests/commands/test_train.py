@@ -131,7 +131,7 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
         ("train", ["--save_strategy", "steps", "--save_steps", "0"], "--save_steps must be more than 0"),
         ("train", ["--lr_scheduler_type", "cosin"], "cosin"),
         ("train", ["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
-        ("train", ["--remove_unused_columns", "true"], "--remove_unused_columns True does not go with"),
+        ("train", ["--prediction_loss_only", "true"], "--prediction_loss_only True does not go with"),
         ("train", ["--prediction_loss_only"], "--prediction_loss_only True does not go with"),
         ("train", ["--metric_for_best_model", "speed"], "no --metric_for_best_model 'speed'"),
         ("train", ["--report_to", "wandb"], "wandb|WandbCallback"),
