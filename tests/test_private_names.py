@@ -249,6 +249,15 @@ def names_of_wrappers(clip):
     assert FSDP_WRAPPED_MODULE == "_fsdp_wrapped_module"
 
 
+def hooks_of_accelerate(clip):
+    """`_hf_hook` marks a forward of accelerate: embeddings of models with a `device_map` would not be cached."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    hook = ModelHook()
+    add_hook_to_module(clip.visual_projection, hook)
+    assert clip.visual_projection._hf_hook is hook and "forward" in vars(clip.visual_projection)
+
+
 def components_of_a_pipeline(clip):
     """`Pipeline._load_tokenizer`: a pipeline would not give a classifier the tokenizer of the revision asked for."""
     from transformers import Pipeline
@@ -268,6 +277,7 @@ ATTRIBUTES = {
     "_backward_pre_hooks": hooks_of_a_module,
     "_hf_peft_config_loaded": adapter_mark_of_transformers,
     "_raise_exceptions_for_missing_entries": missing_entries,
+    "_hf_hook": hooks_of_accelerate,
     "_orig_mod": names_of_wrappers,
     "_checkpoint_wrapped_module": names_of_wrappers,
     "_fsdp_wrapped_module": names_of_wrappers,
