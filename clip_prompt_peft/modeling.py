@@ -328,7 +328,10 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
 
     def _check_inputs(self, layout, pixel_values, image_embeds) -> None:
         if (pixel_values is None) == (image_embeds is None):
-            neither = f"got neither (nor input_ids, as {self.base_class.__name__} takes)."
+            neither = (
+                f"got neither (nor input_ids, as {self.base_class.__name__} takes). A data set of images becomes one "
+                "of these by cache_image_embeds or with_pixel_values of clip_prompt_peft.data."
+            )
             raise ValueError(
                 "Give either pixel_values or image_embeds, " + (neither if pixel_values is None else "not both.")
             )

@@ -32,6 +32,8 @@ def read(file):
     return image.convert("RGB")
 
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__.strip())
 folder, file = sys.argv[1:]
 labels, config = (json.loads(Path(folder, f"{name}.json").read_text()) for name in ("labels", "preprocessor_config"))
 image = read(file)

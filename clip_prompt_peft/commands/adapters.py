@@ -18,6 +18,7 @@ from ..evaluation.tables import listed
 from ..training.checkpoints import last_whole_checkpoint
 from ..tuner.files import adapter_folders
 from ..tuner.hub import HubSettings, check_revision, load_image_processor, pin_base_model
+from .checks import check_base_model
 from .common import device, use_one_thread_if_tiny
 
 
@@ -60,7 +61,9 @@ def find_adapters(name_or_path: str) -> dict[str, str]:
             raise ValueError(f"{name_or_path!r} is no folder of an adapter: {_what_is_in(path)}")
         return {os.path.basename(folder): folder for folder in found}
     if os.path.exists(path):
-        raise ValueError(f"{name_or_path!r} is a file, but an adapter is a folder with the file {CONFIG_NAME}.")
+        raise ValueError(
+            f"{name_or_path!r} is a file, but an adapter is a folder with the file {CONFIG_NAME}. It is named first."
+        )
     if _is_meant_as_path(name_or_path):
         raise ValueError(f"There is no folder {name_or_path!r}; {_what_is_above(path)}")
     return {name_or_path.rpartition("/")[2]: name_or_path}
@@ -97,9 +100,11 @@ def base_model_of(
             The revision that the user chose.
 
     Raises:
-        ValueError: If they name several, or none, and none is chosen.
+        ValueError: If they name several, or none, and none is chosen, or if the chosen one is no model.
         OSError: If the base model that they name, or its revision, cannot be accessed.
     """
+    if chosen is not None:
+        check_base_model(chosen, "--base")
     configs = {name: PeftConfig.from_pretrained(path) for name, path in adapters.items()}
     places = {
         name: (config.base_model_name_or_path, revision or config.revision, config.base_model_subfolder or None)
@@ -175,6 +180,14 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="where to compute: cpu, cuda, ...")
 
 
+def add_adapters_arguments(parser: argparse.ArgumentParser, default: str | None, help: str) -> None:
+    """Adds the argument of [`find_adapters`], which may be written with the flag `--adapters` or without it."""
+    group = parser.add_mutually_exclusive_group()
+    # A default here would replace what the flag gives.
+    group.add_argument("adapters", nargs="?", default=argparse.SUPPRESS, help=help)
+    group.add_argument("--adapters", default=default, help="the same")
+
+
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that choose another base model."""
     parser.add_argument("--base", help="base model to use instead of the one that the adapters name")
@@ -196,6 +209,8 @@ def load_adapter(
         ValueError: If the adapter is damaged or does not fit the base model.
         OSError: If the adapter or its base model is not found.
     """
+    if args.base is not None:
+        check_base_model(args.base, "--base")
     model = AutoPeftModelForPromptClassification.from_pretrained(
         adapter, base_model_name_or_path=args.base, base_model_revision=args.base_revision
     )

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from datasets import Dataset
+from peft.utils import CONFIG_NAME
 from transformers import EvalPrediction, TrainingArguments
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from ..evaluation.metrics import compute_metrics
 from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import counted
 from ..training.callbacks import GaussianPromptAveraging
 from ..training.recipes import Recipe
+from ..tuner.files import adapter_folders
 from .data import HELD_OUT, images_per_class
 
 
@@ -85,11 +89,37 @@ def check_training(training_args: TrainingArguments) -> None:
             raise ValueError(f"There is no --metric_for_best_model {metric!r}; there are {', '.join(known)}.")
 
 
+def check_base_model(name: str, flag: str = "--model_name_or_path") -> None:
+    """Raises `ValueError` if a base model is neither a folder nor a Hub id, or an adapter."""
+    if not os.path.isdir(name):
+        if not is_hub_id(name):
+            raise ValueError(f"{flag} {name!r} is neither a folder nor a Hub id.")
+        return
+    holds_model = os.path.isfile(os.path.join(name, MODEL_CONFIG_NAME))
+    is_adapter = os.path.isfile(os.path.join(name, CONFIG_NAME))
+    adapters = [name] if is_adapter else [] if holds_model else adapter_folders(name)
+    if adapters:
+        raise ValueError(
+            f"{flag} {name!r} {'is an adapter' if is_adapter else 'holds adapters'}, and not a model. Name the base "
+            f"model instead; that of the adapter {adapters[0]!r} stands in its {CONFIG_NAME}."
+        )
+
+
+@contextlib.contextmanager
+def errors_name(model: str) -> Iterator[None]:
+    """Puts the name of a model in front of errors about its files, unless they name it."""
+    try:
+        yield
+    except OSError as error:
+        if model in str(error):
+            raise
+        raise OSError(f"The model {model!r} cannot be loaded: {error}") from error
+
+
 def check_runs(model_args, data_args, training_args) -> None:
     """Raises `ValueError` if arguments about the model, the seeds and the Hub are wrong or do not go together."""
     name = model_args.model_name_or_path
-    if not os.path.isdir(name) and not is_hub_id(name):
-        raise ValueError(f"The model {name!r} is neither a folder nor a Hub id.")
+    check_base_model(name)
     shots, num_seeds = data_args.shots, data_args.num_seeds
     if shots < 0 or num_seeds < 1:
         raise ValueError(f"--shots must be 0 or more and --num_seeds 1 or more, got {shots} and {num_seeds}.")

@@ -127,8 +127,18 @@ def type_name(feature) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
+def check_is_one_split(dataset: Dataset) -> None:
+    """Raises `TypeError` for several splits, as `load_image_dataset` and `load_dataset` return them."""
+    if isinstance(dataset, dict):
+        raise TypeError(
+            f"Expected the images of one split, got a {type(dataset).__name__} of {', '.join(map(repr, dataset))}; "
+            f"take one of them, such as dataset[{next(iter(dataset), 'train')!r}]."
+        )
+
+
 def check_is_no_stream(dataset: Dataset) -> None:
     """Raises `TypeError` unless all labels can be read at once."""
+    check_is_one_split(dataset)
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"This needs all labels at once, which a {type(dataset).__name__} does not give; load it without "
@@ -199,7 +209,11 @@ def check_labels_are_numbers(dataset: Dataset, label_column: str = LABEL) -> Non
             A dataset whose labels a model is to be trained with.
         label_column (`str`, *optional*, defaults to `"label"`):
             The name of the column. Nothing is checked if there is none.
+
+    Raises:
+        TypeError: If it holds several splits.
     """
+    check_is_one_split(dataset)
     feature = (dataset.features or {}).get(label_column)
     if feature is None:
         return
@@ -266,6 +280,7 @@ def check_label_order(dataset: Dataset, class_names: Sequence[str] | None, label
 
 def class_label_of(dataset: Dataset, label_column: str) -> ClassLabel:
     """Returns the type of a label column, which must be a `ClassLabel`."""
+    check_is_one_split(dataset)
     feature = dataset.features.get(label_column)
     if not isinstance(feature, ClassLabel):
         raise ValueError(

@@ -15,7 +15,15 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 
-from .columns import LABEL, check_is_no_stream, class_label_of, read_labels, unlabeled_rows, with_known_types
+from .columns import (
+    LABEL,
+    check_is_no_stream,
+    check_is_one_split,
+    class_label_of,
+    read_labels,
+    unlabeled_rows,
+    with_known_types,
+)
 
 
 WHEN_FEWER = ("error", "all", "repeat")
@@ -60,6 +68,7 @@ def sample_few_shot(
     >>> few = sample_few_shot(dataset, num_shots=16, seed=1)
     ```
     """
+    check_is_one_split(dataset)
     if isinstance(dataset, IterableDataset):
         return _draw_from_stream(dataset, num_shots, label_column, when_fewer, random.Random(seed))
     return dataset.select(_draw(dataset, num_shots, label_column, when_fewer, random.Random(seed)))

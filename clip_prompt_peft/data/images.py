@@ -20,7 +20,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from ..image_files import UnreadableImageError, decode_image, process_images
 from ..towers import adapter_settings, embed_width, eval_mode, execution_device, hooks_of, image_side
-from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
+from .columns import IMAGE, LABEL, check_is_one_split, check_label_order, check_labels_are_numbers, with_known_types
 
 
 logger = logging.getLogger(__name__)
@@ -244,8 +244,9 @@ def cache_image_embeds(
 
     The embeddings are computed with `datasets.map` and stored in the cache folder of the dataset. A second call with
     the same images, weights and settings reads them from there. A stream is read once, and the embeddings of all its
-    images are kept in memory. Forward hooks in the image tower can change the embeddings in ways that nobody can
-    compare. With them, the embeddings are computed anew and kept in memory, and a warning is logged.
+    images are kept in memory. Hooks in the image tower, or another `forward` of one of its modules, can change the
+    embeddings in ways that nobody can compare. With them, the embeddings are computed anew and kept in memory, and a
+    warning is logged.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -307,8 +308,8 @@ def cache_image_embeds(
         else:
             if embed.hooked is not None:
                 logger.warning(
-                    "%r has hooks, which may change the embeddings: they are computed now and kept in memory only, "
-                    "neither read from the cache nor written to it. Remove the hooks to use the cache.",
+                    "%r has hooks or another forward, which may change the embeddings: they are computed now and kept "
+                    "in memory only, neither read from the cache nor written to it. Remove them to use the cache.",
                     embed.hooked,
                 )
             embedded = images.map(
@@ -366,14 +367,15 @@ class _EmbedImages:
 
 
 def _hooked_module(model: PreTrainedModel) -> str | None:
-    """Returns the path of a module of the image side with hooks, or `None` if there are none.
+    """Returns the path of a module of the image side with hooks, or a `forward` of its own; `None` if there is none.
 
-    Those of transformers do not count: they look, or ask for gradients.
+    Hooks of transformers do not count: they look, or ask for gradients. accelerate's forward moves tensors only.
     """
     inside = {module for part in image_side(model) for module in part.modules()}
     for path, module in model.named_modules():
         hooks = hooks_of(module).values() if module in inside else ()
-        if any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks):
+        has_hook = any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)
+        if has_hook or (module in inside and "forward" in vars(module) and not hasattr(module, "_hf_hook")):
             return path
     return None
 
@@ -381,7 +383,9 @@ def _hooked_module(model: PreTrainedModel) -> str | None:
 def _hash_of_image_side(model: PreTrainedModel) -> str:
     parts = image_side(model)
     tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
-    settings = model.config.vision_config.to_dict(), adapter_settings(m for part in parts for m in part.modules())
+    modules = [(name, module) for part in parts for name, module in part.named_modules()]
+    classes = [(name, type(module).__module__, type(module).__qualname__) for name, module in modules]
+    settings = model.config.vision_config.to_dict(), adapter_settings(module for _, module in modules), classes
     weights = [tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors]
     return Hasher.hash_bytes([*weights, repr(settings).encode()])
 
@@ -405,6 +409,7 @@ def content_hash(dataset: Dataset) -> str:
         `str`: The first 16 hexadecimal digits of a SHA-256. Two datasets have the same hash if and only if their
         examples are the same.
     """
+    check_is_one_split(dataset)
     names = dataset.features[LABEL].names
     digest = hashlib.sha256()
     for example in undecoded(dataset.select_columns([IMAGE, LABEL])):

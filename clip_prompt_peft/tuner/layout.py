@@ -26,9 +26,9 @@ from ..towers import (
     is_text_embeddings,
     is_vision_embeddings,
     num_positions,
+    num_rows,
     takes_patches,
     token_table_name,
-    unwrapped,
 )
 from .config import ClassTokenPosition, CLIPPromptTuningConfig, check_coupled_depths
 from .fingerprint import check_fingerprint, fingerprint_of
@@ -393,7 +393,7 @@ def _check_room(config: CLIPPromptTuningConfig, embeddings: nn.Module) -> None:
             f"{end - 1}, but the text tower has {num_positions(embeddings)} positions and needs at least two after "
             "the vectors, for the class name and the end token; take fewer vectors."
         )
-    vocab_size = unwrapped(getattr(embeddings, token_table_name(embeddings))).num_embeddings
+    vocab_size = num_rows(getattr(embeddings, token_table_name(embeddings)))
     highest = max(config.replaced_token_ids + (config.init_token_ids or []), default=0)
     if highest >= vocab_size:
         raise ValueError(

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from ..towers import entry_of, execution_device
-from .layer import RANDOM_STD, CLIPPromptLayer, empty_linear, empty_vectors
+from .layer import RANDOM_STD, CLIPPromptLayer
 from .layout import PromptLayout
+from .tensors import empty_linear, empty_vectors
 
 
 class CLIPVectorsLayer(CLIPPromptLayer):
@@ -49,6 +50,7 @@ class CLIPVectorsLayer(CLIPPromptLayer):
                 to be entered in `text_sources`.
         """
         self._begin(adapter_name, layout)
+        self.in_features = self.out_features = like.shape[-1]
         if text_width is None:
             self.learnable_prompts[adapter_name] = nn.Parameter(empty_vectors((n, like.shape[-1]), like))
         else:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import EMOJI, TINY_CLIP
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils import parametrize
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
@@ -78,6 +80,16 @@ class TestSecondRun:
         second = cache_image_embeds(dataset, classifier, image_processor)
         assert sum(tower_runs) == 10
         assert not torch.equal(second[:]["image_embeds"], first[:]["image_embeds"])
+
+    def test_is_not_confused_with_other_classes_of_modules(self, classifier, dataset, image_processor):
+        class Doubled(torch.nn.Module):
+            def forward(self, weight):
+                return 2 * weight
+
+        plain = cache_image_embeds(dataset, classifier, image_processor)[:]["image_embeds"]
+        parametrize.register_parametrization(classifier.visual_projection, "weight", Doubled())
+        doubled = cache_image_embeds(dataset, classifier, image_processor)[:]["image_embeds"]
+        torch.testing.assert_close(doubled, 2 * plain)
 
     def test_is_not_confused_with_other_preprocessing(self, classifier, dataset, image_processor, tower_runs):
         cache_image_embeds(dataset, classifier, image_processor)
@@ -155,6 +167,20 @@ class TestHooks:
         hooked = embed()
         handle.remove()
         assert hooked._fingerprint not in (embed()._fingerprint, embed()._fingerprint)
+
+    def test_neither_are_those_of_a_module_with_another_forward(self, classifier, embed, caplog):
+        plain, projection = embed(), classifier.visual_projection
+        projection.forward = lambda states: 2 * type(projection).forward(projection, states)
+        torch.testing.assert_close(embed()[:]["image_embeds"], 2 * plain[:]["image_embeds"])
+        assert caplog.records[0].message.startswith("'visual_projection' has hooks or another forward")
+        del projection.forward
+        assert torch.equal(embed()[:]["image_embeds"], plain[:]["image_embeds"])
+
+    def test_the_forward_of_accelerate_is_the_same_one(self, classifier, embed, tower_runs, caplog):
+        embed()
+        add_hook_to_module(classifier.visual_projection, ModelHook())
+        embed()
+        assert sum(tower_runs) == 5 and not caplog.records
 
     def test_those_of_the_text_side_and_of_transformers_do_not_matter(self, classifier, embed, tower_runs, caplog):
         embed()
