@@ -24,6 +24,35 @@ COMPUTE_DTYPES = ("bfloat16", "float16")
 DECODING = 1  # to be raised when decode_image or process_images give other pixels, or old embeddings are read
 DRAWING = 2  # to be raised when other views are drawn
 MAX_SEED = 2**63 - 1
+MAX_IN_MEMORY = 2**28  # bytes of embeddings
+
+
+class EmbeddedImages(Dataset):
+    """
+    A `datasets.Dataset` of image embeddings, whose rows a `DataLoader` gets from one tensor in place of Arrow.
+
+    A training step on embeddings is so short that reading its batch from Arrow would take a good part of it.
+    Everything else is as in `datasets.Dataset`, and so is reading in another format, or more than 256 MiB.
+    """
+
+    _in_memory: dict[str, torch.Tensor] | None = None
+
+    def __getstate__(self) -> dict:
+        # Its methods copy a dataset before they change its data.
+        return {name: value for name, value in vars(self).items() if name != "_in_memory"}
+
+    def __getitems__(self, keys: list[int]) -> list[dict]:
+        form = self.format
+        draws_views = form["format_kwargs"].get("transform") is _draw_view
+        is_known = draws_views or (form["type"] == "torch" and not form["format_kwargs"])
+        if not is_known or form["columns"] != self.column_names or self.data.nbytes > MAX_IN_MEMORY:
+            return super().__getitems__(keys)
+        if self._in_memory is None:
+            self._in_memory = self.with_format("torch")[:]
+        rows = torch.as_tensor(keys)
+        batch = {name: values[rows] for name, values in self._in_memory.items()}
+        batch = _draw_view(batch) if draws_views else batch
+        return [dict(zip(batch, row)) for row in zip(*batch.values())]
 
 
 def cache_image_embeds(
@@ -128,6 +157,7 @@ def cache_image_embeds(
                 features=features,
                 desc=description or "Embedding images",
             )
+    embedded = EmbeddedImages(embedded.data, embedded.info, embedded.split)
     return embedded.with_format("torch") if num_views is None else embedded.with_transform(_draw_view)
 
 
@@ -255,6 +285,6 @@ def _hash_of_image_side(model: PreTrainedModel) -> str:
 
 def _draw_view(batch: dict[str, list]) -> dict[str, list]:
     """Selects one of the K views of each image at random, with PyTorch's global generator."""
-    views = torch.tensor(batch["image_embeds"])  # (B, K, E)
+    views = torch.as_tensor(batch["image_embeds"])  # (B, K, E)
     drawn = torch.randint(views.shape[1], (len(views),))  # (B,)
     return {"image_embeds": list(views[torch.arange(len(views)), drawn]), "labels": batch["labels"]}
