@@ -128,7 +128,8 @@ def train(runs: list[TrainingArguments]) -> None:
             return with_pixel_values(dataset, image_processor)
         batch_size = training_args.per_device_eval_batch_size
         description = f"Embedding images ({description})"
-        return cache_image_embeds(dataset, model, image_processor, batch_size, description=description)
+        settings = {"description": description, "num_workers": training_args.dataloader_num_workers}
+        return cache_image_embeds(dataset, model, image_processor, batch_size, **settings)
 
     runs += planned
     if is_main_process:
