@@ -39,6 +39,15 @@ def test_memory(monkeypatch, run_benchmark):
     assert all(re.fullmatch(r"\d+\.\d\d s, [\d,]+ MiB", row[1]) for row in rows)
 
 
+def test_image_embeds(run_benchmark):
+    import image_embeds
+
+    sizes = ["--size", "tiny", "--images", "8", "--batch_size", "4", "--repeats", "1"]
+    rows = run_benchmark(image_embeds, *sizes, "--workers", "0", "1", "--compute_dtype", "bfloat16")
+    assert [row[0] for row in rows] == ["0", "1"]
+    assert all(re.fullmatch(r"\d+%", row[-1]) for row in rows)
+
+
 @pytest.mark.slow
 def test_scale(run_benchmark):
     import scale

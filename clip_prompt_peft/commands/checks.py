@@ -14,7 +14,6 @@ import numpy as np
 from datasets import Dataset
 from peft.utils import CONFIG_NAME
 from transformers import EvalPrediction, TrainingArguments
-from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from ..evaluation.metrics import compute_metrics
 from ..evaluation.model_card import is_hub_id
@@ -95,7 +94,7 @@ def check_base_model(name: str, flag: str = "--model_name_or_path") -> None:
         if not is_hub_id(name):
             raise ValueError(f"{flag} {name!r} is neither a folder nor a Hub id.")
         return
-    holds_model = os.path.isfile(os.path.join(name, MODEL_CONFIG_NAME))
+    holds_model = os.path.isfile(os.path.join(name, "config.json"))
     is_adapter = os.path.isfile(os.path.join(name, CONFIG_NAME))
     adapters = [name] if is_adapter else [] if holds_model else adapter_folders(name)
     if adapters:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 from ..data import UnreadableImageError
 from ..evaluation.tables import counted
@@ -84,7 +83,7 @@ def what_is_done(runs: Sequence[TrainingArguments]) -> str:
 
 
 def _saves_checkpoints(runs: Sequence[TrainingArguments]) -> bool:
-    return any(run_args.save_strategy != SaveStrategy.NO for run_args in runs)
+    return any(run_args.save_strategy != "no" for run_args in runs)
 
 
 def _is_finished(run_args: TrainingArguments) -> bool:

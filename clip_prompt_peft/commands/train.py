@@ -64,6 +64,7 @@ from .outputs import (
     no_empty_folders,
     record_of,
     remove_earlier,
+    run_of,
     runs_in,
     write_record,
 )
@@ -128,7 +129,8 @@ def train(runs: list[TrainingArguments]) -> None:
             return with_pixel_values(dataset, image_processor)
         batch_size = training_args.per_device_eval_batch_size
         description = f"Embedding images ({description})"
-        return cache_image_embeds(dataset, model, image_processor, batch_size, description=description)
+        settings = {"description": description, "num_workers": training_args.dataloader_num_workers}
+        return cache_image_embeds(dataset, model, image_processor, batch_size, **settings)
 
     runs += planned
     if is_main_process:
@@ -164,7 +166,7 @@ def train(runs: list[TrainingArguments]) -> None:
             if is_main_process:
                 comparison = Comparison(trainer.model.class_names, answers[test_name], tuned_answers[test_name])
                 trainer.model.card_details = describe(trainer, data_args, drawn, test_name, comparison)
-                write_record(run_args.output_dir, record)
+                write_record(run_args.output_dir, {**record, "run": run_of(trainer.args)})
             others = [name for name in test_sets if name != test_name]  # the card compares in detail on the first one
             save(trainer, model_args.hub_base_model_id, zero_shot, tuned[-1], others)
             if len(tuned) < len(runs):

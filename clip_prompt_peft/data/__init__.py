@@ -3,7 +3,8 @@
 from .columns import class_names_of, clean_class_name
 from .few_shot import base_new_names, hold_out, keep_classes, sample_few_shot, sample_few_shot_splits, split_base_new
 from .formats import load_clip_benchmark, load_zhou_split, read_clip_benchmark_templates
-from .images import RandomResizedCropFlip, UnreadableImageError, cache_image_embeds, content_hash, with_pixel_values
+from .image_embeds import cache_image_embeds
+from .images import RandomResizedCropFlip, UnreadableImageError, content_hash, with_pixel_values
 from .known_datasets import KnownDataset, known_datasets, load_known_dataset
 from .sources import load_image_dataset, standardize
 

@@ -328,7 +328,7 @@ def _warn_of_few_classes(feature: ClassLabel, trained: set) -> None:
     unused = [name for label, name in enumerate(feature.names) if label not in trained]
     if unused:
         logger.warning(
-            "%d of the %d classes have no images in 'train': %s. They are predicted by their names alone.",
+            "Classes without images in 'train' (%d of %d): %s. They are predicted by their names alone.",
             len(unused),
             feature.num_classes,
             unused[:10],
@@ -406,11 +406,11 @@ def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel,
         )
     untrained = sorted(set(labels) - trained)
     if untrained:
-        names = [expected.names[label] if isinstance(label, int) else label for label in untrained[:10]]
+        names = [expected.names[label] if isinstance(label, int) else label for label in untrained]
         have = {expected.names[label] if isinstance(label, int) else label for label in trained}
         raise ValueError(
-            f"The split {name!r} has images of {len(untrained)} classes that have none in 'train': "
-            f"{', '.join(names)}.{_hint(names, have)}"
+            f"The split {name!r} has images of classes that have none in 'train' ({len(untrained)}): "
+            f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}.{_hint(names, have)}"
         )
 
 

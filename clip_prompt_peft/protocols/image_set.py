@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, Value
 
 from ..data import cache_image_embeds, class_names_of, keep_classes, sample_few_shot, with_pixel_values
 from ..data.columns import LABEL
+from ..data.image_embeds import EmbeddedImages
 from ..towers import embed_width
 
 
@@ -93,7 +94,7 @@ class ImageSet:
     def embedded(self, model, image_processor) -> Dataset:
         """Returns a data set of `image_embeds` and `labels`, for training with a frozen image tower."""
         columns = {"image_embeds": self.embeds(model, image_processor).numpy(), "labels": self.labels}
-        return Dataset.from_dict(columns).with_format("torch")
+        return EmbeddedImages.from_dict(columns).with_format("torch")
 
     def pixels(self, image_processor) -> Dataset:
         """Returns a data set of `labels` and `pixel_values`, which are computed when they are read."""
