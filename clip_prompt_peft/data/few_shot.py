@@ -139,11 +139,7 @@ def _draw(dataset: Dataset, num_shots: int, label_column: str, when_fewer: str, 
     """Returns the indices of the drawn examples."""
     _check_settings(num_shots, when_fewer)
     groups: dict[Hashable, list[int]] = {}
-    labels = read_labels(dataset, label_column)
-    unlabeled = unlabeled_rows(labels, dataset.features[label_column])
-    if unlabeled:
-        raise ValueError(_without_label(unlabeled, labels[unlabeled[0]], label_column))
-    for index, label in enumerate(labels):
+    for index, label in enumerate(_read_all_labels(dataset, label_column)):
         groups.setdefault(label, []).append(index)
     counts = {label: len(group) for label, group in groups.items()}
     _check_counts(counts, num_shots, when_fewer, getattr(dataset.features[label_column], "names", None))
@@ -154,6 +150,15 @@ def _draw(dataset: Dataset, num_shots: int, label_column: str, when_fewer: str, 
         else:
             drawn += group if when_fewer == "all" else rng.choices(group, k=num_shots)
     return drawn
+
+
+def _read_all_labels(dataset: Dataset, label_column: str) -> list[Hashable]:
+    """Returns all labels. Raises `ValueError` if rows have none."""
+    labels = read_labels(dataset, label_column)
+    unlabeled = unlabeled_rows(labels, dataset.features[label_column])
+    if unlabeled:
+        raise ValueError(_without_label(unlabeled, labels[unlabeled[0]], label_column))
+    return labels
 
 
 def _without_label(rows: list[int], label: int | None, label_column: str) -> str:
@@ -201,11 +206,13 @@ def hold_out(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset,
         `tuple[datasets.Dataset, datasets.Dataset]`: The remaining training examples and the held-out examples.
 
     Raises:
-        ValueError: If `fraction` is not between 0 and 1, or if a class is too small to be split.
+        ValueError: If `fraction` is not between 0 and 1, a row has no label, or a class is too small to be split.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"The fraction to hold out must lie between 0 and 1, got {fraction}.")
     check_is_no_stream(dataset)
+    if LABEL in dataset.column_names:
+        _read_all_labels(dataset, LABEL)
     try:
         split = dataset.train_test_split(fraction, stratify_by_column=LABEL, seed=seed)
     except ValueError as error:

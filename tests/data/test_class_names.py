@@ -4,7 +4,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from clip_prompt_peft.data import class_names_of, load_image_dataset, sample_few_shot
+from clip_prompt_peft.data import class_names_of, hold_out, load_image_dataset, sample_few_shot
 
 
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
@@ -94,6 +94,9 @@ def test_images_without_a_label_are_not_drawn_as_a_class(tmp_path, streaming):
     dataset = dataset.to_iterable_dataset() if streaming else dataset
     with pytest.raises(ValueError, match="Row 2 has no label, but -1 in the column 'label'.*filter"):
         sample_few_shot(dataset, 1)
+    if not streaming:
+        with pytest.raises(ValueError, match="Row 2 has no label"):
+            hold_out(dataset, 0.5)
 
 
 def test_numbers_as_names_are_told(load, caplog):
