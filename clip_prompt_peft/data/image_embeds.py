@@ -183,6 +183,10 @@ class _ModelInputs(TorchDataset):
         self.images, self.batch_size, self.num_views, self.seed = images, batch_size, num_views, seed
         self.transform = PixelTransform(image_processor, augment=num_views is not None)
 
+    def __getstate__(self) -> dict:
+        # For workers that are not forked. Of a stream, which need not have a pickle, they get the rows.
+        return {**vars(self), "images": None if isinstance(self.images, IterableDataset) else self.images}
+
     def indices(self) -> Iterator[tuple[range | dict, list[int]]]:
         """Yields the indices of all batches in order."""
         generator = torch.Generator().manual_seed(self.seed)
