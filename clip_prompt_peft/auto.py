@@ -13,7 +13,7 @@ from .modeling import PromptClassificationMixin
 from .peft_model import PeftModelForPromptClassification
 from .tuner import CLIPPromptTuningConfig
 from .tuner.files import fetch, fetch_weights, read_config
-from .tuner.hub import HubSettings, locate
+from .tuner.hub import HubSettings, locate, pin_base_model
 
 
 class FromPretrainedOnly:
@@ -106,6 +106,7 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
         token: str | bool | None = None,
         cache_dir: str | None = None,
         low_cpu_mem_usage: bool = False,
+        base_model_revision: str | None = None,
         **base_model_kwargs,
     ) -> PeftModelForPromptClassification:
         """
@@ -132,13 +133,15 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
                 The folder for downloads.
             low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
                 Whether to create the adapter on the meta device before its weights are loaded.
+            base_model_revision (`str`, *optional*):
+                The revision of the base model to use instead of the one that the adapter names.
             base_model_kwargs:
                 Further arguments of the base model's `from_pretrained` (`dtype`, `device_map`, ...). Those about the
                 Hub (`local_files_only`, `force_download`, `proxies`) hold for the adapter, too.
 
         Raises:
-            OSError: If the folder or repository does not exist, cannot be accessed, or holds no adapter, or if the Hub
-                fails.
+            OSError: If the folder or repository does not exist, cannot be accessed, or holds no adapter, if the base
+                model or the revision that the adapter names is gone, or if the Hub fails.
             ValueError: If the adapter is of another method, its weights are pickled or damaged, its base model is not
                 named or cannot be found, or the family of the base model is not supported.
         """
@@ -156,14 +159,17 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
         if config.problem_type is not None:
             base_model_kwargs.setdefault("problem_type", config.problem_type)
         base = base_model_name_or_path or _base_model_of(config, pretrained_model_name_or_path)
-        is_its_own = base == config.base_model_name_or_path
+        of_base = source.at(base_model_revision)
+        if base == config.base_model_name_or_path:
+            of_base = of_base.at(base_model_revision or config.revision, config.base_model_subfolder)
+            of_base = pin_base_model(base, of_base, pretrained_model_name_or_path)
         model = AutoModelForPromptClassification.from_pretrained(
             base,
             class_names=config.class_names,
             prompt_template=config.prompt_template,
             tokenizer=tokenizer,
-            revision=config.revision if is_its_own else None,
-            subfolder=(config.base_model_subfolder if is_its_own else None) or "",
+            revision=of_base.revision,
+            subfolder=of_base.subfolder,
             token=token,
             cache_dir=cache_dir,
             **base_model_kwargs,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -273,18 +275,33 @@ def write_onnx(baked: BakedClassifier, vision_config, file: Path) -> None:
     """Writes the graph of a baked classifier, for batches of any size."""
     shape = (TRACED_BATCH_SIZE, vision_config.num_channels, vision_config.image_size, vision_config.image_size)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in baked.state_dict().values())
-    torch.onnx.export(
-        baked.eval(),
-        (baked.class_embeds.new_zeros(shape),),
-        file,
-        input_names=[INPUT],
-        output_names=OUTPUTS,
-        dynamic_shapes={INPUT: {0: torch.export.Dim("batch", max=MAX_BATCH_SIZE)}},
-        external_data=num_bytes > MAX_BYTES_IN_ONE_FILE,
-        dynamo=True,
-        optimize=True,
-        verbose=False,
-    )
+    with _without_warnings_of_exporter():
+        torch.onnx.export(
+            baked.eval(),
+            (baked.class_embeds.new_zeros(shape),),
+            file,
+            input_names=[INPUT],
+            output_names=OUTPUTS,
+            dynamic_shapes={INPUT: {0: torch.export.Dim("batch", max=MAX_BATCH_SIZE)}},
+            external_data=num_bytes > MAX_BYTES_IN_ONE_FILE,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
+
+
+@contextmanager
+def _without_warnings_of_exporter() -> Iterator[None]:
+    """Hides that torchvision's operators are missing, which none of the models has, and a deprecation within torch."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec", category=FutureWarning)
+            yield
+    finally:
+        exporter.setLevel(level)
 
 
 def run_onnx(file: Path, batches: list[torch.Tensor]) -> np.ndarray:

@@ -15,6 +15,8 @@ from transformers import BatchFeature
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # written by file managers
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}
 
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF and its value for negatives
+
 MAX_16_BIT = 65535
 MAX_RATIO = 16  # of the longer side to the shorter one, for processors that resize the shorter one and then crop
 
@@ -57,13 +59,20 @@ def decode_image(image: str | os.PathLike | bytes | Image.Image, name: str | Non
     name = name or _name_of(image)
     try:
         if isinstance(image, Image.Image):
-            return _to_rgb(ImageOps.exif_transpose(image), image.format, name)
+            return _to_rgb(ImageOps.exif_transpose(image), image, name)
+        if not isinstance(image, bytes) and is_special(image):  # to open a pipe would wait for what writes to it
+            raise UnreadableImageError(f"Cannot read {name}: it is a pipe, a socket or a device. Name a file.")
         with Image.open(BytesIO(image) if isinstance(image, bytes) else os.fspath(image)) as opened:
-            return _to_rgb(ImageOps.exif_transpose(opened), opened.format, name)
+            return _to_rgb(ImageOps.exif_transpose(opened), opened, name)
     except UnreadableImageError:
         raise
     except Exception as error:  # damaged files raise errors of many types
         raise UnreadableImageError(f"Cannot read {name}: {_reason(error)}") from error
+
+
+def is_special(path: str | os.PathLike) -> bool:
+    """Returns whether something exists that is neither a file nor a folder: a pipe, a socket or a device."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def _name_of(image) -> str:
@@ -84,14 +93,19 @@ def _reason(error: Exception) -> str:
     return f"it is damaged, or no image of a format that Pillow reads{details}. Replace the file, or remove it."
 
 
-def _to_rgb(image: Image.Image, file_format: str | None, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, source: Image.Image, name: str) -> Image.Image:
+    """Returns an image as RGB; `source` is the same as it was opened, with its format and tags."""
     if 0 in image.size:
         raise UnreadableImageError(f"Cannot read {name}: it has no pixels, its size is {image.size}.")
     mode = image.mode
-    if mode == "I" and file_format == "PNG":  # Pillow before 11 opens PNG files of 16 bits in this mode
+    if mode == "I" and source.format == "PNG":  # Pillow before 11 opens PNG files of 16 bits in this mode
         mode = "I;16"
     if mode in ("I", "F") or mode.startswith("I;16"):
         image = Image.fromarray(_to_8_bits(np.asarray(image), mode, name))
+        if (
+            source.format == "TIFF" and source.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+        ):  # Pillow does it in 8 bits only
+            image = ImageOps.invert(image)
     return image.convert("RGB")
 
 
@@ -199,6 +213,8 @@ def skipped_files(paths: Sequence[str]) -> str:
     for path in paths:
         if os.path.islink(path) and not os.path.exists(path):
             kind = "broken links"
+        elif is_special(path):
+            kind = "pipes, sockets or devices"
         elif (ending := os.path.splitext(path)[1].lower()) in endings:
             kind = "hidden images"
         else:
@@ -213,7 +229,14 @@ def _files_in(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _files_in(entry.path, (*above, real))
             elif entry.name not in SYSTEM_FILES:
                 yield entry.path
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False

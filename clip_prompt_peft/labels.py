@@ -126,9 +126,10 @@ def check_indices(labels: torch.Tensor, class_names: Sequence[str]) -> None:
     indices, num_classes = labels.long(), len(class_names)
     bad = indices[~_are_indices(indices, num_classes)]
     if bad.numel():
+        hint = " Often -1 stands for no label; leave such images out." if bad[0] == -1 else ""
         raise ValueError(
             f"Label {int(bad[0])} is out of range: the model has {num_classes} classes, so labels go from 0 to "
-            f"{num_classes - 1}. Compare the data set's label names with the model's class_names "
+            f"{num_classes - 1}.{hint} Compare the data set's label names with the model's class_names "
             f"({', '.join(class_names[:5])}, ...)."
         )
 

@@ -139,7 +139,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
 
         Args:
             class_embeds (`torch.Tensor`, *optional*):
-                (C, E), normalised or not. `None` returns to the prompts.
+                (C, E), normalized or not. `None` returns to the prompts.
 
         Raises:
             ValueError: If the shape is another one.
@@ -157,7 +157,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
             self._fixed_class_embeds = normalize(class_embeds.detach()).to(execution_device(self))
 
     def get_class_embeds(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns L2-normalised class embeddings, differentiable with respect to the active adapter.
+        """Returns L2-normalized class embeddings, differentiable with respect to the active adapter.
 
         Args:
             image_embeds (`torch.Tensor`, *optional*):
@@ -271,7 +271,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
                 With `config.classification_loss = "sigmoid"` the loss is that of SigLIP, see
                 [`~loss.classification_loss`].
             image_embeds (`torch.Tensor`, *optional*):
-                (B, E) instead of `pixel_values`: projected image features, normalised or not.
+                (B, E) instead of `pixel_values`: projected image features, normalized or not.
             input_ids (`torch.LongTensor`, *optional*):
                 With them, the family's own `forward` is called and its output returned.
             attention_mask, position_ids, return_loss:
@@ -328,7 +328,10 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
 
     def _check_inputs(self, layout, pixel_values, image_embeds) -> None:
         if (pixel_values is None) == (image_embeds is None):
-            neither = f"got neither (nor input_ids, as {self.base_class.__name__} takes)."
+            neither = (
+                f"got neither (nor input_ids, as {self.base_class.__name__} takes). A data set of images becomes one "
+                "of these by cache_image_embeds or with_pixel_values of clip_prompt_peft.data."
+            )
             raise ValueError(
                 "Give either pixel_values or image_embeds, " + (neither if pixel_values is None else "not both.")
             )
@@ -378,5 +381,5 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         return super().forward(**inputs)
 
     def predict(self, image_embeds: torch.Tensor, class_embeds: torch.Tensor) -> Prediction:
-        """Computes the logits for image embeddings (B, E) and normalised class embeddings (C, E) or (B, C, E)."""
+        """Computes the logits for image embeddings (B, E) and normalized class embeddings (C, E) or (B, C, E)."""
         return Prediction.of(image_embeds, class_embeds, self.logit_scale, getattr(self, "logit_bias", None))

@@ -25,6 +25,7 @@ from .evaluation.model_card import CardDetails, add_prompt_section, empty_card, 
 from .modeling import PromptClassificationMixin
 from .towers import execution_device, image_side, trainable_parameters
 from .tuner import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig, CLIPPromptTuningModel
+from .tuner.model import PREFIX, adapter_tensors
 
 
 BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
@@ -32,6 +33,14 @@ CARD_NAME = "README.md"
 NEW_FILES = ".saving-"  # the prefix of the temporary folder that an adapter is written into
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def without_warning_of_renamed_property() -> Iterator[None]:
+    """Hides the `FutureWarning` that comes as peft reads a property of the model that transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 class PeftModelForPromptClassification(PeftModel):
@@ -64,8 +73,7 @@ class PeftModelForPromptClassification(PeftModel):
 
     def __init__(self, model, peft_config, adapter_name: str = "default", **kwargs) -> None:
         _check_other_methods(model, adapter_name)
-        with warnings.catch_warnings():  # peft reads a property of the model that transformers has renamed
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        with without_warning_of_renamed_property():
             super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
@@ -108,7 +116,7 @@ class PeftModelForPromptClassification(PeftModel):
         process leaves half a file. Unlike peft, it does not ask the Hub for the vocabulary size of the base model.
 
         Raises:
-            ValueError: If the adapter holds NaN or Inf, or `save_directory` is a file.
+            ValueError: If the adapter holds NaN or Inf, tensors of it are missing, or `save_directory` is a file.
         """
         if not kwargs.get("is_main_process", True):
             return
@@ -116,14 +124,21 @@ class PeftModelForPromptClassification(PeftModel):
             raise ValueError(f"An adapter is saved into a folder, but {str(save_directory)!r} is a file.")
         if isinstance(classifier := self.get_base_model(), PromptClassificationMixin):
             classifier.label_check.read()
-        self._check_finite(selected_adapters, kwargs.get("state_dict"))
+        self._check_tensors(selected_adapters, kwargs.get("state_dict"))
         os.makedirs(save_directory, exist_ok=True)
         with replace_files_at_once(save_directory) as new_files:
             super().save_pretrained(new_files, safe_serialization, selected_adapters, save_embedding_layers, **kwargs)
 
-    def _check_finite(self, selected_adapters: list[str] | None, state_dict) -> None:
+    def _check_tensors(self, selected_adapters: list[str] | None, state_dict) -> None:
         for adapter_name in self.peft_config.keys() & (selected_adapters or self.peft_config):
             tensors = get_peft_model_state_dict(self, state_dict, adapter_name, save_embedding_layers=False)
+            expected = adapter_tensors(self, adapter_name)
+            if sum(f".{PREFIX}" in f".{name}" for name in tensors) < len(expected):
+                raise ValueError(
+                    f"The adapter {adapter_name!r} is not saved, since only {sorted(tensors)} of its {len(expected)} "
+                    "tensors were found: modules around its layers (activation checkpointing, FSDP) hide the others "
+                    "from peft. Save the model without them, or use model.gradient_checkpointing_enable()."
+                )
             broken = next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
             if broken is not None:
                 raise ValueError(

@@ -77,6 +77,7 @@ class PretrainedClassifierMixin:
         if adapter is not None:
             own = {"revision": adapter.revision, "subfolder": adapter.subfolder}
             kwargs["adapter_kwargs"] = {**own, **(kwargs.get("adapter_kwargs") or {})}
+        own_name = getattr(kwargs.get("config"), "name_or_path", None)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -88,7 +89,7 @@ class PretrainedClassifierMixin:
                 "class by the checkpoint's config."
             )
         if pretrained_model_name_or_path is None:  # transformers would call it "None"
-            model.name_or_path = model.config.name_or_path = ""
+            model.name_or_path = model.config.name_or_path = own_name or ""
         model.hub_settings = base
         model._set_up(class_names, prompt_template, tokenizer)
         return (model, info) if with_info else model
@@ -152,16 +153,17 @@ class PretrainedClassifierMixin:
         if prompt_template is None:
             saved = getattr(self.config, "prompt_template", None)
             prompt_template = saved or (layout and layout.prompt_template) or self.default_template
-        if class_names is None:
-            class_names = getattr(self.config, "class_names", None) or (layout and layout.class_names)
+        saved_names = getattr(self.config, "class_names", None) or (layout and layout.class_names)
         if self.config.problem_type is None and layout is not None:
             self.config.problem_type = layout.problem_type
         self.tokenizer = tokenizer
         self.set_prompt_template(prompt_template)
-        if class_names is None:
+        if class_names is None and not (tokenizer or self.name_or_path):  # prompts are made once there is a tokenizer
+            self.config.class_names = saved_names and check_class_names(saved_names)
+        elif (class_names or saved_names) is None:
             self.config.class_names = None
         else:
-            self.set_class_names(class_names)
+            self.set_class_names(class_names or saved_names)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves the model as the family's own `save_pretrained` does, the tokenizer for the class prompts, and code.

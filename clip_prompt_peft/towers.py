@@ -88,16 +88,20 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def num_rows(table: nn.Module) -> int:
+    """Returns the number of rows of an embedding table."""
+    return unwrapped(table).num_embeddings
+
+
 def first_position_row(embeddings: nn.Module) -> int:
     """Returns the row of the position table for the first token. RoBERTa has rows for padding before it."""
-    padding_row = unwrapped(getattr(embeddings, position_table_name(embeddings))).padding_idx
+    padding_row = getattr(_position_table(embeddings), "padding_idx", getattr(embeddings, "padding_idx", None))
     return 0 if padding_row is None else padding_row + 1
 
 
 def num_positions(embeddings: nn.Module) -> int:
     """Returns the largest number of tokens of a text."""
-    table = unwrapped(getattr(embeddings, position_table_name(embeddings)))
-    return table.num_embeddings - first_position_row(embeddings)
+    return num_rows(_position_table(embeddings)) - first_position_row(embeddings)
 
 
 @dataclass(frozen=True)
@@ -182,9 +186,19 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def like_table(table: nn.Module) -> torch.Tensor:
-    """Returns an empty tensor (0, D) of the width and dtype of an embedding table, on the device that it works on."""
-    weight = unwrapped(table).get_parameter("weight")
-    return weight.new_empty((0, weight.shape[-1]), device=execution_device(unwrapped(table)))
+    """Returns an empty tensor (0, D) of the width and dtype of an embedding table, on the device that it works on.
+
+    Weights of a quantized table are of other shapes and types, or packed away; its dtype is the default one.
+    """
+    table = unwrapped(table)
+    weight = dict(table.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        device = next((tensor.device for tensor in table.buffers()), torch.device("cpu"))
+    else:
+        device = execution_device(table)
+    is_floating = weight is not None and weight.is_floating_point()
+    dtype = weight.dtype if is_floating else torch.get_default_dtype()
+    return torch.empty((0, table.embedding_dim), dtype=dtype, device=device)
 
 
 def entry_of(tensors: nn.ParameterDict, name: str) -> torch.Tensor:
@@ -228,7 +242,17 @@ def _children(model: nn.Module, *names: str) -> tuple[nn.Module, ...]:
 
 
 def _table_name(embeddings, names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if isinstance(unwrapped(getattr(embeddings, name, None)), nn.Embedding)), None)
+    return next((name for name in names if _is_table(unwrapped(getattr(embeddings, name, None)))), None)
+
+
+def _is_table(module) -> bool:
+    # not only nn.Embedding: libraries of quantization have their own classes
+    sizes = (getattr(module, name, None) for name in ("num_embeddings", "embedding_dim"))
+    return isinstance(module, nn.Module) and all(isinstance(size, int) for size in sizes)
+
+
+def _position_table(embeddings: nn.Module) -> nn.Module:
+    return unwrapped(getattr(embeddings, position_table_name(embeddings)))
 
 
 def _tower(model: nn.Module, embeddings_key: str, like: torch.Tensor) -> Tower:

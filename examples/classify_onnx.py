@@ -27,9 +27,13 @@ def read(file):
         values = values.clip(0, white)
         values = values.astype(np.uint16) >> 8 if white == 65535 else (values * (255 / white)).round()
         image = Image.fromarray(values.astype(np.uint8))
+        if opened.format == "TIFF" and opened.tag_v2.get(262) == 0:  # white is zero
+            image = ImageOps.invert(image)
     return image.convert("RGB")
 
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__.strip())
 folder, file = sys.argv[1:]
 labels, config = (json.loads(Path(folder, f"{name}.json").read_text()) for name in ("labels", "preprocessor_config"))
 image = read(file)

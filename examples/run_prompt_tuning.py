@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_seed
 
-from clip_prompt_peft import AutoModelForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import AutoModelForPromptClassification, CLIPPromptTuningConfig, training_recipe
 from clip_prompt_peft.assets import TINY_CLIP
 from clip_prompt_peft.commands.common import results_table, silence_libraries, use_one_thread_if_tiny
 from clip_prompt_peft.data import cache_image_embeds, class_names_of, load_image_dataset, sample_few_shot
@@ -62,18 +62,15 @@ for seed in SEEDS:
     drawn = sample_few_shot(train_images, num_shots=16, seed=seed, when_fewer="all")
     set_seed(seed)
     peft_model = get_peft_model(model, CLIPPromptTuningConfig(prompt_template="a photo of a {}."))
+    recipe = training_recipe("default", peft_model, len(drawn), shots=16)  # epochs, learning rate, batch size
     training_args = TrainingArguments(
         f"{OUTPUT_DIR}/seed{seed}",
-        num_train_epochs=100,
-        per_device_train_batch_size=32,
+        **recipe.arguments,
         per_device_eval_batch_size=64,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
         logging_steps=0.25,
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
         seed=seed,
     )
     trainer = Trainer(

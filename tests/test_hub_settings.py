@@ -20,6 +20,7 @@ def hub():
         hub.repos["me/private"] = {**without_tokenizer, **{f"sub/{name}": content for name, content in files.items()}}
         hub.branches["me/private", "v2"] = files
         hub.private["me/private"] = "hf_secret"
+        hub.repos["me/open"] = files
         yield hub
 
 
@@ -55,8 +56,17 @@ def test_copies_keep_the_settings(noted):
     assert noted["copies"] == [True, True]
 
 
-def test_the_token_is_in_no_file_and_in_no_repr(noted):
-    assert noted["files with the token"] == [] and not noted["repr"]
+def test_the_token_is_in_no_file_no_repr_no_pickle_no_error_and_no_log(noted):
+    assert noted["files with the token"] == noted["errors"] == [] and not noted["repr"] and not noted["pickle"]
+    assert noted["logged"] == [True, False]
+
+
+def test_false_sends_no_token_although_there_is_one(hub, noted):
+    assert noted["token=False"]["is_os_error"] and noted["token=False beside one of the environment"]["is_os_error"]
+    # transformers lists the files of a tokenizer's repository with the token of the environment in any case
+    requests = [(request, token) for request, token in zip(hub.requests, hub.tokens) if "/me/open/" in request]
+    sent = [token for request, token in requests if "/tree/" not in request]
+    assert sent and not any(sent)
 
 
 def test_of_a_plain_model_the_error_says_what_to_do(noted):

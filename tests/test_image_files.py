@@ -1,6 +1,8 @@
 """One function decodes an image for all callers, and processors run in bounded memory."""
 
 import io
+import os
+import socket
 import warnings
 
 import numpy as np
@@ -130,6 +132,52 @@ def test_what_pillow_refuses_is_told_with_the_reason(tmp_path):
         decode_image(tmp_path / "nowhere.png")
     with pytest.raises(UnreadableImageError, match="directory"):
         decode_image(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ending", "settings"), [("jpg", {}), ("jpg", {"progressive": True}), ("png", {}), ("webp", {}), ("gif", {})]
+)
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.95])
+def test_files_that_are_cut_off_are_named(tmp_path, ending, settings, share):
+    noise = np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)
+    file = tmp_path / f"holiday.{ending}"
+    PILImage.fromarray(noise).save(file, **settings)
+    content = file.read_bytes()
+    decode_image(file)
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UnreadableImageError, match=f"Cannot read '.*holiday.{ending}': it is damaged"):
+        decode_image(file)
+
+
+def test_the_ending_of_a_file_does_not_matter(tmp_path):
+    PILImage.new("RGB", (4, 4), "red").save(tmp_path / "photo.JPG", format="PNG")
+    assert decode_image(tmp_path / "photo.JPG").getpixel((0, 0)) == (255, 0, 0)
+    (tmp_path / "page.png").write_text("<html>Sign in</html>")
+    with pytest.raises(UnreadableImageError, match="page.png': it is damaged, or no image"):
+        decode_image(tmp_path / "page.png")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # names of sockets must be short
+    if kind == "pipe":
+        os.mkfifo("a.png")
+    else:
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind("a.png")
+    with pytest.raises(UnreadableImageError, match="Cannot read 'a.png': it is a pipe, a socket or a device"):
+        decode_image("a.png")
+    dataset = with_pixel_values(dataset_of([{"bytes": None, "path": "a.png"}]), CLIPImageProcessor())
+    with pytest.raises(UnreadableImageError, match="a.png': it is a pipe"):
+        dataset[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_file_without_permission_is_named(tmp_path):
+    PILImage.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").chmod(0)
+    with pytest.raises(UnreadableImageError, match="a.png': Permission denied"):
+        decode_image(tmp_path / "a.png")
 
 
 def dataset_of(rows):

@@ -382,10 +382,10 @@ class TestPipeline:
 class TestFromAConfig:
     @pytest.fixture(params=["call", "_from_config", "from_pretrained"])
     def made(self, request, clip):
+        clip.config.name_or_path = ""
         if request.param == "from_pretrained":
             state = clip.state_dict()
             return CLIPForPromptClassification.from_pretrained(None, config=clip.config, state_dict=state)
-        clip.config.name_or_path = ""
         make = CLIPForPromptClassification if request.param == "call" else CLIPForPromptClassification._from_config
         return make(clip.config)
 
@@ -402,3 +402,19 @@ class TestFromAConfig:
         made.tokenizer = tokenizer
         made.set_class_names(["cat", "dog"])
         assert made(pixel_values=pixel_values).logits.shape == (3, 2)
+
+    @pytest.mark.parametrize("has_name", [False, True])
+    def test_weights_in_memory_get_the_classes_of_the_config(self, clip, has_name, tokenizer, pixel_values):
+        """And the tokenizer from where the config came, if that is known."""
+        clip.config.class_names = ["cat", "dog"]
+        if not has_name:
+            clip.config.name_or_path = ""
+        made = CLIPForPromptClassification.from_pretrained(None, config=clip.config, state_dict=clip.state_dict())
+        assert made.class_names == ["cat", "dog"]
+        if not has_name:
+            with pytest.raises(ValueError, match="pass tokenizer=.* or set model.tokenizer"):
+                made(pixel_values=pixel_values)
+            made.tokenizer = tokenizer
+        expected = CLIPForPromptClassification.from_base(clip, class_names=["cat", "dog"], tokenizer=tokenizer)
+        assert torch.equal(logits_of(made.eval(), pixel_values), logits_of(expected, pixel_values))
+        assert made.config.id2label == {0: "cat", 1: "dog"}

@@ -64,6 +64,7 @@ IMPORTED = {
     "huggingface_hub.utils.HFValidationError": "a path could not be told from a Hub id",
     "huggingface_hub.utils.validate_repo_id": "a path could not be told from a Hub id",
     "huggingface_hub.errors.EntryNotFoundError": "a repository without a card could not be pushed to",
+    "huggingface_hub.errors.RevisionNotFoundError": "a missing revision would be told in the library's words",
 }
 
 # method of a base class: what our override does
@@ -238,6 +239,25 @@ def wrapped_names(clip):
     assert any(name.endswith("text_projection.original_module") for name in names)
 
 
+def names_of_wrappers(clip):
+    """`_orig_mod`, `_checkpoint_wrapped_module`, `_fsdp_wrapped_module`: adapters saved inside would not be loaded."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
+
+    assert "_orig_mod.weight" in torch.compile(torch.nn.Linear(1, 1)).state_dict()
+    assert "_checkpoint_wrapped_module" in dict(checkpoint_wrapper(torch.nn.Linear(1, 1)).named_modules())
+    assert FSDP_WRAPPED_MODULE == "_fsdp_wrapped_module"
+
+
+def hooks_of_accelerate(clip):
+    """`_hf_hook` marks a forward of accelerate: embeddings of models with a `device_map` would not be cached."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    hook = ModelHook()
+    add_hook_to_module(clip.visual_projection, hook)
+    assert clip.visual_projection._hf_hook is hook and "forward" in vars(clip.visual_projection)
+
+
 def components_of_a_pipeline(clip):
     """`Pipeline._load_tokenizer`: a pipeline would not give a classifier the tokenizer of the revision asked for."""
     from transformers import Pipeline
@@ -257,6 +277,10 @@ ATTRIBUTES = {
     "_backward_pre_hooks": hooks_of_a_module,
     "_hf_peft_config_loaded": adapter_mark_of_transformers,
     "_raise_exceptions_for_missing_entries": missing_entries,
+    "_hf_hook": hooks_of_accelerate,
+    "_orig_mod": names_of_wrappers,
+    "_checkpoint_wrapped_module": names_of_wrappers,
+    "_fsdp_wrapped_module": names_of_wrappers,
 }
 OTHERS = (
     active_adapter_of_a_layer,

@@ -72,4 +72,4 @@ def test_a_command_line_is_parsed(line, parse, monkeypatch):
 
 def test_a_wrong_flag_would_be_noticed(parse):
     assert parse("train", "--train_dirs", "photos") == ["--train_dirs", "photos"]
-    assert parse("serve", "--adapter_folder", "photos") == ["--adapter_folder", "photos"]
+    assert parse("serve", "--adapter_folder", "photos") == ["--adapter_folder"]

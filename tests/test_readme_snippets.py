@@ -58,6 +58,7 @@ def test_all_snippets_run(document, hub, tmp_path):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "FutureWarning" not in done.stderr and "torchvision" not in done.stderr, done.stderr
     assert f"--- {document.name}, snippet {len(snippets_of(document))}\n" in done.stdout
     if document == README:
         assert (folder / "pets-prompts" / "adapter_config.json").exists()

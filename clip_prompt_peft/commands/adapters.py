@@ -17,7 +17,8 @@ from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import listed
 from ..training.checkpoints import last_whole_checkpoint
 from ..tuner.files import adapter_folders
-from ..tuner.hub import HubSettings, load_image_processor
+from ..tuner.hub import HubSettings, load_image_processor, pin_base_model
+from .checks import check_base_model
 from .common import device, use_one_thread_if_tiny
 
 
@@ -60,7 +61,9 @@ def find_adapters(name_or_path: str) -> dict[str, str]:
             raise ValueError(f"{name_or_path!r} is no folder of an adapter: {_what_is_in(path)}")
         return {os.path.basename(folder): folder for folder in found}
     if os.path.exists(path):
-        raise ValueError(f"{name_or_path!r} is a file, but an adapter is a folder with the file {CONFIG_NAME}.")
+        raise ValueError(
+            f"{name_or_path!r} is a file, but an adapter is a folder with the file {CONFIG_NAME}. It is named first."
+        )
     if _is_meant_as_path(name_or_path):
         raise ValueError(f"There is no folder {name_or_path!r}; {_what_is_above(path)}")
     return {name_or_path.rpartition("/")[2]: name_or_path}
@@ -83,7 +86,9 @@ def find_adapter(name_or_path: str) -> str:
     return path
 
 
-def base_model_of(adapters: Mapping[str, str], chosen: str | None = None) -> tuple[str, HubSettings]:
+def base_model_of(
+    adapters: Mapping[str, str], chosen: str | None = None, revision: str | None = None
+) -> tuple[str, HubSettings]:
     """Returns the base model that all of the adapters name, and its revision and subfolder as settings.
 
     Args:
@@ -91,19 +96,24 @@ def base_model_of(adapters: Mapping[str, str], chosen: str | None = None) -> tup
             The folder or Hub id of each adapter by name.
         chosen (`str`, *optional*):
             The base model that the user chose. Its revision is the one that the adapters name, if they agree on one.
+        revision (`str`, *optional*):
+            The revision that the user chose.
 
     Raises:
-        ValueError: If they name several, or none, and none is chosen.
+        ValueError: If they name several, or none, and none is chosen, or if the chosen one is no model.
+        OSError: If the base model that they name, or its revision, cannot be accessed.
     """
+    if chosen is not None:
+        check_base_model(chosen, "--base")
     configs = {name: PeftConfig.from_pretrained(path) for name, path in adapters.items()}
     places = {
-        name: (config.base_model_name_or_path, config.revision, config.base_model_subfolder or None)
+        name: (config.base_model_name_or_path, revision or config.revision, config.base_model_subfolder or None)
         for name, config in configs.items()
         if isinstance(config, CLIPPromptTuningConfig)
     }
     found = {place for place in places.values() if place[0] is not None and chosen in (None, place[0])}
     if chosen is not None and len(found) != 1:
-        return chosen, HubSettings()
+        return chosen, HubSettings().at(revision)
     if len(found) != 1 or None in {name for name, _, _ in places.values()}:
         named = "; ".join(f"{name}: {_shown(*place)}" for name, place in places.items())
         raise ValueError(
@@ -111,7 +121,7 @@ def base_model_of(adapters: Mapping[str, str], chosen: str | None = None) -> tup
             "--base."
         )
     ((name, revision, subfolder),) = found
-    return name, HubSettings().at(revision, subfolder)
+    return name, pin_base_model(name, HubSettings().at(revision, subfolder), next(iter(adapters.values())))
 
 
 def _shown(base: str | None, revision: str | None, subfolder: str | None) -> str:
@@ -164,8 +174,22 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         "adapter",
         help="folder or Hub id of the adapter; of several, such as those of `train`, the first is used",
     )
-    parser.add_argument("--base", help="base model to use instead of the one that the adapter names")
+    add_base_arguments(parser)
     parser.add_argument("--device", type=device, default="cpu", help="where to compute: cpu, cuda, ...")
+
+
+def add_adapters_arguments(parser: argparse.ArgumentParser, default: str | None, help: str) -> None:
+    """Adds the argument of [`find_adapters`], which may be written with the flag `--adapters` or without it."""
+    group = parser.add_mutually_exclusive_group()
+    # A default here would replace what the flag gives.
+    group.add_argument("adapters", nargs="?", default=argparse.SUPPRESS, help=help)
+    group.add_argument("--adapters", default=default, help="the same")
+
+
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that choose another base model."""
+    parser.add_argument("--base", help="base model to use instead of the one that the adapters name")
+    parser.add_argument("--base_revision", metavar="REVISION", help="its branch, tag or commit on the Hub")
 
 
 def load_adapter(
@@ -183,7 +207,11 @@ def load_adapter(
         ValueError: If the adapter is damaged or does not fit the base model.
         OSError: If the adapter or its base model is not found.
     """
-    model = AutoPeftModelForPromptClassification.from_pretrained(adapter, base_model_name_or_path=args.base)
+    if args.base is not None:
+        check_base_model(args.base, "--base")
+    model = AutoPeftModelForPromptClassification.from_pretrained(
+        adapter, base_model_name_or_path=args.base, base_model_revision=args.base_revision
+    )
     classifier = model.get_base_model()
     use_one_thread_if_tiny(classifier.name_or_path)
     return model.eval().to(args.device), load_image_processor(classifier)

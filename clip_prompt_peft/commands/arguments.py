@@ -31,6 +31,7 @@ RECIPE_ARGUMENTS = (  # what a recipe sets, unless the user gives it
     "max_grad_norm",
     "dataloader_drop_last",
 )
+OF_RECIPE = ", by default the recipe's.%(default).0s"  # prints nothing, and keeps argparse from adding the default
 SETTINGS_FILES = (".json", ".yaml", ".yml")
 
 
@@ -117,11 +118,11 @@ class PromptTrainingArguments(TrainingArguments):
         "outputs/prompt_tuning", "Folder for the adapters, one sub-folder seed1, seed2, ... for each, and the results."
     )
     overwrite_output_dir: bool = argument(False, "Replace adapters of another training in --output_dir.")
-    num_train_epochs: float = argument(100, "Passes over the training images, by default the recipe's.")
-    per_device_train_batch_size: int = argument(32, "Images per training step and device, by default the recipe's.")
+    num_train_epochs: float = argument(100, f"Passes over the training images{OF_RECIPE}")
+    per_device_train_batch_size: int = argument(32, f"Images per training step and device{OF_RECIPE}")
     per_device_eval_batch_size: int = argument(64, "Images per evaluation step and device.")
-    learning_rate: float = argument(2e-3, "Peak learning rate, by default the recipe's.")
-    lr_scheduler_type: str = argument("cosine", "Learning rate schedule.")
+    learning_rate: float = argument(2e-3, f"Peak learning rate{OF_RECIPE}")
+    lr_scheduler_type: str = argument("cosine", f"Learning rate schedule{OF_RECIPE}")
     logging_steps: float = argument(0.25, "Steps, or share of all steps, between two logs.")
     save_strategy: str = argument(
         "no", "When to save checkpoints: no, epoch or steps. --resume_from_checkpoint needs them."
@@ -133,7 +134,6 @@ class PromptTrainingArguments(TrainingArguments):
     )
     hub_strategy: str = argument("end", "When to push.")
     seed: int = argument(1, "Draws the images and orders them.")
-    remove_unused_columns: bool = argument(False, "Must be left as it is: transforms need the images.")
 
 
 def parse_arguments() -> tuple[

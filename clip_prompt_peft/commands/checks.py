@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from datasets import Dataset
+from peft.utils import CONFIG_NAME
 from transformers import EvalPrediction, TrainingArguments
 
 from ..evaluation.metrics import compute_metrics
@@ -18,6 +20,7 @@ from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import counted
 from ..training.callbacks import GaussianPromptAveraging
 from ..training.recipes import Recipe
+from ..tuner.files import adapter_folders
 from .data import HELD_OUT, images_per_class
 
 
@@ -53,7 +56,6 @@ RULES: dict[str, Rule] = {
 }
 # Arguments of the Trainer that the command needs as they are.
 FIXED = {
-    "remove_unused_columns": False,
     "prediction_loss_only": False,
     "batch_eval_metrics": False,
     "eval_do_concat_batches": True,
@@ -86,11 +88,37 @@ def check_training(training_args: TrainingArguments) -> None:
             raise ValueError(f"There is no --metric_for_best_model {metric!r}; there are {', '.join(known)}.")
 
 
+def check_base_model(name: str, flag: str = "--model_name_or_path") -> None:
+    """Raises `ValueError` if a base model is neither a folder nor a Hub id, or an adapter."""
+    if not os.path.isdir(name):
+        if not is_hub_id(name):
+            raise ValueError(f"{flag} {name!r} is neither a folder nor a Hub id.")
+        return
+    holds_model = os.path.isfile(os.path.join(name, "config.json"))
+    is_adapter = os.path.isfile(os.path.join(name, CONFIG_NAME))
+    adapters = [name] if is_adapter else [] if holds_model else adapter_folders(name)
+    if adapters:
+        raise ValueError(
+            f"{flag} {name!r} {'is an adapter' if is_adapter else 'holds adapters'}, and not a model. Name the base "
+            f"model instead; that of the adapter {adapters[0]!r} stands in its {CONFIG_NAME}."
+        )
+
+
+@contextlib.contextmanager
+def errors_name(model: str) -> Iterator[None]:
+    """Puts the name of a model in front of errors about its files, unless they name it."""
+    try:
+        yield
+    except OSError as error:
+        if model in str(error):
+            raise
+        raise OSError(f"The model {model!r} cannot be loaded: {error}") from error
+
+
 def check_runs(model_args, data_args, training_args) -> None:
     """Raises `ValueError` if arguments about the model, the seeds and the Hub are wrong or do not go together."""
     name = model_args.model_name_or_path
-    if not os.path.isdir(name) and not is_hub_id(name):
-        raise ValueError(f"The model {name!r} is neither a folder nor a Hub id.")
+    check_base_model(name)
     shots, num_seeds = data_args.shots, data_args.num_seeds
     if shots < 0 or num_seeds < 1:
         raise ValueError(f"--shots must be 0 or more and --num_seeds 1 or more, got {shots} and {num_seeds}.")
@@ -107,7 +135,18 @@ def check_runs(model_args, data_args, training_args) -> None:
 
 
 def check_shots(train: Dataset, validation: Dataset | None, test_sets, data_args) -> None:
-    """Raises `ValueError` if a class has fewer images than `--shots`, unless `--when_fewer` says what to do."""
+    """Checks the numbers of images.
+
+    Raises:
+        ValueError: If all are of one class, or if a class has fewer than `--shots`, unless `--when_fewer` says what to
+            do.
+    """
+    classes = images_per_class(train)
+    if len(classes) == 1:
+        raise ValueError(
+            f"The training images are of one class only, {next(iter(classes))!r}, so there is nothing to tell apart. "
+            "Give images of at least two classes."
+        )
     if not data_args.shots or data_args.when_fewer != "error":
         return
     needs = {"training": (train, data_args.shots), "validation": (validation, min(data_args.shots, 4))}

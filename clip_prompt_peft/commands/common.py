@@ -38,7 +38,7 @@ def program_name() -> str:
 
 def exit_with(error: Exception | str) -> NoReturn:
     """Ends the command with an error message of one line instead of a traceback."""
-    sys.exit(f"{program_name()}: error: {error}")
+    sys.exit(f"{program_name()}: error: {' '.join(str(error).split())}")
 
 
 @contextlib.contextmanager
@@ -119,6 +119,8 @@ class DataclassParser(OneLineParser, HfArgumentParser):
         *parsed, unknown = self.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
         if unknown:
             name = unknown[0].partition("=")[0]
+            if not name.startswith("-"):
+                raise ValueError(f"{name!r} follows no argument; --help lists those that take a value.")
             similar = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.flags, n=1)
             hint = f"did you mean --{similar[0]}?" if similar else "--help lists those that there are."
             raise ValueError(f"There is no argument {name!r}; {hint}")

@@ -1,7 +1,7 @@
 """Shows zero-shot and tuned CLIP side by side in the browser, for an image and class names that can be edited.
 
     python -m clip_prompt_peft.commands.demo      # first tunes on the embedded pictures, which takes a minute
-    python -m clip_prompt_peft.commands.demo --adapters outputs/prompt_tuning
+    python -m clip_prompt_peft.commands.demo outputs/prompt_tuning
 
 Needs the packages of the extra `demo`.
 """
@@ -24,7 +24,7 @@ from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig, PeftMod
 from ..data.known_datasets import STYLES, load_style
 from ..image_files import decode_image, process_images
 from ..tuner.hub import HubSettings, load_image_processor
-from .adapters import base_model_of, find_adapters
+from .adapters import add_adapters_arguments, add_base_arguments, base_model_of, find_adapters
 from .common import (
     argument_parser,
     check_extra,
@@ -168,7 +168,7 @@ def main() -> None:
         adapters = (
             tuned_on_embedded_pictures(DEFAULT_ADAPTERS) if args.adapters is None else find_adapters(args.adapters)
         )
-        base, hub = base_model_of(adapters, args.base)
+        base, hub = base_model_of(adapters, args.base, args.base_revision)
         use_one_thread_if_tiny(base)
         comparison = Comparison(base, adapters, hub)
         examples = load_style(STYLES[0])["test"].shuffle(seed=0)[:NUM_EXAMPLES]["image"]
@@ -184,9 +184,11 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--base", help="CLIP of the adapters; by default the one that they name")
-    parser.add_argument(
-        "--adapters", help="an adapter, or a folder whose sub-folders are adapters; by default two are tuned first"
+    add_base_arguments(parser)
+    add_adapters_arguments(
+        parser,
+        default=None,
+        help="an adapter, or a folder whose sub-folders are adapters; by default two are tuned first",
     )
     parser.add_argument("--port", type=port, default=7860)
     return parser.parse_args()

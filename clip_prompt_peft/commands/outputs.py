@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from ..training.checkpoints import checkpoints_in
 from ..tuner.files import adapter_folders
-from .arguments import DataTrainingArguments, ModelArguments, PromptArguments
+from .arguments import RECIPE_ARGUMENTS, DataTrainingArguments, ModelArguments, PromptArguments
 from .data import DataArguments
 
 
@@ -69,15 +69,19 @@ def record_of(
     data_args: DataTrainingArguments,
     prompt_args: PromptArguments,
     training_args: TrainingArguments,
+    given: set[str],
 ) -> dict[str, dict]:
-    """Returns what distinguishes a training from others, as JSON. Seeds are left out, and so are all tokens."""
+    """Returns what distinguishes a training from others, as JSON. Seeds are left out, and so are all tokens.
+
+    What the recipe chooses is left out as well, unless its name is in `given`, the names of the user's arguments.
+    """
     drawing = {"shots": data_args.shots, "when_fewer": data_args.when_fewer, "augment": data_args.augment}
     model = {name: getattr(model_args, name) for name in ("model_name_or_path", "model_revision")}
-    training = training_args.to_dict()
+    training, chosen = training_args.to_dict(), {*RECIPE_ARGUMENTS} - given
     record = {
         "data": data_args.as_record(),
         "settings": {**model, **drawing, **vars(prompt_args)},
-        "training": {name: training[name] for name in TRAINING_SETTINGS},
+        "training": {name: training[name] for name in TRAINING_SETTINGS if name not in chosen},
     }
     return json.loads(json.dumps(record))
 

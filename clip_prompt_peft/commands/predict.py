@@ -33,8 +33,9 @@ def predict(lines: list[list[str]]) -> None:
     args = parse_arguments()
     silence_libraries()
     with errors_in_one_line():
+        adapter = find_adapter(args.adapter)
         paths = [file for path in args.images for file in find_images(path)]
-        model, image_processor = load_adapter(find_adapter(args.adapter), args)
+        model, image_processor = load_adapter(adapter, args)
     unreadable = []
     for start in range(0, len(paths), args.batch_size):
         images = {}

@@ -59,7 +59,8 @@ def report() -> None:
             )
         model, image_processor = load_adapter(adapter, args)
         comparison = compare_with_zero_shot(model, dataset, image_processor)
-        tested_on = data_args.name if name == data_args.name else f"{data_args.name}, {name!r}"
+        place = {**data_args.source("dir"), **data_args.source("file")}.get(name, data_args.name)
+        tested_on = place if name == place else f"{place}, {name!r}"
         write_report(args.output, model, comparison, dataset, f"Prompts of {adapter}", {"Tested on": tested_on})
     print(f"Tested on {tested_on} ({counted(len(dataset), 'image')})")
     for name, answers in (("zero-shot", comparison.zero_shot), ("tuned", comparison.tuned)):

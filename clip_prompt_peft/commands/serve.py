@@ -1,6 +1,6 @@
 """Classifies images over HTTP with any number of adapters on one frozen CLIP.
 
-    python -m clip_prompt_peft.commands.serve --adapters outputs/prompt_tuning
+    python -m clip_prompt_peft.commands.serve outputs/prompt_tuning
     curl -F images=@cat.jpg -F adapters=seed1 http://127.0.0.1:8000/classify
 
 Adapters that are there at the start are loaded. `curl -X PUT http://127.0.0.1:8000/adapters/NAME` loads one that comes
@@ -14,7 +14,7 @@ import argparse
 import socket
 from pathlib import Path
 
-from .adapters import base_model_of, find_adapters
+from .adapters import add_adapters_arguments, add_base_arguments, base_model_of, find_adapters
 from .common import (
     argument_parser,
     check_extra,
@@ -49,7 +49,7 @@ def serve(args: argparse.Namespace) -> None:
             f"{args.adapters!r} is on the Hub; download it first: hf download {args.adapters} --local-dir DIR."
         )
     check_address(args.host, args.port)
-    base, hub = base_model_of(adapters, args.base)
+    base, hub = base_model_of(adapters, args.base, args.base_revision)
     use_one_thread_if_tiny(base)
     is_alone = len(adapters) == 1 and Path(args.adapters).resolve() == Path(next(iter(adapters.values()))).resolve()
     folder = Path(args.adapters).resolve()
@@ -78,9 +78,9 @@ def check_address(host: str, number: int) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--base", help="CLIP of the adapters; by default the one that they name")
-    parser.add_argument(
-        "--adapters",
+    add_base_arguments(parser)
+    add_adapters_arguments(
+        parser,
         default="outputs/prompt_tuning",
         help="an adapter, or a folder whose sub-folders are adapters (default: outputs/prompt_tuning)",
     )

@@ -47,7 +47,7 @@ from ..training.recipes import Recipe
 from ..tuner.files import WEIGHTS_NAME
 from ..tuner.hub import load_image_processor
 from .arguments import parse_arguments, parser
-from .checks import check_runs, check_shots, check_training, rehearse
+from .checks import check_runs, check_shots, check_training, errors_name, rehearse
 from .common import (
     COLUMNS,
     Results,
@@ -85,7 +85,7 @@ def train(runs: list[TrainingArguments]) -> None:
         check_runs(model_args, data_args, training_args)
         is_main_process = training_args.process_index == 0
         output_dir = training_args.output_dir
-        record = record_of(model_args, data_args, prompt_args, training_args)
+        record = record_of(model_args, data_args, prompt_args, training_args, given)
         check_nothing_is_replaced(output_dir, record, training_args)
         planned = runs_in(output_dir, training_args, data_args.num_seeds)
         if not training_args.overwrite_output_dir:
@@ -103,10 +103,11 @@ def train(runs: list[TrainingArguments]) -> None:
         name = model_args.model_name_or_path
         hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
         class_names = class_names_of(splits["train"])
-        model = AutoModelForPromptClassification.from_pretrained(
-            name, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
-        )
-        image_processor = load_image_processor(model)
+        with errors_name(name):
+            model = AutoModelForPromptClassification.from_pretrained(
+                name, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
+            )
+            image_processor = load_image_processor(model)
         config = prompt_args.config(model)
         use_one_thread_if_tiny(name)
         peft_model = get_peft_model(model, config)  # raises if the prompt does not fit

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import chain
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
@@ -18,7 +20,8 @@ TEXTS = ("string", "large_string", "string_view")  # the Arrow types of text
 BYTES = ("binary", "large_binary", "binary_view")
 EXPECTED = {
     "image": "images, their bytes, or paths to them",
-    "label": "type ClassLabel or string (numbers alone do not say what the classes are called)",
+    "label": "type ClassLabel or string (numbers alone do not say what the classes are called: put names in their "
+    "place, or cast the column to ClassLabel(names=[...]))",
 }
 
 
@@ -36,8 +39,8 @@ def find_image_column(features: Features, name: str | None = None) -> str:
     Raises:
         ValueError: If the named column is missing or cannot hold images, or if there is not exactly one image column.
     """
-    found = [key for key, feature in features.items() if _is_image(feature)]
-    fits = (_is_image, is_text, _is_bytes)
+    found = [key for key, feature in features.items() if is_image(feature)]
+    fits = (is_image, is_text, _is_bytes)
     return _choose(features, "image", name, found, lambda feature: any(kind(feature) for kind in fits))
 
 
@@ -60,9 +63,13 @@ def find_label_column(features: Features, name: str | None = None) -> str:
     return _choose(features, "label", name, usual[:1] or labels, _has_class_names)
 
 
-def _is_image(feature) -> bool:
+def is_image(feature) -> bool:
+    """Returns whether a column holds images."""
     # Parquet files that were not written by `datasets` hold images as records of bytes and path.
-    return isinstance(feature, Image) or (isinstance(feature, dict) and _is_bytes(feature.get("bytes")))
+    if not isinstance(feature, dict):
+        return isinstance(feature, Image)
+    only_paths = feature.get("bytes") == Value("null") and is_text(feature.get("path"))
+    return only_paths or _is_bytes(feature.get("bytes"))
 
 
 def is_text(feature) -> bool:
@@ -120,8 +127,18 @@ def type_name(feature) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
+def check_is_one_split(dataset: Dataset) -> None:
+    """Raises `TypeError` for several splits, as `load_image_dataset` and `load_dataset` return them."""
+    if isinstance(dataset, dict):
+        raise TypeError(
+            f"Expected the images of one split, got a {type(dataset).__name__} of {', '.join(map(repr, dataset))}; "
+            f"take one of them, such as dataset[{next(iter(dataset), 'train')!r}]."
+        )
+
+
 def check_is_no_stream(dataset: Dataset) -> None:
     """Raises `TypeError` unless all labels can be read at once."""
+    check_is_one_split(dataset)
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"This needs all labels at once, which a {type(dataset).__name__} does not give; load it without "
@@ -137,19 +154,25 @@ def read_labels(dataset: Dataset, label_column: str) -> list[Hashable]:
     return dataset.select_columns(label_column).with_format("arrow")[:][label_column].to_pylist()
 
 
-def with_known_types(stream: IterableDataset, label_column: str = LABEL) -> IterableDataset:
+def with_known_types(stream: IterableDataset, label_column: str = LABEL, once: bool = False) -> IterableDataset:
     """Gives the images and labels of a stream without types those of its first example; other columns are dropped.
 
     Args:
         stream (`datasets.IterableDataset`):
             A stream, for example from a generator, with the columns `image` and `label_column`.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            The name of the label column.
+        once (`bool`, *optional*, defaults to `False`):
+            Whether the result is read once only. Then the stream is not started again after its first example, which a
+            stream of something that cannot be read twice would have lost.
 
     Raises:
         ValueError: If the stream is empty or lacks one of the columns.
     """
     if stream.features is not None:
         return stream
-    first = next(iter(stream), None)
+    examples = iter(stream)
+    first = next(examples, None)
     if first is None:
         raise ValueError("The stream has no examples.")
     missing = [name for name in (IMAGE, label_column) if name not in first]
@@ -157,7 +180,25 @@ def with_known_types(stream: IterableDataset, label_column: str = LABEL) -> Iter
         raise ValueError(f"The stream has no column {missing[0]!r}; its columns are {', '.join(first)}.")
     label = Dataset.from_list([{label_column: first[label_column]}]).features[label_column]
     types = Features({IMAGE: Image(), label_column: label})
+    if once:
+        stream = IterableDataset.from_generator(_Pass(chain([first], examples)))
     return stream.select_columns([IMAGE, label_column]).cast(types)
+
+
+class _Pass:
+    """A generator function of a pass that has begun. `datasets` copies and hashes it, as no iterator can be."""
+
+    def __init__(self, examples: Iterator[dict]) -> None:
+        self.examples = examples
+
+    def __call__(self) -> Iterator[dict]:
+        return self.examples
+
+    def __deepcopy__(self, memo: dict) -> _Pass:
+        return self
+
+    def __reduce__(self):
+        return type(self), (iter(()),)
 
 
 def check_labels_are_numbers(dataset: Dataset, label_column: str = LABEL) -> None:
@@ -168,7 +209,11 @@ def check_labels_are_numbers(dataset: Dataset, label_column: str = LABEL) -> Non
             A dataset whose labels a model is to be trained with.
         label_column (`str`, *optional*, defaults to `"label"`):
             The name of the column. Nothing is checked if there is none.
+
+    Raises:
+        TypeError: If it holds several splits.
     """
+    check_is_one_split(dataset)
     feature = (dataset.features or {}).get(label_column)
     if feature is None:
         return
@@ -235,6 +280,7 @@ def check_label_order(dataset: Dataset, class_names: Sequence[str] | None, label
 
 def class_label_of(dataset: Dataset, label_column: str) -> ClassLabel:
     """Returns the type of a label column, which must be a `ClassLabel`."""
+    check_is_one_split(dataset)
     feature = dataset.features.get(label_column)
     if not isinstance(feature, ClassLabel):
         raise ValueError(
@@ -261,7 +307,29 @@ def class_names_of(dataset: Dataset, label_column: str = LABEL) -> list[str]:
     Raises:
         ValueError: If the column is missing or has no class names, or if two cleaned names are equal.
     """
-    return check_class_names([clean_class_name(name) for name in class_label_of(dataset, label_column).names])
+    names = class_label_of(dataset, label_column).names
+    check_names_differ(names)
+    return check_class_names([clean_class_name(name) for name in names])
+
+
+def check_names_differ(names: Sequence[str]) -> None:
+    """Raises `ValueError` if two classes have the same name but for spaces, underscores, or how accents are stored."""
+    spellings: dict[str, str] = {}
+    for name in names:
+        other = spellings.setdefault(unicodedata.normalize("NFC", clean_class_name(name)), name)
+        if other is not name:
+            shown = repr if clean_class_name(other) == clean_class_name(name) else ascii
+            raise ValueError(
+                f"A class name stands there twice, as {shown(other)} and {shown(name)}, which differ in spaces, "
+                "underscores or how accents are stored (NFC and NFD) only. If they are one class, give it one name in "
+                "all rows; otherwise rename one."
+            )
+
+
+def unlabeled_rows(labels: Sequence, feature) -> list[int]:
+    """Returns the rows without a label: those with none or, if they are a `ClassLabel`, with a negative one."""
+    is_class = isinstance(feature, ClassLabel)
+    return [row for row, label in enumerate(labels) if label is None or (is_class and label < 0)]
 
 
 def clean_class_name(name: str, split_camel_case: bool = False) -> str:

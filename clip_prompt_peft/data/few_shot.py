@@ -15,7 +15,15 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 
-from .columns import LABEL, check_is_no_stream, class_label_of, read_labels, with_known_types
+from .columns import (
+    LABEL,
+    check_is_no_stream,
+    check_is_one_split,
+    class_label_of,
+    read_labels,
+    unlabeled_rows,
+    with_known_types,
+)
 
 
 WHEN_FEWER = ("error", "all", "repeat")
@@ -60,6 +68,7 @@ def sample_few_shot(
     >>> few = sample_few_shot(dataset, num_shots=16, seed=1)
     ```
     """
+    check_is_one_split(dataset)
     if isinstance(dataset, IterableDataset):
         return _draw_from_stream(dataset, num_shots, label_column, when_fewer, random.Random(seed))
     return dataset.select(_draw(dataset, num_shots, label_column, when_fewer, random.Random(seed)))
@@ -70,7 +79,7 @@ def _draw_from_stream(
 ) -> Dataset:
     """Draws from each class by reservoir sampling: the i-th example replaces a kept one with probability k / i."""
     _check_settings(num_shots, when_fewer)
-    stream = with_known_types(stream, label_column)
+    stream = with_known_types(stream, label_column, once=True)
     if label_column not in stream.features:
         raise ValueError(f"There is no column {label_column!r}; the columns are {', '.join(stream.features)}.")
     types = stream.features.copy()
@@ -80,8 +89,10 @@ def _draw_from_stream(
             stream = stream.cast_column(name, types[name])
     kept: dict[Hashable, list[dict]] = {}
     counts: Counter = Counter()
-    for example in stream:
+    for row, example in enumerate(stream):
         label = example[label_column]
+        if unlabeled_rows([label], types[label_column]):
+            raise ValueError(_without_label([row], label, label_column))
         group = kept.setdefault(label, [])
         counts[label] += 1
         if len(group) < num_shots:
@@ -128,7 +139,11 @@ def _draw(dataset: Dataset, num_shots: int, label_column: str, when_fewer: str, 
     """Returns the indices of the drawn examples."""
     _check_settings(num_shots, when_fewer)
     groups: dict[Hashable, list[int]] = {}
-    for index, label in enumerate(read_labels(dataset, label_column)):
+    labels = read_labels(dataset, label_column)
+    unlabeled = unlabeled_rows(labels, dataset.features[label_column])
+    if unlabeled:
+        raise ValueError(_without_label(unlabeled, labels[unlabeled[0]], label_column))
+    for index, label in enumerate(labels):
         groups.setdefault(label, []).append(index)
     counts = {label: len(group) for label, group in groups.items()}
     _check_counts(counts, num_shots, when_fewer, getattr(dataset.features[label_column], "names", None))
@@ -139,6 +154,14 @@ def _draw(dataset: Dataset, num_shots: int, label_column: str, when_fewer: str, 
         else:
             drawn += group if when_fewer == "all" else rng.choices(group, k=num_shots)
     return drawn
+
+
+def _without_label(rows: list[int], label: int | None, label_column: str) -> str:
+    more = f" ({len(rows)} rows in all)" if len(rows) > 1 else ""
+    return (
+        f"Row {rows[0]} has no label, but {label} in the column {label_column!r}{more}. Leave such rows out: "
+        f"dataset.filter(lambda label: label is not None and label != -1, input_columns={label_column!r})."
+    )
 
 
 def _check_settings(num_shots: int, when_fewer: str) -> None:

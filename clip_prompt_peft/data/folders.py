@@ -26,6 +26,9 @@ LAYOUT = (
 )
 
 
+TABLE_NAMES = "metadata.csv, metadata.jsonl or metadata.parquet"
+
+
 def split_folders(folder: str) -> dict[str, str]:
     """
     Returns the folders of the splits in a folder, or the folder itself as `train`.
@@ -102,7 +105,7 @@ def _find_images(folder: str) -> list[tuple[str, str]]:
         details = f" Skipped: {skipped_files(others)}." if others else ""
         raise ValueError(f"There are no images in {folder!r} or its sub-folders.{details}")
     parts = {path: os.path.relpath(path, folder).split(os.sep) for path in images}
-    _check_depths(folder, parts)
+    _check_depths(folder, parts, others)
     _check_class_folders(folder, {path[0] for path in parts.values()}, others)
     if others:
         logger.warning("Skipped in %r: %s.", folder, skipped_files(others))
@@ -118,7 +121,7 @@ def _find_images(folder: str) -> list[tuple[str, str]]:
     return [(path, unicodedata.normalize("NFC", parts[path][-2])) for path in images]
 
 
-def _check_depths(folder: str, parts: Mapping[str, list[str]]) -> None:
+def _check_depths(folder: str, parts: Mapping[str, list[str]], others: list[str]) -> None:
     """Raises a `ValueError` if images are at the top, at different depths, or in folders of splits."""
     depths: dict[int, str] = {}
     for path, names in parts.items():
@@ -127,7 +130,8 @@ def _check_depths(folder: str, parts: Mapping[str, list[str]]) -> None:
         places = " and ".join(repr(path) for _, path in sorted(depths.items()))
         raise ValueError(
             f"No classes were found in {folder}: images lie at the top or at different depths, such as {places}. Move "
-            f"or remove what is not in a class folder. {LAYOUT}"
+            f"or remove what is not in a class folder. {LAYOUT} Or a table {TABLE_NAMES} that lists the images"
+            f"{f', beside them; there are {skipped_files(others)}' if others else ''}."
         )
     if 2 in depths:
         return

@@ -101,6 +101,8 @@ def _is_inside(image_dir: str, path: str) -> bool:
 
 def check_file(file: str) -> None:
     """Raises a `ValueError` if a file does not exist."""
+    if os.path.isdir(file):
+        raise ValueError(f"{file!r} is a folder and not a file; name the files in it, or give it as a folder.")
     if not os.path.isfile(file):
         raise ValueError(f"The file {file!r} does not exist.")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import uuid
 from collections.abc import Iterator
 
 import torch
@@ -15,14 +17,16 @@ from transformers import PreTrainedModel
 
 from ..image_files import UnreadableImageError
 from ..text.casts import keep_casts
-from ..towers import adapter_settings, embed_width, eval_mode, execution_device, image_side
+from ..towers import adapter_settings, embed_width, eval_mode, execution_device, hooks_of, image_side
 from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
 from .images import PixelTransform, decode, undecoded
 
 
+logger = logging.getLogger(__name__)
+
 DTYPES = ("float32", "float16")
 COMPUTE_DTYPES = ("bfloat16", "float16")
-DECODING = 1  # to be raised when decode_image or process_images give other pixels, or old embeddings are read
+DECODING = 2  # to be raised when decode_image or process_images give other pixels, or old embeddings are read
 DRAWING = 2  # to be raised when other views are drawn
 MAX_SEED = 2**63 - 1
 MAX_IN_MEMORY = 2**28  # bytes of embeddings
@@ -77,7 +81,9 @@ def cache_image_embeds(
 
     The embeddings are computed with `datasets.map` and stored in the cache folder of the dataset. A second call with
     the same images, weights and settings reads them from there. A stream is read once, and the embeddings of all its
-    images are kept in memory.
+    images are kept in memory. Hooks in the image tower, or another `forward` of one of its modules, can change the
+    embeddings in ways that nobody can compare. With them, the embeddings are computed anew and kept in memory, and a
+    warning is logged.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -132,7 +138,7 @@ def cache_image_embeds(
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check_image_side_is_frozen(model)
     if isinstance(dataset, IterableDataset):
-        dataset = with_known_types(dataset)
+        dataset = with_known_types(dataset, once=True)
     check_labels_are_numbers(dataset)
     check_label_order(dataset, getattr(model, "class_names", None))
     feature = SequenceFeature(Value(dtype), length=embed_width(model.config))
@@ -150,12 +156,20 @@ def cache_image_embeds(
                 raise ValueError("The stream has no examples.")
             embedded = concatenate_datasets(parts)
         else:
+            if embed.hooked is not None:
+                logger.warning(
+                    "%r has hooks or another forward, which may change the embeddings: they are computed now and kept "
+                    "in memory only, neither read from the cache nor written to it. Remove them to use the cache.",
+                    embed.hooked,
+                )
             embedded = images.map(
                 embed,
                 batched=True,
                 batch_size=batch_size,
                 remove_columns=[IMAGE, LABEL],
                 features=features,
+                keep_in_memory=embed.hooked is not None,
+                load_from_cache_file=None if embed.hooked is None else False,
                 desc=description or "Embedding images",
             )
     embedded = EmbeddedImages(embedded.data, embedded.info, embedded.split)
@@ -230,6 +244,8 @@ class _EmbedImages:
     def __init__(self, model: PreTrainedModel, inputs: _ModelInputs, num_workers: int, compute_dtype) -> None:
         self.model, self.inputs, self.compute_dtype = model, inputs, compute_dtype
         self.batches = self._make_batches(num_workers)
+        self.hooked = _hooked_module(model)
+        self.token = uuid.uuid4().hex
 
     def __getstate__(self) -> dict:
         # `datasets` hashes this to find a cached result, so it holds everything that the embeddings depend on.
@@ -239,6 +255,7 @@ class _EmbedImages:
             "processor": inputs.transform.image_processor.to_dict(),
             "views": None if inputs.num_views is None else (inputs.num_views, inputs.seed, DRAWING),
             "decoding": DECODING,
+            **({} if self.hooked is None else {"hooks": self.token}),  # equal to no other one's
         }
         return state if self.compute_dtype is None else state | {"compute_dtype": self.compute_dtype}
 
@@ -287,10 +304,26 @@ def _as_it_is(batch):
     return batch
 
 
+def _hooked_module(model: PreTrainedModel) -> str | None:
+    """Returns the path of a module of the image side with hooks, or a `forward` of its own; `None` if there is none.
+
+    Hooks of transformers do not count: they look, or ask for gradients. accelerate's forward moves tensors only.
+    """
+    inside = {module for part in image_side(model) for module in part.modules()}
+    for path, module in model.named_modules():
+        hooks = hooks_of(module).values() if module in inside else ()
+        has_hook = any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)
+        if has_hook or (module in inside and "forward" in vars(module) and not hasattr(module, "_hf_hook")):
+            return path
+    return None
+
+
 def _hash_of_image_side(model: PreTrainedModel) -> str:
     parts = image_side(model)
     tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
-    settings = model.config.vision_config.to_dict(), adapter_settings(m for part in parts for m in part.modules())
+    modules = [(name, module) for part in parts for name, module in part.named_modules()]
+    classes = [(name, type(module).__module__, type(module).__qualname__) for name, module in modules]
+    settings = model.config.vision_config.to_dict(), adapter_settings(module for _, module in modules), classes
     weights = [tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors]
     return Hasher.hash_bytes([*weights, repr(settings).encode()])
 

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from ..image_files import UnreadableImageError, decode_image, process_images
-from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
+from .columns import IMAGE, LABEL, check_is_one_split, check_label_order, check_labels_are_numbers, with_known_types
 
 
 NUM_TRIES = 10
@@ -120,9 +120,9 @@ def with_pixel_values(
     Raises:
         ValueError: If the labels are no numbers, or number the classes in another order than `class_names`.
     """
-    check_labels_are_numbers(dataset)
     if isinstance(dataset, IterableDataset):
         dataset = with_known_types(dataset)
+    check_labels_are_numbers(dataset)
     check_label_order(dataset, class_names)
     columns = undecoded(dataset.select_columns([IMAGE, LABEL])).rename_columns({IMAGE: PIXELS, LABEL: LABELS})
     transform = PixelTransform(image_processor, augment)
@@ -165,13 +165,17 @@ def _is_empty(image: dict | None) -> bool:
     return not image or not (image["bytes"] or image["path"])
 
 
-def decode(image: dict | None) -> Image.Image:
+def decode(image: dict | Image.Image | None) -> Image.Image:
     """
     Decodes a row of an image column with [`decode_image`], from its `bytes` or from a `path` that may be remote.
+
+    Some operations on a stream, such as its `filter`, have opened the image already.
 
     Raises:
         UnreadableImageError: If that fails. The message names the file.
     """
+    if isinstance(image, Image.Image):
+        return decode_image(image)
     if _is_empty(image):
         raise UnreadableImageError("A row holds no image, neither bytes nor a path. Remove it, or add its image.")
     content, path = image["bytes"], image["path"]
@@ -227,6 +231,7 @@ def content_hash(dataset: Dataset) -> str:
         `str`: The first 16 hexadecimal digits of a SHA-256. Two datasets have the same hash if and only if their
         examples are the same.
     """
+    check_is_one_split(dataset)
     names = dataset.features[LABEL].names
     digest = hashlib.sha256()
     for example in undecoded(dataset.select_columns([IMAGE, LABEL])):

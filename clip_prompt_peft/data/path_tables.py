@@ -1,4 +1,8 @@
-"""Tables that list image files and their labels: csv, tsv, jsonl and parquet files, and the metadata of a folder."""
+"""Tables that list image files and their labels: csv, tsv, jsonl, parquet and arrow files, and metadata of folders.
+
+A relative path is relative to the folder of its table. Only if there is no such file, and one in the working
+directory, that one is taken, with a warning.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,15 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
-from datasets import Dataset, Image, IterableDataset, concatenate_datasets, load_dataset
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..image_files import list_images
-from .columns import IMAGE, is_text
+from .columns import IMAGE, USUAL_LABEL_NAMES, is_image, is_text
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +30,7 @@ TABLES = {  # file extension to builder of `datasets` and its settings
     ".tsv": ("csv", {**AS_WRITTEN, "sep": "\t"}),
     ".jsonl": ("json", {}),
 }
+ROWS = {".parquet": ("parquet", {}), ".arrow": ("arrow", {})}  # they may hold images, or paths as the tables above
 METADATA_FILES = {  # of the `imagefolder` format of `datasets`
     "metadata.csv": TABLES[".csv"],
     "metadata.jsonl": TABLES[".jsonl"],
@@ -43,7 +49,7 @@ def metadata_among(paths: Sequence[str]) -> list[str]:
     return [path for path in paths if os.path.basename(path) in METADATA_FILES]
 
 
-def load_metadata_folder(folder: str, cache_dir: str | None = None) -> Dataset:
+def load_metadata_folder(folder: str, label_column: str | None = None, cache_dir: str | None = None) -> Dataset:
     """
     Reads a folder in the `imagefolder` format of `datasets`: images, and files that list them in a column `file_name`.
 
@@ -52,6 +58,8 @@ def load_metadata_folder(folder: str, cache_dir: str | None = None) -> Dataset:
     Args:
         folder (`str`):
             A folder for which [`metadata_files`] finds files. Their paths are relative to the folder they lie in.
+        label_column (`str`, *optional*):
+            The column of the labels, which must not be that of the paths.
         cache_dir (`str`, *optional*):
             The cache folder of `datasets`.
 
@@ -66,7 +74,7 @@ def load_metadata_folder(folder: str, cache_dir: str | None = None) -> Dataset:
     for file in metadata_among(others):
         builder, settings = METADATA_FILES[os.path.basename(file)]
         table = read_files(builder, [file], cache_dir=cache_dir, **settings)
-        tables.append(_with_images(table, file, "file_name"))
+        tables.append(_with_images(table, file, "file_name", None, label_column))
     dataset = _joined(tables, repr(folder), IMAGE)
     listed = set(_paths(dataset, IMAGE))
     left_out = [path for path in images if os.path.normpath(path) not in listed]
@@ -80,15 +88,50 @@ def load_metadata_folder(folder: str, cache_dir: str | None = None) -> Dataset:
     return dataset
 
 
-def load_path_tables(files: Sequence[str], image_column: str | None = None, cache_dir: str | None = None) -> Dataset:
+def split_by_folder(dataset: Dataset, folders: Mapping[str, str]) -> DatasetDict:
+    """Returns splits of the images of a dataset, by the folder of each split that they are in.
+
+    Raises:
+        ValueError: If an image is in none of the folders.
     """
-    Reads csv, tsv or jsonl files with a column of paths to images, which are relative to the folder of the file.
+    roots = {split: os.path.join(os.path.normpath(folder), "") for split, folder in folders.items()}
+    rows: dict[str, list[int]] = {split: [] for split in roots}
+    for row, path in enumerate(_paths(dataset, IMAGE)):
+        split = next((split for split, root in roots.items() if path.startswith(root)), None)
+        if split is None:
+            raise ValueError(f"The image {path!r} is in none of the folders of splits, {', '.join(roots.values())}.")
+        rows[split].append(row)
+    return DatasetDict({split: dataset.select(of_split) for split, of_split in rows.items() if of_split})
+
+
+def holds_paths(file: str, image_column: str | None = None) -> bool:
+    """Returns whether a file is a table with a column of paths to images, and not one of images."""
+    extension = os.path.splitext(file)[1].lower()
+    if extension in TABLES:
+        return True
+    features = read_files(ROWS[extension][0], [file], streaming=True).features or {}  # reads no rows
+    if image_column is not None:
+        return is_text(features.get(image_column))
+    has_images = any(is_image(feature) for feature in features.values())
+    return not has_images and any(is_text(features.get(name)) for name in PATH_COLUMNS)
+
+
+def load_path_tables(
+    files: Sequence[str],
+    image_column: str | None = None,
+    label_column: str | None = None,
+    cache_dir: str | None = None,
+) -> Dataset:
+    """
+    Reads csv, tsv, jsonl, parquet or arrow files with a column of paths to images.
 
     Args:
         files (`Sequence[str]`):
             Files of one format.
         image_column (`str`, *optional*):
             The column of the paths. By default the first of `PATH_COLUMNS` that the file has.
+        label_column (`str`, *optional*):
+            The column of the labels, which must not be that of the paths.
         cache_dir (`str`, *optional*):
             The cache folder of `datasets`.
 
@@ -100,14 +143,17 @@ def load_path_tables(files: Sequence[str], image_column: str | None = None, cach
     """
     tables = []
     for file in files:
-        builder, settings = TABLES[os.path.splitext(file)[1].lower()]
+        builder, settings = {**TABLES, **ROWS}[os.path.splitext(file)[1].lower()]
         table = read_files(builder, [file], cache_dir=cache_dir, **settings)
         usual = [name for name in PATH_COLUMNS if name in table.features]
-        tables.append(_with_images(table, file, image_column or next(iter(usual), PATH_COLUMNS[0]), image_column))
+        column = image_column or next(iter(usual), PATH_COLUMNS[0])
+        tables.append(_with_images(table, file, column, image_column, label_column))
     return _joined(tables, ", ".join(map(repr, files)), image_column or IMAGE)
 
 
-def _with_images(table: Dataset, file: str, column: str, image_column: str | None = None) -> Dataset:
+def _with_images(
+    table: Dataset, file: str, column: str, image_column: str | None, label_column: str | None
+) -> Dataset:
     """Returns a table of paths, relative to the folder of its file, with the images in `image_column`."""
     types = ", ".join(f"{name} ({getattr(kind, 'dtype', kind)})" for name, kind in table.features.items())
     if column not in table.features or not is_text(table.features[column]):
@@ -115,25 +161,74 @@ def _with_images(table: Dataset, file: str, column: str, image_column: str | Non
             f"{file!r} needs a column {column!r} of paths to images, relative to its folder, and one of class names. "
             f"Its columns are: {types}. Rename the column, or name it with image_column."
         )
+    other_labels = [name for name in USUAL_LABEL_NAMES if name in table.features and name != column]
+    if column == label_column or (label_column is None and column in USUAL_LABEL_NAMES and not other_labels):
+        raise ValueError(
+            f"The column {column!r} cannot be the image column and the label column; name another. In {file!r} it is "
+            "taken for the paths of the images."
+        )
     names = table[column]
     empty = [row for row, name in enumerate(names) if not name]
     if empty:
         raise ValueError(f"{len(empty)} rows of {file!r} have no path in {column!r}, such as row {empty[0]}.")
-    paths = [os.path.join(os.path.dirname(file), os.path.expanduser(name)) for name in names]
-    missing = [path for path in paths if not os.path.isfile(path)]
+    paths = find_beside(names, file)
+    missing = [path for path in paths if not is_remote(path) and not os.path.isfile(path)]
     if missing:
         raise ValueError(
-            f"{len(missing)} of the {len(paths)} images that {file!r} lists do not exist, such as {missing[0]!r}. "
-            "Correct the paths, which are relative to the folder of the file, or remove the rows."
+            f"{len(missing)} of the {len(paths)} images that {file!r} lists in {column!r} do not exist, such as "
+            f"{missing[0]!r}. Correct the paths, which are relative to the folder of the file, or remove the rows."
         )
     # The time of the last change becomes a part of the fingerprint, so that changed images are embedded again.
-    times = [os.stat(path).st_mtime_ns for path in paths]
+    times = [0 if is_remote(path) else os.stat(path).st_mtime_ns for path in paths]
     name = image_column or IMAGE
     table = table.remove_columns([old for old in {column, name} if old in table.features])
     if not table.features:
         raise ValueError(f"{file!r} has no column of class names. Its columns are: {types}.")
     dated = table.add_column(name, times).remove_columns(name)
     return dated.add_column(name, paths).cast_column(name, Image())
+
+
+def is_remote(path: str) -> bool:
+    """Returns whether a path is an address, such as `https://...`."""
+    return "://" in path
+
+
+def find_beside(names: Sequence[str], file: str) -> list[str]:
+    """Returns the paths of images that a table lists: those in the folder of the table go first."""
+    folder, paths, elsewhere = os.path.dirname(file), [], []
+    for name in names:
+        path = name if is_remote(name) else os.path.join(folder, os.path.expanduser(name))
+        if path != name and not os.path.exists(path) and os.path.exists(name):
+            elsewhere.append(name)
+            path = os.path.abspath(name)
+        paths.append(path)
+    if elsewhere:
+        logger.warning(
+            "%d of the %d images that %r lists are not in its folder but in the working directory, such as %r.",
+            len(elsewhere),
+            len(names),
+            file,
+            elsewhere[0],
+        )
+    return paths
+
+
+def with_found_paths(table: Dataset, file: str, column: str) -> Dataset:
+    """Returns a table of images in which those without bytes have paths that are found, see [`find_beside`]."""
+    images = table.data.column(column)
+    if not pa.types.is_struct(images.type) or {"bytes", "path"} - {field.name for field in images.type}:
+        return table
+    only_paths = pc.and_(pc.is_null(pc.struct_field(images, "bytes")), pc.is_valid(pc.struct_field(images, "path")))
+    if not pc.any(only_paths).as_py():
+        return table
+    records = Features({column: {"bytes": Value("binary"), "path": Value("string")}})
+    rows = images.combine_chunks().to_pylist()
+    listed = [row for row in rows if row and row["bytes"] is None and row["path"] is not None]
+    for row, path in zip(listed, find_beside([row["path"] for row in listed], file)):
+        row["path"] = path
+    kept = [row and {"bytes": row["bytes"], "path": row["path"]} for row in rows]
+    found = Dataset.from_dict({column: kept}, features=records).cast_column(column, Image())
+    return concatenate_datasets([table.remove_columns(column), found], axis=1) if table.num_columns > 1 else found
 
 
 def _paths(dataset: Dataset, column: str) -> list[str]:

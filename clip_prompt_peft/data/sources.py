@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
+    Features,
     Image,
     IterableDataset,
     IterableDatasetDict,
@@ -23,24 +25,37 @@ from .columns import (
     IMAGE,
     LABEL,
     as_image_column,
+    check_names_differ,
     clean_class_name,
     find_image_column,
     find_label_column,
+    is_image,
     is_text,
     read_labels,
     type_name,
+    unlabeled_rows,
 )
 from .folders import load_class_folders, split_folders
 from .formats import check_file, load_clip_benchmark, load_zhou_split
 from .images import check_rows
-from .path_tables import TABLES, load_metadata_folder, load_path_tables, metadata_among, metadata_files, read_files
+from .path_tables import (
+    ROWS,
+    TABLES,
+    holds_paths,
+    load_metadata_folder,
+    load_path_tables,
+    metadata_among,
+    metadata_files,
+    read_files,
+    split_by_folder,
+    with_found_paths,
+)
 
 
 logger = logging.getLogger(__name__)
 
 OF_ROWS = {".parquet", ".arrow", ".tar"}  # endings of files that only `datasets` reads
 OF_ROWS_OR_IMAGES = {".zip", ".gz", ".csv", ".json", ".jsonl"}  # they may lie beside images, too
-FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}  # file extension to builder of `datasets`
 
 
 def load_image_dataset(
@@ -104,19 +119,24 @@ def load_image_dataset(
     if bool(zhou_split) != bool(image_dir):
         raise ValueError("zhou_split and image_dir go together: the paths in the file are relative to the folder.")
     if folders:
-        splits = _load_folders(folders, load_kwargs)
+        splits = _load_folders(folders, label_column, load_kwargs)
     elif files:
-        splits = _load_files(files, image_column, load_kwargs)
+        splits = _load_files(files, image_column, label_column, load_kwargs)
     elif zhou_split:
         splits = load_zhou_split(zhou_split, image_dir)
     elif webdataset_dir:
         splits = load_clip_benchmark(webdataset_dir, **load_kwargs)
     else:
-        splits = _load_named(os.fspath(dataset_name), dataset_config_name, load_kwargs)
-    return standardize(splits, image_column, label_column)
+        splits = _load_named(os.fspath(dataset_name), dataset_config_name, label_column, load_kwargs)
+    splits = standardize(splits, image_column, label_column)
+    if load_kwargs.get("streaming") and isinstance(splits, DatasetDict):  # only the paths have been read
+        return IterableDatasetDict({split: dataset.to_iterable_dataset() for split, dataset in splits.items()})
+    return splits
 
 
-def _load_folders(folders: Mapping[str, str | os.PathLike], load_kwargs: dict) -> DatasetDict:
+def _load_folders(
+    folders: Mapping[str, str | os.PathLike], label_column: str | None, load_kwargs: dict
+) -> DatasetDict:
     paths = {split: os.path.expanduser(os.fspath(folder)) for split, folder in folders.items()}
     for folder in paths.values():
         if not os.path.isdir(folder):
@@ -129,23 +149,23 @@ def _load_folders(folders: Mapping[str, str | os.PathLike], load_kwargs: dict) -
             f"{', '.join(with_metadata.values())} has a metadata file, but {', '.join(without.values())} has none. "
             "Give each folder one, or none and folders of classes."
         )
-    splits = DatasetDict({split: load_metadata_folder(path, cache_dir) for split, path in with_metadata.items()})
-    return _streamed(splits or load_class_folders(paths, cache_dir), load_kwargs)
+    splits = DatasetDict(
+        {split: load_metadata_folder(path, label_column, cache_dir) for split, path in with_metadata.items()}
+    )
+    return splits or load_class_folders(paths, cache_dir)
 
 
-def _streamed(splits: DatasetDict, load_kwargs: dict) -> DatasetDict | IterableDatasetDict:
-    """Turns the splits into streams if these are asked for."""
-    if not load_kwargs.get("streaming"):
-        return splits
-    return IterableDatasetDict({split: dataset.to_iterable_dataset() for split, dataset in splits.items()})
-
-
-def _load_named(name: str, config: str | None, load_kwargs: dict) -> DatasetDict:
+def _load_named(name: str, config: str | None, label_column: str | None, load_kwargs: dict) -> DatasetDict:
     """Loads a data set of the Hub or a local folder."""
     settings = {key: value for key, value in load_kwargs.items() if value is not None}
     folder = os.path.expanduser(settings.get("data_dir", "") if name == "imagefolder" else name)
+    folder = folder.rstrip(os.sep) or folder
     if config is None and "data_files" not in settings and os.path.isdir(folder) and not _is_repository(folder):
-        return _load_folders(split_folders(folder), load_kwargs)
+        splits = split_folders(folder)
+        if splits != {"train": folder} and any(os.path.dirname(file) == folder for file in metadata_files(folder)):
+            rows = load_metadata_folder(folder, label_column, settings.get("cache_dir"))  # one file for all splits
+            return split_by_folder(rows, splits)
+        return _load_folders(splits, label_column, load_kwargs)
     return load_dataset(name, config, **load_kwargs)
 
 
@@ -158,33 +178,60 @@ def _is_repository(folder: str) -> bool:
                 return True
     images, others = list_images(folder)
     metadata = metadata_among(others)
-    if any(os.path.dirname(path) == folder.rstrip(os.sep) for path in metadata):
-        return split_folders(folder) != {"train": folder}  # one file for all splits
-    endings = {os.path.splitext(path)[1].lower() for path in set(others) - set(metadata)}
-    return bool(endings & (OF_ROWS if images else OF_ROWS | OF_ROWS_OR_IMAGES))
+    wanted = OF_ROWS if images else OF_ROWS | OF_ROWS_OR_IMAGES
+    rows = [path for path in others if path not in metadata and os.path.splitext(path)[1].lower() in wanted]
+    in_class_folders = len({os.path.dirname(path) for path in images} - {folder}) > 1
+    if not rows or in_class_folders:  # the folders are read, and the file is told to be skipped
+        return False
+    if images:
+        logger.warning(
+            "%r is read by `datasets`, since it holds %r; its %d images, such as %r, may be left out.",
+            folder,
+            rows[0],
+            len(images),
+            images[0],
+        )
+    return True
 
 
 def _load_files(
-    files: Mapping[str, str | os.PathLike | Sequence], image_column: str | None, load_kwargs: dict
+    files: Mapping[str, str | os.PathLike | Sequence],
+    image_column: str | None,
+    label_column: str | None,
+    load_kwargs: dict,
 ) -> DatasetDict:
     paths = {split: _paths(given) for split, given in files.items()}
     all_paths = [path for of_split in paths.values() for path in of_split]
     for path in all_paths:
         check_file(path)
     extensions = {os.path.splitext(path)[1].lower() for path in all_paths}
-    if len(extensions) != 1 or not extensions <= set(FILE_FORMATS) | set(TABLES):
-        known = ", ".join((*FILE_FORMATS, *TABLES))
+    if len(extensions) != 1 or not extensions <= {*ROWS, *TABLES}:
+        known = ", ".join((*ROWS, *TABLES))
         raise ValueError(f"Files must be of one format, {known}; got {', '.join(all_paths) or 'no files'}.")
-    extension = extensions.pop()
-    if extension in TABLES:
+    if holds_paths(all_paths[0], image_column):
         cache_dir = load_kwargs.get("cache_dir")
-        tables = {split: load_path_tables(of_split, image_column, cache_dir) for split, of_split in paths.items()}
-        return _streamed(DatasetDict(tables), load_kwargs)
-    builder = FILE_FORMATS[extension]
+        tables = {
+            split: load_path_tables(of_split, image_column, label_column, cache_dir)
+            for split, of_split in paths.items()
+        }
+        return DatasetDict(tables)
+    builder, _ = ROWS[extensions.pop()]
     splits = IterableDatasetDict() if load_kwargs.get("streaming") else DatasetDict()
     for split, of_split in paths.items():  # one by one, or `datasets` gives all files the class names of the first
-        splits[split] = read_files(builder, of_split, split, **load_kwargs)
+        splits[split] = _read_rows(builder, of_split, split, image_column, load_kwargs)
     return splits
+
+
+def _read_rows(
+    builder: str, files: list[str], split: str, image_column: str | None, load_kwargs: dict
+) -> Dataset | IterableDataset:
+    """Reads files of images. Images that are only paths are looked for in the folder of the files."""
+    rows = read_files(builder, files, split, **load_kwargs)
+    if isinstance(rows, Dataset):
+        for column in [image_column] if image_column in rows.features else list(rows.features):
+            if is_image(rows.features[column]):
+                rows = with_found_paths(rows, files[0], column)
+    return rows
 
 
 def _paths(given: str | os.PathLike | Sequence) -> list[str]:
@@ -216,16 +263,14 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
     train = splits["train"]
     if isinstance(train, IterableDataset):
         return _standardize_streams(splits, image_column, label_column)
-    image_column = find_image_column(train.features, image_column)
-    label_column = find_label_column(train.features, label_column)
-    if image_column == label_column:
-        raise ValueError(f"The column {image_column!r} cannot be the image column and the label column; name another.")
-    trained = set(read_labels(train, label_column))
+    image_column, label_column = _find_columns(train.features, image_column, label_column)
+    labels = read_labels(train, label_column)
+    trained = set(labels)
     label_feature = train.features[label_column]
-    if isinstance(label_feature, ClassLabel):
-        _warn_of_unused(label_feature, trained)
     if not isinstance(label_feature, ClassLabel):
+        _check_named(labels)
         label_feature = ClassLabel(names=sorted(trained - {None}))
+        _check_names(label_feature.names)
 
     standard = DatasetDict()
     for name, split in splits.items():
@@ -240,14 +285,50 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
         if not isinstance(split.features[LABEL], ClassLabel):
             split = split.cast_column(LABEL, label_feature)
         standard[name] = split
+    _warn_of_few_classes(label_feature, set(read_labels(standard["train"], LABEL)))
     return standard
 
 
-def _warn_of_unused(feature: ClassLabel, trained: set) -> None:
+def _find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    if image_column is None or image_column != label_column:
+        image_column = find_image_column(features, image_column)
+    if image_column != label_column:
+        label_column = find_label_column(features, label_column)
+    if image_column == label_column:
+        raise ValueError(f"The column {image_column!r} cannot be the image column and the label column; name another.")
+    return image_column, label_column
+
+
+def _check_named(labels: list) -> None:
+    """Raises a `ValueError` if class names of 'train' hold nothing but spaces."""
+    blank = [row for row, name in enumerate(labels) if name is not None and not clean_class_name(name)]
+    if blank:
+        raise ValueError(
+            f"{len(blank)} of the {len(labels)} rows of the split 'train' have an empty class name, "
+            f"{labels[blank[0]]!r}, such as row {blank[0]}; name their class, or leave these rows out of the data."
+        )
+
+
+def _check_names(names: list[str]) -> None:
+    """Checks class names that come from a column of text, as the names of class folders are checked."""
+    check_names_differ(names)
+    if names and all(re.fullmatch(r"[+-]?\d+", name.strip()) for name in names):
+        logger.warning("All class names are numbers (%s), which CLIP reads as numbers.", names[:5])
+    elif "-1" in names:
+        logger.warning("'-1' is taken for the name of a class; if it stands for no label, leave these rows out.")
+
+
+def _warn_of_few_classes(feature: ClassLabel, trained: set) -> None:
+    if len(trained) == 1:
+        logger.warning(
+            "All images of 'train' are of one class, %r: a classifier that is trained on them alone predicts nothing "
+            "else.",
+            feature.names[next(iter(trained))],
+        )
     unused = [name for label, name in enumerate(feature.names) if label not in trained]
     if unused:
         logger.warning(
-            "%d of the %d classes have no images in 'train': %s. They are predicted by their names alone.",
+            "Classes without images in 'train' (%d of %d): %s. They are predicted by their names alone.",
             len(unused),
             feature.num_classes,
             unused[:10],
@@ -264,13 +345,15 @@ def _standardize_streams(
             "The columns of this stream have no types, so its image and label columns are unknown; cast it to "
             "Features with an Image and a ClassLabel, or load it without streaming=True."
         )
-    image_column = find_image_column(features, image_column)
-    label_column = find_label_column(features, label_column)
-    if not isinstance(features[label_column], ClassLabel):
+    image_column, label_column = _find_columns(features, image_column, label_column)
+    feature = features[label_column]
+    if not isinstance(feature, ClassLabel):
         raise ValueError(
-            f"The column {label_column!r} of this stream holds {type_name(features[label_column])}, whose class names "
-            "are only known after reading all of it; load it without streaming=True."
+            f"The column {label_column!r} of this stream holds {type_name(feature)}, whose class names are only known "
+            "after reading all of it; load it without streaming=True."
         )
+    if feature.num_classes == 1:
+        logger.warning("The stream has one class only, %r; a classifier needs two.", feature.names[0])
     standard = IterableDatasetDict()
     for name, split in splits.items():
         if split.features.get(label_column) != features[label_column]:
@@ -306,28 +389,38 @@ def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel,
                 "they must be the same, in the same order."
             )
         known = set(range(expected.num_classes))
-    missing = [row for row, label in enumerate(labels) if label is None]
+    missing = unlabeled_rows(labels, feature)
     if missing:
+        marked = {labels[row] for row in missing} - {None}
+        mark = f" (they are marked by {', '.join(map(str, sorted(marked)))})" if marked else ""
         raise ValueError(
-            f"{len(missing)} of the {len(labels)} rows of the split {name!r} have no label, such as row {missing[0]}; "
-            "leave these rows out of the data."
+            f"{len(missing)} of the {len(labels)} rows of the split {name!r} have no label{mark}, such as row "
+            f"{', '.join(map(str, missing[:5]))}; leave these rows out of the data."
         )
-    unknown = [label for label in labels if label not in known]
+    unknown = [row for row, label in enumerate(labels) if label not in known]
     if unknown:
+        first = labels[unknown[0]]
         raise ValueError(
-            f"The split {name!r} has {len(unknown)} labels that are no class of 'train', such as {unknown[0]!r}."
+            f"The split {name!r} has {len(unknown)} labels that are no class of 'train', such as {first!r} in row "
+            f"{unknown[0]}.{_hint([first], expected.names)}"
         )
     untrained = sorted(set(labels) - trained)
     if untrained:
-        names = [expected.names[label] if isinstance(label, int) else label for label in untrained[:10]]
+        names = [expected.names[label] if isinstance(label, int) else label for label in untrained]
         have = {expected.names[label] if isinstance(label, int) else label for label in trained}
-        alike = [repr(other) for other in sorted(have) if _plain(other) in map(_plain, names)]
-        hint = f" It has {', '.join(alike)}, which differ in case or spaces only; rename one." if alike else ""
         raise ValueError(
-            f"The split {name!r} has images of {len(untrained)} classes that have none in 'train': "
-            f"{', '.join(names)}.{hint}"
+            f"The split {name!r} has images of classes that have none in 'train' ({len(untrained)}): "
+            f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}.{_hint(names, have)}"
         )
 
 
+def _hint(names: Iterable, others: Iterable[str]) -> str:
+    """Names those of the other classes that are meant, if they are only spelled otherwise."""
+    wanted = {_plain(name) for name in names if isinstance(name, str)}
+    alike = [repr(other) for other in sorted(others) if _plain(other) in wanted]
+    spelled = "which differ in case or spaces only, or in how accents are stored; rename one"
+    return f" It has {', '.join(alike)}, {spelled}." if alike else ""
+
+
 def _plain(class_name: str) -> str:
-    return clean_class_name(class_name).casefold()
+    return unicodedata.normalize("NFC", clean_class_name(class_name)).casefold()

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import align_module_device
 
-from ..towers import entry_of
+from ..towers import entry_of, like_table, num_rows
 from ..tuner import CLIPTextLearnableEmbeddings
 
 
@@ -97,8 +96,8 @@ def nearest_words(
     if name not in layer.learnable_embeddings:
         return []
     config = layer.prompt_configs[name]
-    with align_module_device(layer.token_table):  # if accelerate has offloaded it
-        table = layer.token_table.weight.float()  # (V, D)
+    token_ids = torch.arange(num_rows(layer.token_table), device=like_table(layer.token_table).device)
+    table = layer.token_table(token_ids).float()  # (V, D), with what other adapters or a quantization make of it
     is_special = torch.zeros(len(table), dtype=torch.bool, device=table.device)
     is_special[[index for index in tokenizer.all_special_ids if index < len(table)]] = True
     vectors = entry_of(layer.learnable_embeddings, name).float()  # (n, D), or (C, n, D)

@@ -21,6 +21,7 @@ from transformers import BatchFeature, PrinterCallback, TrainingArguments, set_s
 from ..assets import load_templates
 from ..evaluation.ensembles import template_ensemble
 from ..modeling import PromptClassificationMixin
+from ..peft_model import without_warning_of_renamed_property
 from ..towers import eval_mode
 from ..training.recipes import Recipe, training_recipe
 from ..tuner import CLIPPromptTuningConfig
@@ -247,7 +248,8 @@ def _adapter(
     backbone.model.set_class_names(train.class_names)
     modes = [(module, module.training) for module in backbone.model.modules()]
     set_seed(seed)
-    model = get_peft_model(backbone.model, config)
+    with without_warning_of_renamed_property():  # peft's own model, if the method is peft's
+        model = get_peft_model(backbone.model, config)
     try:
         train_adapter(model, backbone, train, seed, trains_image_tower, preset)
 

@@ -70,7 +70,7 @@ class ZeroShotTeacher:
 
 
 def _mean_class_embeds(model, templates: Sequence[str]) -> torch.Tensor:
-    """Returns (C, E): the mean of the embeddings over the templates, normalised afterwards."""
+    """Returns (C, E): the mean of the embeddings over the templates, normalized afterwards."""
     total, device = 0, execution_device(model.text_model)
     with without_adapters(model), eval_mode(model):  # eval mode, since a BERT has dropout
         for template in templates:

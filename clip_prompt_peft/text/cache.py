@@ -107,7 +107,8 @@ class WeightsState:
         # weights rarely change.
         is_called_anew = any(module.training for module in modules) or bool(self.hooks)
         is_fixed = not is_called_anew and not any(tensor.is_meta for tensor in tensors)
-        self.is_comparable = num_small <= MAX_COMPARED and (is_fixed or not with_adapters)
+        is_here = None not in self.versions  # and not a batch of torch.func.vmap
+        self.is_comparable = num_small <= MAX_COMPARED and is_here and (is_fixed or not with_adapters)
         self.values = _values(tensors, is_small) if self.is_comparable and not is_waiting else []
 
     @property
@@ -159,9 +160,14 @@ def _merged(parts: tuple[nn.Module, ...]) -> list[list[str]]:
     return [list(getattr(layer, "merged_adapters", ())) for layer in layers]
 
 
-def _version(tensor: torch.Tensor) -> tuple:
+def _version(tensor: torch.Tensor) -> tuple | None:
+    """Returns address, type and version of a tensor, or `None` for one of torch.func.vmap, which has no address."""
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:
+        return None
     # Inference tensors count no versions; outside of inference mode they cannot be changed.
-    return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
+    return address, tensor.dtype, None if tensor.is_inference() else tensor._version
 
 
 def _values(tensors: list[torch.Tensor], is_small: list[bool]) -> list[torch.Tensor]:

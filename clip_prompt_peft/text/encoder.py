@@ -91,10 +91,10 @@ class ClassEncoder:
             layout (`PromptLayout`, *optional*):
                 The layout of the active prompt adapter.
             image_embeds (`torch.Tensor`, *optional*):
-                (B, E), L2-normalised, for an adapter that is conditioned on the image.
+                (B, E), L2-normalized, for an adapter that is conditioned on the image.
 
         Returns:
-            `torch.Tensor`: Class embeddings (C, E), L2-normalised, in at least float32, differentiable with respect to
+            `torch.Tensor`: Class embeddings (C, E), L2-normalized, in at least float32, differentiable with respect to
             everything in the text tower that requires a gradient. They must not be changed in place. With
             `image_embeds`, (B, C, E), which are neither kept nor shared between processes.
 

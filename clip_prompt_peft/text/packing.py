@@ -97,7 +97,7 @@ class PlainPrompts:
     def encode(
         self, model: CLIPModel, layout: PromptLayout | None, image_vectors: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns the class embeddings (B, K, E), L2-normalised.
+        """Returns the class embeddings (B, K, E), L2-normalized.
 
         Args:
             model (`CLIPModel`):

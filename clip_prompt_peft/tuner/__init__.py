@@ -6,6 +6,7 @@
 | `layout.py` | from the configuration and a model to the positions of the vectors |
 | `layer.py` | vectors in the text (CoOp), conditioned on the image (CoCoOp), and the base class of all layers |
 | `vectors.py` | vectors in deeper layers and in the image tower (VPT, IVLP), mapped from text vectors (MaPLe) |
+| `tensors.py` | new tensors of an adapter |
 | `model.py` | injecting, merging, and fitting saved tensors to the model |
 | `files.py` | reading and checking the files of an adapter |
 | `hub.py` | where the base model came from, and with which token, revision, cache, ... |

@@ -37,6 +37,16 @@ def fetch(name_or_path: str | os.PathLike, filename: str, **kwargs) -> str | Non
             raise OSError(
                 f"{str(name_or_path)!r} holds no {CONFIG_NAME}, but folders of adapters; name one: {names}."
             ) from error
+        if filename == CONFIG_NAME and os.path.isdir(name_or_path):
+            raise OSError(
+                f"The folder {str(name_or_path)!r} holds no {CONFIG_NAME}, so it is no adapter; name the folder that "
+                "save_pretrained or the Trainer wrote."
+            ) from error
+        if filename == CONFIG_NAME and error.__cause__ is None and not os.path.exists(name_or_path):
+            raise OSError(
+                f"{error} If the adapter is in a folder of the repository, name it with subfolder='FOLDER'; for a "
+                f"command, download it first: hf download {name_or_path} --local-dir DIR."
+            ) from error
         raise
     except Exception as error:  # of the HTTP library, such as a connection that breaks off
         raise OSError(f"{filename} of {str(name_or_path)!r} could not be downloaded: {error}") from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
+from huggingface_hub.errors import RevisionNotFoundError
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor
 from transformers.utils import extract_commit_hash, find_adapter_config_file
@@ -14,6 +16,7 @@ from .files import fetch, read_config
 
 
 MODEL_CONFIG = "config.json"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -175,5 +178,36 @@ def locate(
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"The adapter {str(name_or_path)!r} does not name its base model; load that one first.")
-    of_base = hub.at(config.revision, getattr(config, "base_model_subfolder", None)).pinned(base)
+    of_base = hub.at(config.revision, getattr(config, "base_model_subfolder", None))
+    of_base = pin_base_model(base, of_base, name_or_path)
     return base, of_base, replace(adapter, revision=extract_commit_hash(path, None) or adapter.revision)
+
+
+def pin_base_model(base: str, hub: HubSettings, adapter: str | os.PathLike) -> HubSettings:
+    """Returns the settings of the base model that an adapter names, with its revision resolved to a commit.
+
+    Args:
+        base (`str`):
+            The folder or Hub id of the base model.
+        hub (`HubSettings`):
+            The revision and subfolder that the adapter names, and with what they are loaded.
+        adapter (`str` or `os.PathLike`):
+            The adapter, for error messages.
+
+    Raises:
+        OSError: If the base model, or this revision of it, cannot be accessed. The message says what to do.
+    """
+    try:
+        return hub.pinned(base)
+    except OSError as error:
+        if isinstance(error.__cause__, RevisionNotFoundError):
+            reason = "The repository has no such revision (any more); it may have been removed or renamed."
+        else:
+            reason = str(error)
+        revision = f" at revision {hub.revision!r}" if hub.revision else ""
+        raise OSError(
+            f"The adapter {str(adapter)!r} was trained on the base model {base!r}{revision}, which cannot be loaded. "
+            f"{reason} To take another revision or a copy of it, pass base_model_revision (such as 'main') or "
+            "base_model_name_or_path to AutoPeftModelForPromptClassification.from_pretrained, or --base_revision or "
+            "--base to a command; you will be warned if its weights are others."
+        ) from error

@@ -14,13 +14,22 @@ from peft import PromptTuningInit
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..towers import entry_of, execution_device, first_position_row, like_table, position_table_name, token_table_name
+from ..towers import (
+    entry_of,
+    execution_device,
+    first_position_row,
+    like_table,
+    num_rows,
+    position_table_name,
+    token_table_name,
+)
 from .config import CLIPPromptTuningConfig
 from .files import check_values
 from .layout import PromptLayout
+from .tensors import empty_linear, empty_vectors
 
 
-RANDOM_STD = 0.02  # of randomly initialised vectors, in CoOp, MaPLe, IVLP and PromptSRC alike
+RANDOM_STD = 0.02  # of randomly initialized vectors, in CoOp, MaPLe, IVLP and PromptSRC alike
 BOTTLENECK = 16  # CoCoOp, trainers/cocoop.py: the hidden width is that of the image embedding // 16
 TABLE_NAMES = ("token_embedding", "word_embeddings", "position_embedding", "position_embeddings", "position_ids")
 
@@ -67,7 +76,7 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
                     yield name, parameter
 
     def await_weights(self, adapter_name: str) -> None:
-        """Marks the tensors of an adapter as not initialised: it cannot be used before saved weights are loaded."""
+        """Marks the tensors of an adapter as not initialized: it cannot be used before saved weights are loaded."""
         self._awaited[adapter_name] = dict(self.parameters_of(adapter_name))
 
     def _check_weights(self, adapter_name: str) -> None:
@@ -192,12 +201,12 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             super().__setattr__(name, value)
 
     @property
-    def token_table(self) -> nn.Embedding:
+    def token_table(self) -> nn.Module:
         """The token table (V, D), whatever its name is in the family."""
         return getattr(self, token_table_name(self.get_base_layer()))
 
     @property
-    def position_table(self) -> nn.Embedding:
+    def position_table(self) -> nn.Module:
         """The position table, whatever its name is in the family."""
         return getattr(self, position_table_name(self.get_base_layer()))
 
@@ -235,12 +244,13 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             self.prompt_configs[name].class_names = class_names
 
     def update_layer(self, adapter_name: str, layout: PromptLayout, image_width: int | None = None) -> None:
-        """Adds the tensors of an adapter, not initialised. An older adapter of that name is replaced."""
+        """Adds the tensors of an adapter, not initialized. An older adapter of that name is replaced."""
         self._begin(adapter_name, layout)
         like = like_table(self.token_table)
+        self.in_features, self.out_features = num_rows(self.token_table), like.shape[1]  # as LoRA on an embedding
         if layout.num_virtual_tokens:
             classes = (len(layout.class_names),) if layout.class_specific else ()
-            shape = (*classes, layout.num_virtual_tokens, self.weight.shape[1])
+            shape = (*classes, layout.num_virtual_tokens, like.shape[1])
             self.learnable_embeddings[adapter_name] = nn.Parameter(empty_vectors(shape, like))
         if layout.image_conditioned:
             hidden = image_width // BOTTLENECK
@@ -254,7 +264,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, config: CLIPPromptTuningConfig) -> None:
-        """Initialises the tensors of an adapter as its configuration says."""
+        """Initializes the tensors of an adapter as its configuration says."""
         if adapter_name in self.learnable_embeddings:
             self._reset_vectors(self.learnable_embeddings[adapter_name], config)
         for container in (self.learnable_meta_in, self.learnable_meta_out):
@@ -267,7 +277,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             return
         shape = vectors.shape[:-1]  # (n,) or (C, n)
         if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
-            ids = torch.randint(self.weight.shape[0], shape, device=vectors.device)
+            ids = torch.randint(num_rows(self.token_table), shape, device=vectors.device)
         else:
             ids = torch.tensor(config.init_token_ids, device=vectors.device).expand(shape)
         vectors.copy_(self.token_table(ids))
@@ -279,7 +289,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             adapter_name (`str`):
                 An adapter with text vectors.
             image_embeds (`torch.Tensor`, *optional*):
-                (B, E), L2-normalised. If the adapter is conditioned on the image, its vectors for each image are
+                (B, E), L2-normalized. If the adapter is conditioned on the image, its vectors for each image are
                 returned.
 
         Returns:
@@ -299,7 +309,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
 
         Args:
             image_embeds (`torch.Tensor`, *optional*):
-                (B, E), L2-normalised.
+                (B, E), L2-normalized.
 
         Returns:
             `torch.Tensor`: (C, n, D) if class-specific, (B, n, D) if conditioned on the image.
@@ -392,7 +402,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
                 f"the texts have only {inputs_embeds.shape[1]} tokens. Write the texts with the adapter's template "
                 f"{layout.padded_template!r}."
             )
-        vectors = vectors.to(inputs_embeds.dtype).expand(inputs_embeds.shape[0], -1, -1)  # (B, n, D)
+        vectors = vectors.to(inputs_embeds).expand(inputs_embeds.shape[0], -1, -1)  # (B, n, D)
         if per_text.positions is not None:
             positions = per_text.positions[:, :, None].expand_as(vectors)  # (B, n, D)
             return inputs_embeds.scatter(1, positions, vectors)
@@ -444,11 +454,17 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
                 "accelerate has offloaded the position table, and would load it again without the merged vectors; "
                 "call accelerate.hooks.remove_hook_from_submodules(model) before merging, and offload it afterwards."
             )
-        table = self.position_table.weight.data  # (positions, D)
+        weight = self.position_table.weight
+        if not (isinstance(weight, torch.Tensor) and weight.is_floating_point()):
+            raise ValueError(
+                "The position table is quantized, so vectors cannot be folded into it; merge first and quantize then."
+            )
+        table = weight.data  # (positions, D)
         merged = {name: self._merged_rows(name, table[self._table_rows(name)]) for name in adapter_names}
         broken = [name for name, rows in merged.items() if safe_merge and not torch.isfinite(rows).all()]
         if broken:
-            raise ValueError(f"NaN or Inf in the merged rows; the adapter {broken[0]!r} seems to be broken.")
+            # in the words of peft's methods, for those who look for them
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken[0]} seems to be broken.")
         for name, rows in merged.items():
             place = self._table_rows(name)
             self._unmerged_rows.append((place.start, table[place].clone()))
@@ -476,25 +492,3 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             start, rows = self._unmerged_rows.pop()
             table = self.position_table.weight.data
             table[start : start + len(rows)] = rows.to(table)
-
-
-def trainable_dtype(like: torch.Tensor) -> torch.dtype:
-    """Returns the dtype of `like`, or float32 if it is lower: half precision is too coarse for optimizer steps."""
-    return torch.promote_types(like.dtype, torch.float32)
-
-
-def empty_vectors(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Returns vectors that are not initialised, on the device of `like`.
-
-    They are not zeros, since memory that is never written to is never taken, should a file ask for too many vectors.
-    """
-    return torch.empty(shape, dtype=trainable_dtype(like), device=like.device)
-
-
-def empty_linear(width_in: int, width_out: int, like: torch.Tensor) -> nn.Linear:
-    """Returns a linear layer that is not initialised, on the device of `like`."""
-    linear = nn.Linear(width_in, width_out, device="meta", dtype=trainable_dtype(like))
-    # The parameters are assigned, since peft's low_cpu_mem_usage keeps assigned ones on the meta device.
-    for name, parameter in list(linear.named_parameters()):
-        setattr(linear, name, nn.Parameter(torch.empty_like(parameter, device=like.device)))
-    return linear

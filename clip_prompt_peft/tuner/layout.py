@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from dataclasses import dataclass, fields
 
@@ -25,13 +26,13 @@ from ..towers import (
     is_text_embeddings,
     is_vision_embeddings,
     num_positions,
+    num_rows,
     takes_patches,
     token_table_name,
-    unwrapped,
 )
 from .config import ClassTokenPosition, CLIPPromptTuningConfig, check_coupled_depths
 from .fingerprint import check_fingerprint, fingerprint_of
-from .hub import HubSettings, hub_settings_of, load_tokenizer
+from .hub import COMMIT, HubSettings, hub_settings_of, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,33 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> CLIPPromptTunin
         _name_base_model(resolved, model)
         resolved.set_at_injection = {name: getattr(resolved, name) for name in empty}
     _check_fits(resolved, model)
-    if config.has_weights and config.base_model_fingerprint is not None:
-        check_fingerprint(
-            config.base_model_fingerprint, model, repr(config.source or "of this configuration"), _named_base(config)
-        )
+    if config.has_weights:
+        _check_base_model(config, model)
     return resolved
+
+
+def _check_base_model(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    """Warns if the model is not the one that an adapter was trained on, by its values or else by its name."""
+    adapter, trained_on = repr(config.source or "of this configuration"), _named_base(config)
+    if config.base_model_fingerprint is not None:
+        check_fingerprint(config.base_model_fingerprint, model, adapter, trained_on)
+        return
+    name, revision = getattr(model, "name_or_path", None), hub_settings_of(model).revision
+    recorded = config.base_model_name_or_path
+    if not name or not recorded or os.path.exists(name) or os.path.exists(recorded):
+        return  # a folder may hold any model
+    # A branch may be at this commit, so only a commit tells another state.
+    is_other_state = (
+        revision is not None and COMMIT.fullmatch(config.revision or "") is not None and revision != config.revision
+    )
+    if name != recorded or is_other_state:
+        warnings.warn(
+            f"The adapter {adapter} was trained on {trained_on}, and is loaded into {name!r}"
+            f"{f' at revision {revision!r}' if revision else ''}. It holds no values of its base model to compare. If "
+            "the weights differ, its predictions will be worse than they were; load the base model that it names.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _name_base_model(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
@@ -370,7 +393,7 @@ def _check_room(config: CLIPPromptTuningConfig, embeddings: nn.Module) -> None:
             f"{end - 1}, but the text tower has {num_positions(embeddings)} positions and needs at least two after "
             "the vectors, for the class name and the end token; take fewer vectors."
         )
-    vocab_size = unwrapped(getattr(embeddings, token_table_name(embeddings))).num_embeddings
+    vocab_size = num_rows(getattr(embeddings, token_table_name(embeddings)))
     highest = max(config.replaced_token_ids + (config.init_token_ids or []), default=0)
     if highest >= vocab_size:
         raise ValueError(

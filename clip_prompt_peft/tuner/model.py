@@ -21,6 +21,8 @@ from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 PREFIX = "learnable_"  # of all containers of adapter tensors
 PEFT_PATH = "base_model.model."
 COMPILED = "_orig_mod."  # torch.compile puts it in front of all names
+# what torch.compile, data parallelism, FSDP and activation checkpointing put into the names of what they wrap
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 class CLIPPromptTuningModel(BaseTuner):
@@ -86,6 +88,7 @@ class CLIPPromptTuningModel(BaseTuner):
         vision_depth = resolved.vision_prompt_depth if resolved.num_vision_virtual_tokens else 0
         self._text_targets = _targets(chosen_towers(resolved, self.model, "text"), resolved.text_prompt_depth)
         self._vision_targets = _targets(chosen_towers(resolved, self.model, "vision"), vision_depth)
+        self._check_modules_to_save(resolved)
         self._check_coupled_layers(resolved)
         return resolved
 
@@ -98,6 +101,20 @@ class CLIPPromptTuningModel(BaseTuner):
                 "the image layer that maps it belong together; exclude none of them."
             )
 
+    def _check_modules_to_save(self, peft_config) -> None:
+        # peft would leave such modules, or the prompts, out without a word, or break off with half of the layers made.
+        for name in peft_config.modules_to_save or ():
+            keys = [key for key, _ in self.model.named_modules() if key.replace(".base_layer", "").endswith(name)]
+            for target in (*self._text_targets, *self._vision_targets):
+                key = next((key for key in keys if f"{key}.".startswith(f"{target}.")), None)
+                key = key or next((key for key in keys if target.startswith(f"{key}.")), None)
+                if key is not None:
+                    raise ValueError(
+                        f"modules_to_save={name!r} names {key!r}, but prompts are put into {target!r}, which cannot "
+                        "be copied to train it beside them, in whole or in part. Leave the name out; LoRA can train "
+                        "the token table beside prompts."
+                    )
+
     def _check_target_module_exists(self, peft_config, key):
         """Finds targets by structure, then applies `exclude_modules`.
 
@@ -105,7 +122,8 @@ class CLIPPromptTuningModel(BaseTuner):
         at different paths.
         """
         by_name = copy.copy(peft_config)
-        by_name.target_modules = [key] if key in self._text_targets or key in self._vision_targets else []
+        targets = {**self._text_targets, **self._vision_targets}
+        by_name.target_modules = [key] if key in targets or COMPILED + key in targets else []  # peft took it off
         return check_target_module_exists(by_name, key)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
@@ -165,7 +183,7 @@ class CLIPPromptTuningModel(BaseTuner):
         if autocast_adapter_dtype:
             return
         dtype = next(tower.like.dtype for _, tower in self._text_targets.values())
-        for parameter in _expected_tensors(self.model, adapter_name).values():
+        for parameter in adapter_tensors(self.model, adapter_name).values():
             parameter.data = parameter.data.to(dtype)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
@@ -206,7 +224,7 @@ class CLIPPromptTuningModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Renames tensors as peft does, also for a tower at another path than in training, and checks them."""
-        expected = _expected_tensors(model, adapter_name)
+        expected = adapter_tensors(model, adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         state_dict = {_key_at_other_path(key, expected): value for key, value in state_dict.items()}
         _check_tensors(state_dict, expected, config, adapter_name)
@@ -228,7 +246,7 @@ def _new_layer(target: nn.Module, adapter_name: str, in_text: bool, depth: int) 
     return CLIPVisionLearnableEmbeddings(target, adapter_name)
 
 
-def _expected_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """Returns all tensors of an adapter in `model`, by their names in its state dict."""
     return {
         f"{path}.{name}": parameter
@@ -277,5 +295,6 @@ def _key_at_other_path(key: str, expected: dict) -> str:
 
 
 def _split(key: str) -> tuple[str, str]:
-    path, _, name = key.removeprefix(PEFT_PATH).partition(f".{PREFIX}")
-    return f".{path}", name
+    path, _, name = key.partition(f".{PREFIX}")
+    path = ".".join(part for part in path.split(".") if part not in WRAPPERS)
+    return f".{path.removeprefix(PEFT_PATH)}", name

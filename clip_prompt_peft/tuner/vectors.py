@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from ..towers import entry_of, execution_device
-from .layer import RANDOM_STD, CLIPPromptLayer, empty_linear, empty_vectors
+from .layer import RANDOM_STD, CLIPPromptLayer
 from .layout import PromptLayout
+from .tensors import empty_linear, empty_vectors
 
 
 class CLIPVectorsLayer(CLIPPromptLayer):
@@ -33,7 +34,7 @@ class CLIPVectorsLayer(CLIPPromptLayer):
     def update_layer(
         self, adapter_name: str, layout: PromptLayout, n: int, like: torch.Tensor, text_width: int | None = None
     ) -> None:
-        """Adds the tensors of an adapter, not initialised. An older adapter of that name is replaced.
+        """Adds the tensors of an adapter, not initialized. An older adapter of that name is replaced.
 
         Args:
             adapter_name (`str`):
@@ -49,6 +50,7 @@ class CLIPVectorsLayer(CLIPPromptLayer):
                 to be entered in `text_sources`.
         """
         self._begin(adapter_name, layout)
+        self.in_features = self.out_features = like.shape[-1]
         if text_width is None:
             self.learnable_prompts[adapter_name] = nn.Parameter(empty_vectors((n, like.shape[-1]), like))
         else:
@@ -56,7 +58,7 @@ class CLIPVectorsLayer(CLIPPromptLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, config) -> None:
-        """Initialises the tensors of an adapter at random."""
+        """Initializes the tensors of an adapter at random."""
         if adapter_name in self.learnable_prompts:
             self.learnable_prompts[adapter_name].normal_(std=RANDOM_STD)
         else:

@@ -27,6 +27,13 @@ def adapters(folder, *places):
     return {f"seed{number}": str(folder / f"seed{number}") for number in range(len(places))}
 
 
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A folder of the name of the base model, so that the Hub is not asked for it."""
+    (tmp_path / "me/clip").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+
 def test_the_base_model_has_the_revision_and_the_subfolder_that_the_adapters_name(tmp_path):
     found = adapters(tmp_path, ("me/clip", "v2", "sub"), ("me/clip", "v2", "sub"))
     assert base_model_of(found) == ("me/clip", HubSettings(revision="v2", subfolder="sub"))
@@ -39,6 +46,8 @@ def test_revisions_that_differ_are_different_base_models(tmp_path):
     with pytest.raises(ValueError, match="seed0: me/clip, revision v1; seed1: me/clip.*Choose it with --base"):
         base_model_of(found)
     assert base_model_of(found, "me/clip") == ("me/clip", HubSettings())
+    assert base_model_of(found, None, "main") == ("me/clip", HubSettings(revision="main"))
+    assert base_model_of(found, "me/other", "v3") == ("me/other", HubSettings(revision="v3"))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +67,11 @@ def home(hub, tmp_path_factory):
     on_hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
     on_hub |= {"HF_TOKEN": "hf_secret", "HF_HOME": str(folder / "cache")}
     arguments = ["--model_name_or_path", "me/clip", "--model_revision", "v2", "--style", "noto", "--max_steps", 1]
-    code, printed, errors = run_command("train", *arguments, "--output_dir", "out", folder=folder, env=on_hub)
+    arguments += ["--token", "hf_secret", "--output_dir", "out"]
+    without = {**on_hub, "HF_TOKEN": "hf_of_somebody_else"}
+    code, printed, errors = run_command("train", *arguments, folder=folder, env=without)
     assert code == 0, printed + errors
+    assert "hf_secret" not in printed + errors
     Image.new("RGB", (40, 30), "red").save(folder / "red.png")
     return folder, on_hub
 
@@ -69,6 +81,11 @@ class TestARevisionOfTheHub:
     def test_the_adapter_names_the_commit(self, hub, home):
         config = json.loads((home[0] / "out/seed1/adapter_config.json").read_text())
         assert config["revision"] == hub.commit_id("me/clip", "v2")
+
+    def test_the_token_is_in_no_file(self, home):
+        files = [path for path in (home[0] / "out").rglob("*") if path.is_file()]
+        assert len(files) > 5
+        assert [path.name for path in files if b"hf_secret" in path.read_bytes()] == []
 
     def test_predict(self, home):
         code, printed, errors = run_command("predict", "out", "red.png", folder=home[0], env=home[1])

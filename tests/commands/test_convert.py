@@ -1,11 +1,15 @@
 """Checkpoints in the layout of the authors' code become adapters that compute what theirs do."""
 
+import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDEN, TINY_CLIP, GoldenCase
+from hub_stand_in import HubStandIn
+from running_commands import run_command
 from transformers import CLIPModel
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification
@@ -130,6 +134,23 @@ def test_the_command_writes_an_adapter_folder(base, tmp_path, capsys):
     model = AutoPeftModelForPromptClassification.from_pretrained(tmp_path / "adapter").eval()
     logits = model(pixel_values=case.pixel_values).logits.detach()
     torch.testing.assert_close(logits, case["logits"], atol=case.info["tolerances"]["logits_atol"], rtol=0)
+
+
+@pytest.mark.slow
+def test_the_commit_of_a_revision_is_recorded(base, tmp_path):
+    case = GoldenCase("coop_shared_end_n4")
+    path = save(tmp_path / "model.pth.tar-50", state_dict(case, base))
+    arguments = (path, "adapter", "--base_model_name_or_path", "me/clip", "--prompt_template", template_of(case))
+    with HubStandIn() as hub:
+        hub.repos["me/clip"] = {"README.md": b"Moved."}
+        hub.branches["me/clip", "v2"] = {file.name: file.read_bytes() for file in Path(BASE).iterdir()}
+        env = {**hub.client_environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        code, _, errors = run_command("convert", *arguments, folder=tmp_path, env=env)
+        assert code == 1 and "me/clip" in errors and "Traceback" not in errors
+        code, _, errors = run_command("convert", *arguments, "--model_revision", "v2", folder=tmp_path, env=env)
+        assert code == 0, errors
+        config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == ("me/clip", hub.commit_id("me/clip", "v2"))
 
 
 def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, capsys):

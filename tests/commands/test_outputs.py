@@ -77,7 +77,8 @@ def test_another_training_is_not_replaced_unless_the_user_says_so(run_here, out,
     assert (out / "seed1/adapter_model.safetensors").read_bytes() == before
     for arguments, said in (
         (["--style", "noto"], "--style 'fluenthc' there, 'noto' here"),
-        (["--learning_rate", 0.1], "--learning_rate 0.002 there, 0.1 here"),
+        (["--learning_rate", 0.1], "--learning_rate not given there, 0.1 here"),
+        (["--learning_rate", 2e-3], "--learning_rate not given there, 0.002 here"),  # the recipe has another one
         (["--shots", 2, "--seed", 5], "--shots 1 there, 2 here"),  # beside it would lie another training, too
     ):
         with pytest.raises(SystemExit, match=f"another training .{said}"):
@@ -104,7 +105,9 @@ def test_the_record_holds_no_token_and_the_report_needs_no_flags(run_here, tmp_p
     assert "hf_" not in record and json.loads(record)["data"]["train_dir"] == str(images)
     assert RECORD_NAME.startswith("_")  # the Trainer pushes no such file
     assert "'held out of train' (4 images)" in run_here("report", "outputs/prompt_tuning")
-    assert "'test' (12 images)" in run_here("report", "outputs/prompt_tuning", "--test_dir", "images")
+    shutil.copytree(images, tmp_path / "others")
+    printed = run_here("report", "outputs/prompt_tuning", "--train_dir", "images", "--test_dir", "others")
+    assert "Tested on others, 'test' (12 images)" in printed
     first, *others = images.glob("*/*")
     for file in others:
         shutil.copy(first, file)

@@ -11,6 +11,7 @@ from conftest import EMOJI, TINY_CLIP
 from running_commands import write_image_folder
 from safetensors.torch import load_file
 
+from clip_prompt_peft import CLIPPromptTuningConfig
 from clip_prompt_peft.data import load_image_dataset
 
 
@@ -131,7 +132,7 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
         ("train", ["--save_strategy", "steps", "--save_steps", "0"], "--save_steps must be more than 0"),
         ("train", ["--lr_scheduler_type", "cosin"], "cosin"),
         ("train", ["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
-        ("train", ["--remove_unused_columns", "true"], "--remove_unused_columns True does not go with"),
+        ("train", ["--prediction_loss_only", "true"], "--prediction_loss_only True does not go with"),
         ("train", ["--prediction_loss_only"], "--prediction_loss_only True does not go with"),
         ("train", ["--metric_for_best_model", "speed"], "no --metric_for_best_model 'speed'"),
         ("train", ["--report_to", "wandb"], "wandb|WandbCallback"),
@@ -145,7 +146,18 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
         ("train", ["--train_val_split", "2"], "--train_val_split must lie between 0 and 1|is for data of your own"),
         ("train", ["--dataset_name", "a/b", "--style", "noto"], "--style is of the embedded pictures"),
         ("predict", ["gone/adapter", "cat.jpg", "--top_k", "0"], "--top_k: expected a whole number of 1 or more"),
-        ("predict", ["./gone", "."], "no images in ."),
+        ("train", ["photos/train"], "'photos/train' follows no argument"),
+        ("train", ["--model_name_or_path", "ADAPTER"], "ADAPTER' is an adapter, and not a model. Name the base"),
+        ("train", ["--model_name_or_path", "ADAPTER/.."], "holds adapters, and not a model. Name the base"),
+        ("train", ["--model_name_or_path", "gone/clip"], "gone/clip"),
+        ("benchmark", ["--model_name_or_path", "ADAPTER"], "'ADAPTER' is an adapter, and not a model"),
+        ("predict", ["ADAPTER", "cat.jpg", "--base", "/gone"], "--base '/gone' is neither a folder nor a Hub id"),
+        ("serve", ["ADAPTER", "--base", "/gone"], "--base '/gone' is neither a folder nor a Hub id"),
+        ("predict", ["cat.jpg", "ADAPTER"], "'cat.jpg' is a file, but an adapter is a folder.* It is named first"),
+        ("predict", ["./gone", "."], "There is no folder './gone'"),
+        ("predict", ["ADAPTER", "ADAPTER"], "no images in ADAPTER"),
+        ("serve", ["./gone"], "There is no folder './gone'"),
+        ("serve", ["a", "--adapters", "b"], "argument --adapters: not allowed with argument adapters"),
         ("predict", ["x", "y", "--device", "cuda:99"], "'cuda:99' cannot be used on this machine"),
         ("report", ["./gone"], "There is no folder './gone'"),
         ("report", ["./gone", "--output", "no/where.html"], "--output 'no/where.html' lies in 'no'"),
@@ -156,6 +168,9 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
     ],
 )
 def test_a_mistake_is_told_in_one_line_before_any_work(run_here, tmp_path, command, arguments, message):
+    if any("ADAPTER" in argument for argument in arguments):
+        CLIPPromptTuningConfig(base_model_name_or_path=TINY_CLIP).save_pretrained(tmp_path / "ADAPTER")
+        (tmp_path / "cat.jpg").touch()
     with pytest.raises(SystemExit) as exit:
         run_here(command, *arguments)
     assert exit.value.code.startswith(f"python -m clip_prompt_peft.commands.{command}: error: ")
@@ -203,7 +218,10 @@ def test_a_stopped_training_says_how_to_go_on(run_here, monkeypatch, capsys, tmp
     with pytest.raises(SystemExit) as exit:
         run_here("train", "--num_seeds", 1, "--shots", 1, "--disable_tqdm", "true")
     assert exit.value.code == 130
-    assert "Stopped. Nothing is saved yet; --save_strategy epoch" in capsys.readouterr().err
+    assert "Stopped. Nothing is saved yet. With --save_strategy epoch there are" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_here("train", "--num_seeds", 1, "--shots", 1, "--disable_tqdm", "true", "--save_strategy", "epoch")
+    assert "Stopped. Nothing is saved yet.\n" in capsys.readouterr().err
     assert not (tmp_path / "outputs/prompt_tuning").exists()
 
 

@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification
 from clip_prompt_peft.data import load_image_dataset, with_pixel_values
+from clip_prompt_peft.image_files import process_images
 
 
 OTHER_STYLES = ("noto", "fluent3d")
@@ -122,6 +123,25 @@ def test_predict_prints_the_labels_of_the_model_and_reports_what_it_cannot_read(
         best, second = probabilities.topk(2).indices.tolist()
         expected = rf"{path} +{model.class_names[best]} +{probabilities[best]:.1%} +{model.class_names[second]} "
         assert re.search(expected, printed), printed
+
+
+def test_ctrl_c_in_predict_shows_what_is_classified(tuned, run_here, capsys, tmp_path, monkeypatch):
+    batches = []
+
+    def process_images_once(*args):
+        batches.append(args)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return process_images(*args)
+
+    monkeypatch.setattr("clip_prompt_peft.image_files.process_images", process_images_once)
+    images = write_image_folder(tmp_path / "images", classes=("food", "clock"), num_images=2)
+    with pytest.raises(SystemExit) as exit:
+        run_here("predict", tuned[0] / "outputs/prompt_tuning/seed1", images, "--batch_size", 3)
+    printed, errors = capsys.readouterr()
+    assert exit.value.code == 130
+    assert printed.count(str(images)) == 3
+    assert errors.endswith("\nStopped. 3 images are classified.\n")
 
 
 def test_a_published_method_is_trained_as_its_authors_do(tmp_path):

@@ -1,9 +1,20 @@
 import warnings
 
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from conftest import TINY_CLIP
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from clip_prompt_peft.data import class_names_of, clean_class_name
+from clip_prompt_peft import CLIPForPromptClassification
+from clip_prompt_peft.data import (
+    cache_image_embeds,
+    class_names_of,
+    clean_class_name,
+    content_hash,
+    hold_out,
+    sample_few_shot,
+    split_base_new,
+    with_pixel_values,
+)
 from clip_prompt_peft.data.columns import check_label_order, check_labels_are_numbers
 
 
@@ -34,6 +45,24 @@ def test_a_column_without_names_is_an_error_that_lists_the_columns():
         class_names_of(numbers)
     with pytest.raises(ValueError, match="'breed' is missing"):
         class_names_of(numbers, "breed")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        class_names_of,
+        content_hash,
+        split_base_new,
+        lambda splits: hold_out(splits, 0.5),
+        lambda splits: sample_few_shot(splits, num_shots=1),
+        lambda splits: with_pixel_values(splits, None),
+        lambda splits: cache_image_embeds(splits, CLIPForPromptClassification.from_pretrained(TINY_CLIP), None),
+    ],
+)
+def test_all_splits_in_place_of_one_are_an_error_that_says_how_to_take_one(function):
+    splits = DatasetDict(test=dataset(["cat", "dog"]), train=dataset(["cat", "dog"]))
+    with pytest.raises(TypeError, match=r"one split, got a DatasetDict of 'test', 'train'; .* dataset\['test'\]"):
+        function(splits)
 
 
 def test_camel_case_is_split_on_request():

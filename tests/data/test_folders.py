@@ -1,6 +1,7 @@
 """Folders of images as people have them: links, stray and unreadable files, odd names, different depths."""
 
 import os
+import socket
 import unicodedata
 from pathlib import Path
 
@@ -139,6 +140,61 @@ def test_a_changed_image_changes_the_fingerprint(tmp_path):
     before, again = (load(train=train)["train"]._fingerprint for _ in range(2))
     os.utime(train / "cat/1.png", (1, 1))
     assert before == again != load(train=train)["train"]._fingerprint
+
+
+def test_pipes_sockets_and_links_to_themselves_are_told_and_not_waited_for(tmp_path, monkeypatch, caplog):
+    train = write(tmp_path / "train", "cat/1.png", "dog/1.png")
+    monkeypatch.chdir(train)
+    os.mkfifo("cat/2.png")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("dog/2.png")
+    (train / "cat/3.png").symlink_to("4.png")
+    (train / "cat/4.png").symlink_to("3.png")
+    assert classes(load(train=train)["train"]) == {"cat": 1, "dog": 1}
+    assert "2 broken links (such as" in caplog.text and "2 pipes, sockets or devices (such as" in caplog.text
+
+
+NAMES = (
+    "a\nb",
+    "\U0001f63a",
+    " lead ",
+    "x" * 240,
+    "100%",
+    "a#b?c",
+    "a:b",
+    "a&b=c",
+    "'q\"",
+    "a::b",
+    "zip:x",
+    "~",
+    "{x}",
+)
+
+
+def test_images_of_any_name_are_read(tmp_path):
+    train = write(tmp_path / "train", *(f"{name}/{name}.png" for name in NAMES))
+    (dataset,) = load(train=train).values()
+    assert classes(dataset) == dict.fromkeys(NAMES, 1) and {image.size for image in dataset["image"]} == {(4, 4)}
+
+
+def test_names_that_differ_in_case_are_two_classes(tmp_path):
+    """Of which the classifier says that their tokens are equal."""
+    train = write(tmp_path / "train", "Cat/1.png", "cat/1.PNG")
+    assert classes(load(train=train)["train"]) == {"Cat": 1, "cat": 1}
+
+
+@pytest.mark.parametrize(
+    "ending", ["parquet", "arrow", "tar", "zip", "csv", "tsv", "json", "jsonl", "txt", "md", "gz"]
+)
+@pytest.mark.parametrize("place", ["", "cat"])
+def test_a_stray_file_does_not_take_the_place_of_the_folders(tmp_path, caplog, ending, place):
+    train = write(tmp_path / "train", "cat/1.png", "dog/1.png")
+    stray = train / place / f"train.{ending}"
+    stray.write_bytes(b"of something else")
+    for source in ({"folders": {"train": train}}, {"dataset_name": str(train)}):
+        caplog.clear()
+        assert classes(load_image_dataset(**source)["train"]) == {"cat": 1, "dog": 1}
+        assert f"Skipped in {str(train)!r}: 1 .{ending} files (such as {str(stray)!r})" in caplog.text
 
 
 def test_labels_in_a_metadata_file_are_read(tmp_path):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import EMOJI, TINY_CLIP
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils import parametrize
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
@@ -17,11 +19,21 @@ def dataset(tmp_path):
     return load_image_dataset(files=files, cache_dir=str(tmp_path))["train"].select(range(5))
 
 
+def count_runs(model, runs):
+    compute = model.get_image_features  # not a hook, with which nothing is read from the cache
+
+    def count(**inputs):
+        runs.append(len(inputs["pixel_values"]))
+        return compute(**inputs)
+
+    model.get_image_features = count
+
+
 @pytest.fixture
 def tower_runs(classifier):
     """The number of images in each forward pass of the image tower."""
     runs = []
-    classifier.vision_model.register_forward_hook(lambda module, args, out: runs.append(len(out.pooler_output)))
+    count_runs(classifier, runs)
     return runs
 
 
@@ -56,7 +68,7 @@ class TestSecondRun:
         first = cache_image_embeds(dataset, classifier, image_processor)
         assert sum(tower_runs) == 5
         again = CLIPForPromptClassification.from_pretrained(TINY_CLIP)  # another object with the same weights
-        again.vision_model.register_forward_hook(lambda module, args, out: tower_runs.append(1))
+        count_runs(again, tower_runs)
         second = cache_image_embeds(dataset, again, image_processor)
         assert sum(tower_runs) == 5
         assert torch.equal(second[:]["image_embeds"], first[:]["image_embeds"])
@@ -68,6 +80,16 @@ class TestSecondRun:
         second = cache_image_embeds(dataset, classifier, image_processor)
         assert sum(tower_runs) == 10
         assert not torch.equal(second[:]["image_embeds"], first[:]["image_embeds"])
+
+    def test_is_not_confused_with_other_classes_of_modules(self, classifier, dataset, image_processor):
+        class Doubled(torch.nn.Module):
+            def forward(self, weight):
+                return 2 * weight
+
+        plain = cache_image_embeds(dataset, classifier, image_processor)[:]["image_embeds"]
+        parametrize.register_parametrization(classifier.visual_projection, "weight", Doubled())
+        doubled = cache_image_embeds(dataset, classifier, image_processor)[:]["image_embeds"]
+        torch.testing.assert_close(doubled, 2 * plain)
 
     def test_is_not_confused_with_other_preprocessing(self, classifier, dataset, image_processor, tower_runs):
         cache_image_embeds(dataset, classifier, image_processor)
@@ -96,6 +118,77 @@ class TestSecondRun:
         model = get_peft_model(classifier, CLIPPromptTuningConfig())
         cache_image_embeds(dataset, model, image_processor)
         assert sum(tower_runs) == 5
+
+
+def doubled(output):
+    output.pooler_output = 2 * output.pooler_output
+    return output
+
+
+class TestHooks:
+    """A hook can change the embeddings, and no hash shows what it does."""
+
+    @pytest.fixture
+    def embed(self, classifier, dataset, image_processor):
+        return lambda: cache_image_embeds(dataset, classifier, image_processor)
+
+    @pytest.mark.parametrize(
+        ("part", "register", "hook"),
+        [
+            ("vision_model", "register_forward_hook", lambda module, args, output: doubled(output)),
+            ("vision_model.encoder.layers.1", "register_forward_hook", lambda module, args, output: 2 * output),
+            ("visual_projection", "register_forward_pre_hook", lambda module, args: (2 * args[0],)),
+        ],
+    )
+    def test_their_embeddings_are_neither_read_from_the_cache_nor_left_in_it(
+        self, classifier, embed, part, register, hook, caplog
+    ):
+        plain = embed()
+        assert not caplog.records
+        handle = getattr(classifier.get_submodule(part), register)(hook)
+        hooked = [embed(), embed()]
+        assert [record.message.split()[0] for record in caplog.records] == [repr(part)] * 2
+        assert not torch.allclose(hooked[0][:]["image_embeds"], plain[:]["image_embeds"])
+        assert torch.equal(hooked[1][:]["image_embeds"], hooked[0][:]["image_embeds"])
+        assert not hooked[0].cache_files
+        handle.remove()
+        assert torch.equal(embed()[:]["image_embeds"], plain[:]["image_embeds"])
+
+    def test_they_take_effect_where_nothing_was_computed_before(self, classifier, embed, tower_runs):
+        handle = classifier.visual_projection.register_forward_hook(lambda module, args, output: 2 * output)
+        hooked = embed()
+        handle.remove()
+        torch.testing.assert_close(hooked[:]["image_embeds"], 2 * embed()[:]["image_embeds"])
+        assert sum(tower_runs) == 10
+
+    def test_results_computed_from_them_are_not_confused_either(self, classifier, embed):
+        """`datasets` finds those by the fingerprint of what they were computed from."""
+        handle = classifier.visual_projection.register_forward_hook(lambda module, args, output: 2 * output)
+        hooked = embed()
+        handle.remove()
+        assert hooked._fingerprint not in (embed()._fingerprint, embed()._fingerprint)
+
+    def test_neither_are_those_of_a_module_with_another_forward(self, classifier, embed, caplog):
+        plain, projection = embed(), classifier.visual_projection
+        projection.forward = lambda states: 2 * type(projection).forward(projection, states)
+        torch.testing.assert_close(embed()[:]["image_embeds"], 2 * plain[:]["image_embeds"])
+        assert caplog.records[0].message.startswith("'visual_projection' has hooks or another forward")
+        del projection.forward
+        assert torch.equal(embed()[:]["image_embeds"], plain[:]["image_embeds"])
+
+    def test_the_forward_of_accelerate_is_the_same_one(self, classifier, embed, tower_runs, caplog):
+        embed()
+        add_hook_to_module(classifier.visual_projection, ModelHook())
+        embed()
+        assert sum(tower_runs) == 5 and not caplog.records
+
+    def test_those_of_the_text_side_and_of_transformers_do_not_matter(self, classifier, embed, tower_runs, caplog):
+        embed()
+        classifier.text_model.register_forward_hook(lambda module, args, output: None)
+        classifier.enable_input_require_grads()  # hooks that ask for gradients, as gradient checkpointing adds them
+        classifier.vision_model(torch.zeros(1, 3, 48, 48), output_hidden_states=True)  # and that collect states
+        embed()
+        assert sum(tower_runs) == 5 and not caplog.records
 
 
 class TestViews:

@@ -62,14 +62,15 @@ def test_processes_that_write_at_the_same_time_all_get_correct_embeddings(embed,
 @pytest.mark.parametrize("batch", [0, 1, 4, 5])
 def test_a_process_killed_between_two_batches_leaves_no_file_that_is_read(embed, expected, classifier, batch):
     def embed_and_die():
-        batches = []
+        batches, compute = [], classifier.get_image_features
 
-        def count(module, args):
+        def count(**inputs):
             if len(batches) == batch:
                 die()
-            batches.append(args)
+            batches.append(inputs)
+            return compute(**inputs)
 
-        classifier.vision_model.register_forward_pre_hook(count)
+        classifier.get_image_features = count
         embed()
 
     assert exit_code(in_another_process(embed_and_die)) == -signal.SIGKILL

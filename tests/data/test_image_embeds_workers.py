@@ -16,10 +16,15 @@ FILES = {"train": str(EMOJI / "noto-train.parquet")}
 
 
 @pytest.fixture
-def tower_runs(classifier):
+def tower_runs(classifier, monkeypatch):
     """The number of images in each forward pass of the image tower."""
-    runs = []
-    classifier.vision_model.register_forward_hook(lambda module, args, out: runs.append(len(out.pooler_output)))
+    runs, features_of = [], classifier.get_image_features
+
+    def get_image_features(**inputs):  # not a hook, with which nothing would be read from the cache
+        runs.append(len(inputs["pixel_values"]))
+        return features_of(**inputs)
+
+    monkeypatch.setattr(classifier, "get_image_features", get_image_features)
     return runs
 
 

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from clip_prompt_peft.data import load_image_dataset
@@ -106,9 +107,93 @@ def test_a_local_folder_of_splits(tmp_path):
         load_image_dataset(str(folder))
 
 
-def test_a_local_folder_of_rows_is_read_by_datasets(tmp_path):
+def test_a_local_folder_of_rows_is_read_by_datasets(tmp_path, caplog):
     write(tmp_path, "cover.png")
     rows = {"image": [{"bytes": (tmp_path / "cover.png").read_bytes(), "path": None}] * 2, "label": ["cat", "dog"]}
     (tmp_path / "data").mkdir()
     Dataset.from_dict(rows).to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
     assert classes(load_image_dataset(str(tmp_path))["train"]) == ["cat", "dog"]
+    assert "is read by `datasets`, since it holds" in caplog.text and "cover.png', may be left out" in caplog.text
+
+
+class TestRelativePaths:
+    @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+    def test_those_in_the_folder_of_the_table_go_first(self, photos, tmp_path, monkeypatch, caplog, ending):
+        monkeypatch.chdir(tmp_path)
+        Image.new("RGB", (9, 9)).save("1.png")  # not this one
+        file = photos / f"labels{ending}"
+        WRITERS[ending](TABLE, file)
+        train = load_image_dataset(files={"train": file})["train"]
+        assert [image.size for image in train["image"]] == [(4, 4)] * 2 and "working directory" not in caplog.text
+
+    def test_of_shards_in_two_folders(self, photos, tmp_path):
+        other = write(tmp_path / "other", "1.png", "2.png")
+        Image.new("RGB", (9, 9)).save(other / "1.png")
+        files = [folder / "labels.parquet" for folder in (photos, other)]
+        for file in files:
+            TABLE.to_parquet(file)
+        train = load_image_dataset(files={"train": files})["train"]
+        assert [image.size for image in train["image"]] == [(4, 4), (4, 4), (9, 9), (4, 4)]
+
+    @pytest.mark.parametrize("ending", [".tsv", ".parquet"])
+    def test_those_of_the_working_directory_are_told(self, photos, tmp_path, monkeypatch, caplog, ending):
+        monkeypatch.chdir(photos)
+        file = tmp_path / f"labels{ending}"
+        WRITERS[ending](TABLE, file)
+        assert load_image_dataset(files={"train": file})["train"][0]["image"].size == (4, 4)
+        assert "2 of the 2 images that" in caplog.text and "in the working directory, such as '1.png'" in caplog.text
+
+    def test_missing_ones_of_a_parquet_file_are_named(self, photos):
+        TABLE.replace("2.png", "gone.png").to_parquet(photos / "labels.parquet")
+        with pytest.raises(ValueError, match="1 of the 2 images .* lists in 'file_name' do not exist, such as .*gone"):
+            load_image_dataset(files={"train": photos / "labels.parquet"})
+
+    @pytest.mark.parametrize("with_bytes", [False, True])
+    def test_of_records(self, photos, with_bytes):
+        rows = [{"bytes": None, "path": "1.png"}]
+        rows += [{"bytes": (photos / "2.png").read_bytes() if with_bytes else None, "path": "2.png"}]
+        pd.DataFrame({"picture": rows, "label": ["cat", "dog"]}).to_parquet(photos / "labels.parquet")
+        train = load_image_dataset(files={"train": photos / "labels.parquet"})["train"]
+        assert [image.size for image in train["image"]] == [(4, 4)] * 2 and classes(train) == ["cat", "dog"]
+
+    def test_addresses_are_not_looked_for_on_the_disk(self, photos):
+        TABLE.replace("2.png", "https://nowhere.invalid/2.png").to_csv(photos / "labels.csv", index=False)
+        train = load_image_dataset(files={"train": photos / "labels.csv"})["train"]
+        assert (
+            train.cast_column("image", ImageFeature(decode=False))[1]["image"]["path"]
+            == "https://nowhere.invalid/2.png"
+        )
+
+
+@pytest.mark.parametrize("column", ["label_column", "image_column"])
+def test_the_column_of_paths_is_not_that_of_the_labels(photos, column):
+    TABLE.to_csv(photos / "labels.csv", index=False)
+    name = "file_name" if column == "label_column" else "label"
+    with pytest.raises(ValueError, match=f"'{name}' cannot be the image column and the label column"):
+        load_image_dataset(files={"train": photos / "labels.csv"}, **{column: name})
+    if column == "label_column":
+        (photos / "labels.csv").rename(photos / "metadata.csv")
+        with pytest.raises(ValueError, match="'file_name' cannot be the image column and the label column"):
+            load_image_dataset(folders={"train": photos}, label_column=name)
+
+
+def test_one_metadata_file_for_the_folders_of_splits(tmp_path):
+    folder = tmp_path / "photos"
+    write(folder, "train/1.png", "train/sub/2.png", "Test/3.png", "other/4.png")
+    rows = ["file_name,label", "train/1.png,cat", "train/sub/2.png,dog", "Test/3.png,cat"]
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    (folder / "other/4.png").unlink()
+    splits = load_image_dataset(str(folder))
+    assert {split: classes(dataset) for split, dataset in splits.items()} == {"test": ["cat"], "train": ["cat", "dog"]}
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "Metadata.csv", "metadata.xlsx"])
+def test_a_metadata_file_of_another_name_is_mentioned(photos, name):
+    (photos / name).write_text("file_name,label")
+    with pytest.raises(ValueError, match=f"table metadata.csv, .* beside them; there are 1 .* files .*{name}"):
+        load_image_dataset(folders={"train": photos})
+
+
+def test_a_folder_is_no_file(photos):
+    with pytest.raises(ValueError, match="is a folder and not a file"):
+        load_image_dataset(files={"train": photos})

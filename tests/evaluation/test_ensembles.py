@@ -42,7 +42,7 @@ def test_descriptions_of_different_number_are_averaged(classifier, clip, tokeniz
 def test_the_classifier_scores_with_an_ensemble_until_its_classes_change(classifier, pixel_values):
     zero_shot = classifier(pixel_values=pixel_values).logits
     embeds = template_ensemble(classifier, TEMPLATES)
-    classifier.set_class_embeds(3 * embeds)  # need not be normalised
+    classifier.set_class_embeds(3 * embeds)  # need not be normalized
     image_embeds = classifier.get_image_features(pixel_values).pooler_output
     image_embeds = image_embeds / image_embeds.norm(dim=-1, keepdim=True)
     ensemble = classifier(pixel_values=pixel_values).logits

@@ -14,7 +14,7 @@ from clip_prompt_peft.templates import check_class_names, check_template
 
 
 NAMES = [
-    "cat\x1b[31m\x07",  # colours a terminal, and rings
+    "cat\x1b[31m\x07",  # colors a terminal, and rings
     "\u202egod\u2066",  # turns the direction of writing around
     "<script>alert(1)</script>",
     "{{ 7 * 7 }}{% raw %}",

@@ -9,13 +9,21 @@ import copy
 import json
 import logging
 import os
+import pickle
+import shutil
 import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from urllib.request import urlopen
 
 import torch
-from adapters import tuned
+import transformers
+from adapters import change_config, tuned, vectors_of
 from datasets import Dataset
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,6 +36,8 @@ from clip_prompt_peft import (
     build_class_prompts,
 )
 from clip_prompt_peft.assets import TINY_CLIP
+from clip_prompt_peft.commands.adapters import base_model_of
+from clip_prompt_peft.tuner.hub import load_image_processor
 
 
 BASE = "clips/tiny-clip"  # on the stand-in
@@ -204,7 +214,13 @@ def lied_to(folder):
 def settings(folder):
     """A private base model with a token, a revision, a cache and a subfolder, and an adapter on it."""
     secret, cache = "hf_secret", folder / "cache"
+    (folder / "disk").mkdir()
+    cache.symlink_to(folder / "disk")
     os.environ.pop("HF_TOKEN", None)
+    logged = StringIO()
+    logging.basicConfig(stream=logged, level=logging.DEBUG, force=True)
+    transformers.logging.set_verbosity_debug()
+    transformers.logging.enable_propagation()
     where = {"token": secret, "cache_dir": str(cache)}
     noted = {}
     noted["without a token"] = outcome(lambda: AutoModelForPromptClassification.from_pretrained("me/private"))
@@ -224,7 +240,7 @@ def settings(folder):
     peft_model.save_pretrained(folder / "adapter")
     torch.save(model, folder / "model.pt")
     noted["repr"] = secret in repr(model.hub_settings) + repr(model) + repr(model.config)
-    files = [path for path in folder.rglob("*") if path.is_file() and cache not in path.parents]
+    files = [path for path in folder.rglob("*") if path.is_file()]
     noted["files with the token"] = [path.name for path in files if secret.encode() in path.read_bytes()]
     noted["config"] = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     expected = classifier_logits(peft_model)
@@ -243,6 +259,102 @@ def settings(folder):
     loaded = AutoPeftModelForPromptClassification.from_pretrained(folder / "of_sub", **where)
     noted["subfolder"] = torch.allclose(classifier_logits(loaded), classifier_logits(of_sub), atol=1e-5)
     noted["from_base"] = again.hub_settings.revision
+    with_no_token = {**where, "token": False}
+    noted["token=False"] = outcome(
+        lambda: AutoModelForPromptClassification.from_pretrained("me/private", **with_no_token)
+    )
+    os.environ["HF_TOKEN"] = secret
+    noted["token=False beside one of the environment"] = outcome(
+        lambda: AutoModelForPromptClassification.from_pretrained("me/private", **with_no_token)
+    )
+    open_one = AutoModelForPromptClassification.from_pretrained(
+        "me/open", token=False, class_names=CLASS_NAMES, cache_dir=str(cache)
+    )
+    auto = AutoPeftModelForPromptClassification.from_pretrained
+    tuned(open_one).save_pretrained(folder / "open")
+    auto(folder / "open", token=False, cache_dir=str(cache))
+    load_image_processor(open_one)
+    noted["pickle"] = secret.encode() in pickle.dumps(model.hub_settings) + pickle.dumps(copy.copy(model))
+    noted["errors"] = [name for name, value in noted.items() if secret in json.dumps(value)]
+    noted["logged"] = [len(logged.getvalue()) > 1000, secret in logged.getvalue()]
+    (folder / "noted.json").write_text(json.dumps(noted))
+
+
+def printed(command, *arguments):
+    """What a command of the package says, its exit included."""
+    sys.argv = [command, *map(str, arguments)]
+    said = StringIO()
+    with warnings.catch_warnings(), redirect_stdout(said), redirect_stderr(said):
+        warnings.simplefilter("always")
+        try:
+            import_module(f"clip_prompt_peft.commands.{command}").main()
+        except SystemExit as exit:
+            print(exit.code)
+    return said.getvalue()
+
+
+def upload(folder, repo_id, path_in_repo=None, **fields):
+    """Uploads an adapter, with other values in its configuration."""
+    folder = Path(shutil.copytree(folder, folder.parent / repo_id.replace("/", "-")))
+    change_config(folder, **fields)
+    HfApi().create_repo(repo_id, exist_ok=True)
+    HfApi().upload_folder(repo_id=repo_id, folder_path=folder, path_in_repo=path_in_repo)
+
+
+def base_that_moves(folder):
+    """Adapters of a base model whose branch main changes after the training, loaded in every way."""
+    adapter, fresh = folder / "adapter", str(folder / "fresh")
+    auto = AutoPeftModelForPromptClassification.from_pretrained
+    model = new_model("me/moving")
+    model.save_pretrained(adapter)
+    model.push_to_hub("me/of-moving")
+    expected = {"main": classifier_logits(model)}
+    with torch.no_grad():
+        vectors_of(model).neg_()
+    model.push_to_hub("me/of-moving", revision="v2")
+    expected["v2"] = classifier_logits(model)
+    upload(adapter, "me/seeds", "seed1")
+    upload(adapter, "me/lost", revision="dead" * 10)
+    upload(adapter, "me/of-gone", base_model_name_or_path="me/gone")
+    Image.new("RGB", (60, 50), "red").save(folder / "red.png")
+    predict = ("predict", adapter, folder / "red.png", "--top_k", 3)
+    said = {"before": printed(*predict)}
+    urlopen(os.environ["HF_ENDPOINT"] + "/move")
+    said |= {"after": printed(*predict), "of main": printed(*predict, "--base_revision", "main")}
+    said["by id"] = printed("predict", "me/of-moving", *predict[2:])
+    loads = {
+        "auto": lambda: auto(adapter, cache_dir=fresh),
+        "auto, Hub": lambda: auto("me/of-moving", cache_dir=fresh),
+        "classifier": lambda: CLIPForPromptClassification.from_pretrained("me/of-moving", cache_dir=fresh),
+        "subfolder": lambda: auto("me/seeds", subfolder="seed1"),
+        "base named": lambda: auto(adapter, base_model_name_or_path="me/moving"),
+        "v2": lambda: auto("me/of-moving", revision="v2"),
+    }
+    equal = {}
+    for way, load in loads.items():
+        wanted = expected["v2" if way == "v2" else "main"]
+        equal[way] = torch.allclose(classifier_logits(load()), wanted, atol=1e-5)
+    others = {
+        "revision": lambda: auto(adapter, base_model_revision="main"),
+        "base": lambda: auto(adapter, base_model_name_or_path="me/other"),
+        "peft": lambda: PeftModel.from_pretrained(CLIPModel.from_pretrained("me/other"), adapter),
+        "lost": lambda: auto("me/lost", base_model_revision="main"),
+    }
+    warned = {}
+    for way, load in others.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load()
+        warned[way] = [str(warning.message) for warning in caught if "was trained on" in str(warning.message)]
+    failed = {
+        "auto": outcome(lambda: auto("me/lost")),
+        "classifier": outcome(lambda: CLIPForPromptClassification.from_pretrained("me/lost")),
+        "demo": outcome(lambda: base_model_of({"lost": "me/lost"})),
+        "gone": outcome(lambda: auto("me/of-gone")),
+        "folder": outcome(lambda: auto("me/seeds")),
+    }
+    said["lost"] = printed("predict", "me/lost", folder / "red.png")
+    noted = {"said": said, "equal": equal, "warned": warned, "failed": failed}
     (folder / "noted.json").write_text(json.dumps(noted))
 
 

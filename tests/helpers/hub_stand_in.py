@@ -27,6 +27,7 @@ class HubStandIn:
     Attributes:
         repos: files by repository id and path, on the branch main.
         branches: files by repository id and path of other branches, by (repository id, branch).
+        next_repos: what repos is updated with when a client asks for /move, as if somebody pushed to them.
         private: tokens by repository id; without its token, a repository is not to be seen.
         failures: (regex of "METHOD /path", how); requests that match fail. How: a status; TRUNCATE; an address of
             another host to redirect to; or a number of seconds, as a float, to wait before the answer.
@@ -37,6 +38,7 @@ class HubStandIn:
     def __init__(self):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.branches: dict[tuple[str, str], dict[str, bytes]] = {}
+        self.next_repos: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, str] = {}
         self.commits: dict[str, dict[str, bytes]] = {}  # the files of every commit that was ever named
         self.failures: list[tuple[str, int | str | float]] = []
@@ -134,6 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.failures = []
         self._json({})
 
+    def move(self):
+        self.hub.repos.update(self.hub.next_repos)
+        self._json({})
+
     def create_repo(self):
         wanted = json.loads(self.body)
         repo_id = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
@@ -169,19 +175,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({})
 
     def commit(self, repo_id, revision):
-        files = self.hub.repos[repo_id]
+        files = self.hub.repos[repo_id] if revision == "main" else self.hub.branches[repo_id, revision]
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.uploads.pop(value["oid"])
-        commit = self.hub.commit_id(repo_id)
+        commit = self.hub.commit_id(repo_id, revision)
         self._json(
             {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{commit}"}
         )
 
     def create_branch(self, repo_id, branch):
+        self.hub.branches.setdefault((repo_id, branch), dict(self.hub.repos[repo_id]))
         self._json({})
 
     def info(self, repo_id, revision=None):
@@ -223,6 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
 REPO, REVISION = r"([\w.-]+/[\w.-]+)", r"([\w.-]+)"
 ROUTES = {
     "GET /heal": _Handler.heal,
+    "GET /move": _Handler.move,
     "POST /api/repos/create": _Handler.create_repo,
     "GET /api/whoami-v2": _Handler.whoami,
     "POST /api/validate-yaml": _Handler.validate_yaml,

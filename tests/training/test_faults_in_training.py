@@ -280,4 +280,4 @@ class TestOutOfMemoryInAChunk:
         with pytest.raises(torch.OutOfMemoryError):
             run_here(COMMAND, *SMALL, "--output_dir", "out")
         assert "Try a smaller --per_device_train_batch_size" in caplog.text
-        assert "There is no checkpoint to continue from (--save_strategy epoch makes some)." in caplog.text
+        assert "There is no checkpoint to continue from. With --save_strategy epoch there are" in caplog.text

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CLIPModel, CLIPTextModel
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification
+from clip_prompt_peft.tuner.hub import HubSettings
 
 
 @pytest.fixture
@@ -140,10 +141,53 @@ class TestAnotherModel:
         assert warnings_of(lambda: CLIPForPromptClassification.from_pretrained(adapter))
         assert warnings_of(lambda: CLIPModel.from_pretrained(tmp_path / "other").load_adapter(str(adapter)))
 
+    def test_with_more_layers_of_the_same_size(self, clip, adapter):
+        config = copy.deepcopy(clip.config.text_config)
+        config.num_hidden_layers += 1
+        (message,) = warnings_with(CLIPTextModel(config), adapter)
+        assert "text_model has another number of layers" in message
 
-def test_an_adapter_without_a_fingerprint_does_not_warn(clip, adapter):
-    change_config(adapter, base_model_fingerprint=None)
-    assert warnings_with(changed(clip, lambda name: True), adapter) == []
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("part", ["text_model.encoder.layers.2.", "text_projection", "visual_projection"])
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_one_part_changed_by_a_thousandth(self, clip, adapter, part, dtype, seed):
+        factor = (10 if "projection" in part else 3) if dtype is torch.bfloat16 else 1  # it rounds by up to 0.4 %
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in clip.named_parameters():
+                if name.startswith(part):
+                    parameter *= 1 + 1e-3 * factor * torch.randn(parameter.shape, generator=generator)
+        assert warnings_with(clip.to(dtype), adapter)
+
+
+class TestAnAdapterWithoutAFingerprint:
+    """Of an earlier version. Only names can tell."""
+
+    def warned(self, clip, adapter, name, commit=None, **fields):
+        change_config(adapter, base_model_fingerprint=None, **fields)
+        clip.name_or_path = name
+        clip.hub_settings = HubSettings(revision=commit)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            PeftModel.from_pretrained(clip, adapter)
+        return [str(w.message) for w in caught if "was trained on" in str(w.message)]
+
+    @pytest.mark.parametrize("name", [TINY_CLIP, "", "me/clip"])
+    def test_of_the_same_name_or_in_a_folder(self, clip, adapter, name):
+        assert self.warned(changed(clip, lambda name: True), adapter, name, base_model_name_or_path="me/clip") == []
+
+    def test_of_the_same_commit_or_a_branch(self, clip, adapter):
+        named = {"base_model_name_or_path": "me/clip"}
+        assert self.warned(clip, adapter, "me/clip", "a" * 40, revision="a" * 40, **named) == []
+        clip = CLIPModel.from_pretrained(TINY_CLIP)
+        assert self.warned(clip, adapter, "me/clip", "a" * 40, revision="v2", **named) == []
+
+    def test_another_name_or_commit_is_told(self, clip, adapter):
+        named = {"base_model_name_or_path": "me/clip"}
+        (message,) = self.warned(clip, adapter, "me/other", **named)
+        assert "was trained on 'me/clip', and is loaded into 'me/other'." in message
+        (message,) = self.warned(CLIPModel.from_pretrained(TINY_CLIP), adapter, "me/clip", "b" * 40, revision="a" * 40)
+        assert f"trained on 'me/clip' at revision '{'a' * 40}', and is loaded into 'me/clip' at revision" in message
 
 
 @pytest.mark.parametrize("fingerprint", [{}, {"values": 3}, {"values": {"a": "?"}, "per_tensor": 1}, 7])

@@ -1,6 +1,7 @@
 """What peft's tests ask of every method, as far as no other file shows it; docs/reliability.md has the whole list."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ KINDS = {
     "coupled": {**DEEP, "vision_prompts_from_text": True},
     "meta_net": {"image_conditioned": True},
     "with_module": {"modules_to_save": ["text_projection"]},
+    "vision": {"num_virtual_tokens": 0, "num_vision_virtual_tokens": 2},
 }
 
 
@@ -147,7 +149,10 @@ def test_a_state_dict_says_what_to_wrap_also_in_a_compiled_model(fields, wrap, p
     state = {name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(model).items()}
     classifier = new_classifier()
     config = CLIPPromptTuningConfig(**{**fields, "modules_to_save": None})
-    inject_adapter_in_model(config, wrap(classifier), state_dict=state)
+    with warnings.catch_warnings():  # peft warns if configuration and tensors disagree
+        if fields.get("num_virtual_tokens") != 0:
+            warnings.simplefilter("error", RuntimeWarning)
+        inject_adapter_in_model(config, wrap(classifier), state_dict=state)
     set_peft_model_state_dict(classifier, state)
     assert classifier.prompt_layout.class_names == classifier.config.class_names
     torch.testing.assert_close(logits_of(classifier.eval(), pixel_values), logits_of(model, pixel_values))
@@ -284,6 +289,51 @@ def test_the_last_adapter_can_be_deleted(fields, pixel_values):
     assert torch.equal(logits_of(model.base_model, pixel_values), logits_of(new_classifier(), pixel_values))
 
 
+def test_disabling_can_be_nested(fields, pixel_values):
+    model = tuned_classifier(**fields)
+    expected, zero_shot = logits_of(model, pixel_values), logits_of(new_classifier(), pixel_values)
+    with model.disable_adapter():
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model, pixel_values), zero_shot)
+        assert torch.equal(logits_of(model, pixel_values), zero_shot)
+    assert torch.equal(logits_of(model, pixel_values), expected)
+
+
+def test_an_adapter_is_renamed_by_copying_its_tensors(fields, pixel_values, tmp_path):
+    model = tuned_classifier(**fields)
+    expected = logits_of(model, pixel_values)
+    model.add_adapter("new", model.peft_config["default"])
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="default"), adapter_name="new")
+    with pytest.warns(UserWarning, match="default was active which is now deleted"):
+        model.delete_adapter("default")
+    assert torch.equal(logits_of(model, pixel_values), expected)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(new_classifier(), tmp_path / "new", adapter_name="newer").eval()
+    assert torch.equal(logits_of(loaded, pixel_values), expected)
+
+
+def test_merging_in_inference_mode_leaves_a_model_that_can_be_trained(pixel_values, labels):
+    model = tuned_classifier()
+    expected = logits_of(model, pixel_values)
+    with torch.inference_mode():
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert torch.equal(logits_of(model, pixel_values), expected)
+    model.train()(pixel_values=pixel_values, labels=labels).loss.backward()
+    assert vectors_of(model).grad is not None
+    with torch.inference_mode():
+        merged = model.merge_and_unload()
+    again = get_peft_model(merged, CLIPPromptTuningConfig()).train()
+    again(pixel_values=pixel_values, labels=labels).loss.backward()
+    assert vectors_of(again).grad is not None
+
+
+def test_tensors_that_were_left_on_the_meta_device_are_not_used(fields, pixel_values):
+    model = get_peft_model(new_classifier(), CLIPPromptTuningConfig(**fields), low_cpu_mem_usage=True).eval()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        logits_of(model, pixel_values)
+
+
 # Reports
 
 
@@ -292,6 +342,11 @@ def test_layers_show_themselves_and_are_found_by_name(fields):
     names = [status.name for status in get_layer_status(model) if status.module_type.startswith("clip_prompt_tuning")]
     assert sorted(names) == sorted(f"model.{name}" for name in model.targeted_module_names)
     assert repr(model).count("clip_prompt_tuning.") == len(names)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    config = new_classifier().config
+    for layer in (layer for layer in layers if layer.adapter_layer_names):
+        assert layer.out_features in (config.text_config.hidden_size, config.vision_config.hidden_size)
+        assert layer.in_features in (layer.out_features, config.text_config.vocab_size)
 
 
 # Other methods on the tables that prompts read
@@ -316,6 +371,43 @@ def test_prompts_start_from_and_merge_with_the_embeddings_that_another_method_ha
     randomize(model, "prompts")
     expected = logits_of(model, pixel_values)
     torch.testing.assert_close(logits_of(model.merge_and_unload(), pixel_values), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({}, "token_embedding"),
+        ({}, "text_model.embeddings.position_embedding"),
+        ({}, "embeddings"),
+        ({}, "text_model"),
+        (DEEP, "embeddings"),
+        (DEEP, "encoder"),
+        (DEEP, "self_attn"),
+        (DEEP, "patch_embedding"),
+        ({**DEEP, "vision_prompts_from_text": True}, "vision_model"),
+        (KINDS["vision"], "text_model"),
+    ],
+)
+def test_modules_to_save_in_or_around_what_prompts_wrap_are_refused_before_anything_changes(fields, name):
+    """peft would train nothing, leave prompts out, or break off with half of the layers made."""
+    classifier = new_classifier()
+    expected = classifier.state_dict()
+    config = CLIPPromptTuningConfig(**fields, modules_to_save=[name])
+    with pytest.raises(ValueError, match=f"modules_to_save='{re.escape(name)}' names .* prompts are put into"):
+        get_peft_model(classifier, config)
+    assert same(classifier.state_dict(), expected)
+    assert not any(isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) for module in classifier.modules())
+    model = get_peft_model(classifier, CLIPPromptTuningConfig(**fields))
+    with pytest.raises(ValueError, match="prompts are put into"):
+        model.add_adapter("other", config)
+
+
+@pytest.mark.parametrize("name", ["visual_projection", "text_projection", "vision_model", "final_layer_norm"])
+def test_other_modules_are_trained_beside_text_prompts(name, pixel_values, labels):
+    model = tuned_classifier(modules_to_save=[name]).train()
+    model(pixel_values=pixel_values, labels=labels).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) > 1 and all(parameter.grad is not None for parameter in trained)
 
 
 def test_image_conditioned_prompts_find_the_width_in_a_module_around_a_clip_or_say_what_is_missing(clip):
