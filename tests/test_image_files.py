@@ -48,7 +48,7 @@ def same_in_the_example(content, tmp_path):
     file.write_bytes(content)
     source = (ROOT / "examples" / "classify_onnx.py").read_text()
     scope = {}
-    exec(source[: source.index("folder, file = ")].replace("import onnxruntime\n", ""), scope)
+    exec(source[: source.index("if len(sys.argv)")].replace("import onnxruntime\n", ""), scope)
     return scope["read"](file)
 
 
