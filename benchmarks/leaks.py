@@ -3,13 +3,15 @@
     python benchmarks/leaks.py                                           # 1,000, 10,000 and 100 of them
     python benchmarks/leaks.py --cycles 100 --forwards 1000 --trainings 10
 
-Prints a table in Markdown: tensors and objects that are alive, which do not depend on the allocator, and memory.
+Prints a table in Markdown: tensors and objects that are alive, which do not depend on the allocator, and the memory of
+the process, or of the card with `--device cuda`.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import tempfile
 from collections.abc import Callable
 
@@ -33,11 +35,12 @@ def main() -> None:
     silence_libraries()
     torch.set_num_threads(1)
     print("| | times | tensors | objects | MiB |\n|---|---|---|---|---|")
-    model = classifier_with_adapter()
-    repeat("adapter added, used and deleted", lambda i: adapter_cycle(model, i), args.cycles)
-    repeat("forward pass", lambda i: forward(model, i), args.forwards)
+    model = classifier_with_adapter().to(args.device)
+    repeat("adapter added, used and deleted", lambda i: adapter_cycle(model, i), args.cycles, args.device)
+    repeat("forward pass", lambda i: forward(model, i), args.forwards, args.device)
     with tempfile.TemporaryDirectory() as folder:
-        repeat("training", lambda i: training(folder, PRESET_NAMES[i % len(PRESET_NAMES)]), args.trainings)
+        presets = itertools.cycle(PRESET_NAMES)
+        repeat("training", lambda i: training(folder, next(presets), args.device), args.trainings, args.device)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,10 +48,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=1_000, help="adapters added and deleted")
     parser.add_argument("--forwards", type=int, default=10_000)
     parser.add_argument("--trainings", type=int, default=100)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for the card that the Trainer takes")
     return parser.parse_args()
 
 
-def repeat(name: str, action: Callable[[int], None], times: int) -> None:
+def repeat(name: str, action: Callable[[int], None], times: int, device: str) -> None:
     """Counts, first after a tenth of the times: what is kept once, by libraries, is there by then."""
     warm_up = max(1, times // 10)
     points = {warm_up + (times - warm_up) * number // (NUM_COUNTS - 1) for number in range(NUM_COUNTS)}
@@ -56,8 +60,14 @@ def repeat(name: str, action: Callable[[int], None], times: int) -> None:
         action(number)
         if number in points:
             tensors, objects = count_alive()
-            memory = psutil.Process().memory_info().rss / 2**20
+            memory = bytes_held(device) / 2**20
             print(f"| {name} | {number:,} | {tensors} | {objects:,} | {memory:.0f} |", flush=True)
+
+
+def bytes_held(device: str) -> int:
+    if device == "cpu":
+        return psutil.Process().memory_info().rss
+    return torch.get_device_module(device).memory_allocated()
 
 
 def count_alive() -> tuple[int, int]:
@@ -79,7 +89,11 @@ def adapter_cycle(model: PeftModel, number: int) -> None:
     preset = PRESET_NAMES[number % len(PRESET_NAMES)]
     model.add_adapter(name, CLIPPromptTuningConfig.from_preset(preset, model=model.get_base_model()))
     model.set_adapter(name)
-    inputs = {"pixel_values": torch.randn(2, 3, 48, 48), "labels": torch.tensor([0, 3])}
+    device = model.device
+    inputs = {
+        "pixel_values": torch.randn(2, 3, 48, 48, device=device),
+        "labels": torch.tensor([0, 3], device=device),
+    }
     model.train()(**inputs).loss.backward()
     with torch.no_grad():
         model.eval()(pixel_values=inputs["pixel_values"])
@@ -91,11 +105,11 @@ def adapter_cycle(model: PeftModel, number: int) -> None:
 
 def forward(model: PeftModel, number: int) -> None:
     """By turns: evaluation, with classes exchanged now and then, training, and the zero-shot model."""
-    embeds = torch.randn(2, model.get_base_model().config.projection_dim)
+    embeds = torch.randn(2, model.get_base_model().config.projection_dim, device=model.device)
     if number % 100 == 0:
         model.get_base_model().set_class_names([f"{name} {number}" for name in CLASS_NAMES])
     if number % 4 == 0:
-        model.train()(image_embeds=embeds, labels=torch.tensor([0, 3])).loss.backward()
+        model.train()(image_embeds=embeds, labels=torch.tensor([0, 3], device=model.device)).loss.backward()
     elif number % 4 == 1:
         with model.disable_adapter(), torch.no_grad():
             model.eval()(image_embeds=embeds)
@@ -104,11 +118,16 @@ def forward(model: PeftModel, number: int) -> None:
             model.eval()(image_embeds=embeds)
 
 
-def training(folder: str, preset: str) -> Trainer:
+def training(folder: str, preset: str, device: str = "cpu") -> Trainer:
     """A Trainer on a model of its own: three steps, an evaluation, a checkpoint."""
     examples = [{"pixel_values": torch.randn(3, 48, 48), "labels": label} for label in range(len(CLASS_NAMES))]
     args = TrainingArguments(
-        folder, max_steps=3, per_device_train_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True
+        folder,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        report_to="none",
+        use_cpu=device == "cpu",
+        disable_tqdm=True,
     )
     trainer = Trainer(classifier_with_adapter(preset), args, train_dataset=examples)
     trainer.remove_callback(PrinterCallback)

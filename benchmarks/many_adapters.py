@@ -2,7 +2,7 @@
 
     python benchmarks/many_adapters.py                                   # the embedded tiny CLIP
     python benchmarks/many_adapters.py --base vit-b-32                   # random weights of that size, no download
-    python benchmarks/many_adapters.py --base openai/clip-vit-base-patch32
+    python benchmarks/many_adapters.py --base openai/clip-vit-base-patch32 --device cuda
 
 Prints a table in Markdown.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from common import synchronize, time_once
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
@@ -35,13 +36,13 @@ WEIGHTS = "adapter_model.safetensors"
 def main() -> None:
     arguments = parse_arguments()
     torch.manual_seed(0)
-    base = load_base(arguments.base)
+    base = load_base(arguments.base, arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         paths = write_adapters(base, arguments, Path(folder))
         model, loading = load_all(base, paths)
     names = list(paths)
     rows = loading | measure_switching(model, names) | measure_mixed_batch(model, names[: arguments.batch_size])
-    print(f"| {len(names)} adapters on {arguments.base} | |\n|---|---|")
+    print(f"| {len(names)} adapters on {arguments.base}, {arguments.device} | |\n|---|---|")
     for name, value in rows.items():
         print(f"| {name} | {value} |")
 
@@ -52,14 +53,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_adapters", type=int, default=200)
     parser.add_argument("--num_virtual_tokens", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=16, help="images of the mixed batch, each with its adapter")
+    parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
 
-def load_base(name: str) -> CLIPForPromptClassification:
+def load_base(name: str, device: str) -> CLIPForPromptClassification:
     if name != "vit-b-32":
-        return CLIPForPromptClassification.from_pretrained(name, class_names=CLASS_LISTS[0]).eval()
+        return CLIPForPromptClassification.from_pretrained(name, class_names=CLASS_LISTS[0]).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(TINY_CLIP)  # its vocabulary is a part of CLIP's
-    clip = CLIPModel(CLIPConfig(text_config={"eos_token_id": tokenizer.eos_token_id}))
+    with torch.device(device):
+        clip = CLIPModel(CLIPConfig(text_config={"eos_token_id": tokenizer.eos_token_id}))
     return CLIPForPromptClassification.from_clip(clip, tokenizer=tokenizer, class_names=CLASS_LISTS[0]).eval()
 
 
@@ -80,37 +83,41 @@ def write_adapters(base: CLIPForPromptClassification, arguments, folder: Path) -
 
 def load_all(base: CLIPForPromptClassification, paths: dict[str, Path]) -> tuple[PeftModel, dict[str, str]]:
     base_parameters = sum(p.numel() for p in base.parameters())
-    bytes_before, start = resident_bytes(), time.perf_counter()
+    device = str(base.device)
+    bytes_before, start = bytes_held(device), time.perf_counter()
     (first, path), *others = paths.items()
     model = PeftModel.from_pretrained(base, path, adapter_name=first)
     for name, path in others:
         model.load_adapter(path, name)
-    seconds, resident = time.perf_counter() - start, resident_bytes() - bytes_before
+    synchronize(device)
+    seconds, held = time.perf_counter() - start, bytes_held(device) - bytes_before
     files = sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
     vectors = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "learnable_" in n)
     return model, {
         "parameters of the base model": f"{base_parameters / 1e6:.1f} M",
         "files of one adapter": f"{files / 1024:.1f} KB",
         "vectors of all adapters": f"{vectors / 2**20:.2f} MB",
-        "memory of the process above the base": f"{resident / 2**20:.1f} MB",
+        f"memory {'of the process' if device == 'cpu' else 'on the device'} above the base": f"{held / 2**20:.1f} MB",
         "loading one adapter": f"{seconds / len(paths) * 1e3:.1f} ms",
     }
 
 
-def resident_bytes() -> int:
+def bytes_held(device: str) -> int:
     gc.collect()
-    return psutil.Process().memory_info().rss
+    if device == "cpu":
+        return psutil.Process().memory_info().rss
+    return torch.get_device_module(device).memory_allocated()
 
 
 def measure_switching(model: PeftModel, names: list[str]) -> dict[str, str]:
-    times = [seconds_of(lambda name=name: model.set_adapter(name)) for name in names * 3]
+    times = [time_once(lambda name=name: model.set_adapter(name), str(model.device)) for name in names * 3]
     return {"switching to another adapter": f"{statistics.median(times) * 1e6:.0f} µs"}
 
 
 @torch.no_grad()
 def measure_mixed_batch(model: PeftModel, names: list[str]) -> dict[str, str]:
     size = model.get_base_model().config.vision_config.image_size
-    pixel_values = torch.randn(len(names), 3, size, size)
+    pixel_values = torch.randn(len(names), 3, size, size, device=model.device)
 
     def mixed():
         return model(pixel_values=pixel_values, adapter_names=names).logits
@@ -122,22 +129,17 @@ def measure_mixed_batch(model: PeftModel, names: list[str]) -> dict[str, str]:
             logits.append(model(pixel_values=image[None]).logits[0])
         return logits
 
+    device = str(model.device)
     difference = max((a - b).abs().max().item() for a, b in zip(mixed(), separate()))
     return {
-        f"{len(names)} images of {len(names)} adapters, one by one": f"{median_ms(separate):.1f} ms",
-        "the same as one mixed batch": f"{median_ms(mixed):.1f} ms",
+        f"{len(names)} images of {len(names)} adapters, one by one": f"{median_ms(separate, device):.1f} ms",
+        "the same as one mixed batch": f"{median_ms(mixed, device):.1f} ms",
         "largest difference between their logits": f"{difference:.1e}",
     }
 
 
-def median_ms(call: Callable, repetitions: int = 5) -> float:
-    return statistics.median(seconds_of(call) for _ in range(repetitions)) * 1e3
-
-
-def seconds_of(call: Callable) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def median_ms(call: Callable, device: str, repetitions: int = 5) -> float:
+    return statistics.median(time_once(call, device) for _ in range(repetitions)) * 1e3
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 Importing the package registers the method with peft, so that `get_peft_model`, `PeftModel.from_pretrained` and
 `CLIPModel.load_adapter` support its adapters, and the task "prompt-image-classification" for `transformers.pipeline`.
+The modules `data`, `evaluation`, `export`, `protocols` and `training` are imported when they are first used.
 """
+
+from importlib import import_module
 
 from .assets import load_templates
 from .auto import AutoModelForPromptClassification, AutoPeftModelForPromptClassification
@@ -62,3 +65,16 @@ __all__ = [
     "template_ensemble",
     "training_recipe",
 ]
+
+PUBLIC_MODULES = ("data", "evaluation", "export", "protocols", "training")
+
+
+def __getattr__(name: str):
+    if name in PUBLIC_MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is public, for completion in editors and notebooks."""
+    return sorted({*__all__, *PUBLIC_MODULES, *(name for name in globals() if name.startswith("__"))})

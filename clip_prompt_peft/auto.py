@@ -13,7 +13,7 @@ from .modeling import PromptClassificationMixin
 from .peft_model import PeftModelForPromptClassification
 from .tuner import CLIPPromptTuningConfig
 from .tuner.files import fetch, fetch_weights, read_config
-from .tuner.hub import HubSettings, locate, pin_base_model
+from .tuner.hub import HubSettings, check_revision, locate, pin_base_model
 
 
 class FromPretrainedOnly:
@@ -159,6 +159,7 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
         if config.problem_type is not None:
             base_model_kwargs.setdefault("problem_type", config.problem_type)
         base = base_model_name_or_path or _base_model_of(config, pretrained_model_name_or_path)
+        check_revision(base, base_model_revision)
         of_base = source.at(base_model_revision)
         if base == config.base_model_name_or_path:
             of_base = of_base.at(base_model_revision or config.revision, config.base_model_subfolder)

@@ -88,6 +88,14 @@ class TestRefusals:
         with pytest.raises(OSError, match="adapter_config.json"):
             AutoPeftModelForPromptClassification.from_pretrained(TINY_CLIP)
 
+    def test_a_revision_of_a_folder(self, folder):
+        with pytest.raises(ValueError, match="is a folder, which has no revision 'main'"):
+            AutoPeftModelForPromptClassification.from_pretrained(folder, base_model_revision="main")
+
+    def test_a_hub_id_that_cannot_be_reached_is_named(self, folder):
+        with pytest.raises(OSError, match=r"config.json of 'me/nowhere' could not be loaded: We couldn't connect"):
+            AutoPeftModelForPromptClassification.from_pretrained(folder, base_model_name_or_path="me/nowhere")
+
     def test_an_adapter_of_another_method(self, classifier, tmp_path):
         get_peft_model(classifier, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="of type .*LORA, not of CLIP prompt tuning"):

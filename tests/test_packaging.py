@@ -1,8 +1,9 @@
-"""An editable installation works beside the clone, whatever the clone is called."""
+"""The source distribution is complete; an editable installation works beside a clone, whatever that is called."""
 
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,22 @@ def test_a_script_beside_an_editable_clone_imports_the_package(name, tmp_path, r
 
     found = run_in_new_environment("script.py", cwd=tmp_path)
     assert Path(found.strip()) == clone / "clip_prompt_peft" / "__init__.py"
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_what_the_clone_holds(tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    (clone / "MANIFEST.in").write_text((ROOT / "MANIFEST.in").read_text())  # what is tested may not be committed yet
+    build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)
+
+    (archive,) = (clone / "dist").iterdir()
+    with tarfile.open(archive) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=clone, check=True, capture_output=True, text=True).stdout
+    expected = {name for name in tracked.splitlines() if not name.startswith(".")}
+    assert expected - packed == set()
 
 
 def test_only_one_place_says_how_to_install_the_package():

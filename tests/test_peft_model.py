@@ -204,7 +204,6 @@ def test_dozens_of_adapters_share_one_base_and_answer_by_name(classifier, pixel_
         torch.testing.assert_close(logits, expected[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_weights_are_read_to_the_device_of_the_model_and_not_to_a_card_that_it_is_not_on(
     tuned, clip, tmp_path, monkeypatch
 ):
@@ -218,6 +217,8 @@ def test_weights_are_read_to_the_device_of_the_model_and_not_to_a_card_that_it_i
         model.load_adapter(tmp_path / "zoo", "another", torch_device="cuda")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("benchmarks_on_path")
 def test_the_benchmark_prints_its_table(monkeypatch, capsys):
     script = ROOT / "benchmarks" / "many_adapters.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--num_adapters", "6", "--batch_size", "3"])

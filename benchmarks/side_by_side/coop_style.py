@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from pictures import BATCH_SIZE, EPOCHS, LEARNING_RATE, SEED, TEMPLATE, TINY_CLIP, load
+from pictures import BATCH_SIZE, DEVICE, EPOCHS, LEARNING_RATE, SEED, TEMPLATE, TINY_CLIP, load
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
@@ -14,7 +14,7 @@ class PromptLearner(nn.Module):
     def __init__(self, clip, tokenizer, class_names):
         super().__init__()
         texts = [TEMPLATE.format(name) for name in class_names]
-        self.input_ids = tokenizer(texts, padding="max_length", return_tensors="pt")["input_ids"]  # (C, 77)
+        self.input_ids = tokenizer(texts, padding="max_length", return_tensors="pt")["input_ids"].to(DEVICE)  # (C, 77)
         self.ends = (self.input_ids == tokenizer.eos_token_id).int().argmax(dim=1)
         num_vectors = len(tokenizer(TEMPLATE.split("{}")[0], add_special_tokens=False)["input_ids"])
         with torch.no_grad():
@@ -48,13 +48,13 @@ class CustomCLIP(nn.Module):
 
 
 def collate(examples):
-    images = [example["image"].convert("RGB") for example in examples]
-    return processor(images, return_tensors="pt")["pixel_values"], torch.tensor([e["label"] for e in examples])
+    pixel_values = processor([e["image"].convert("RGB") for e in examples], return_tensors="pt")["pixel_values"]
+    return pixel_values.to(DEVICE), torch.tensor([e["label"] for e in examples], device=DEVICE)
 
 
 torch.manual_seed(SEED)
 train, test, class_names = load()
-clip = CLIPModel.from_pretrained(TINY_CLIP)
+clip = CLIPModel.from_pretrained(TINY_CLIP).to(DEVICE)
 processor, tokenizer = CLIPImageProcessor.from_pretrained(TINY_CLIP), AutoTokenizer.from_pretrained(TINY_CLIP)
 model = CustomCLIP(clip, PromptLearner(clip, tokenizer, class_names))
 loader = DataLoader(train, BATCH_SIZE, shuffle=True, collate_fn=collate)

@@ -3,7 +3,7 @@
 import sys
 
 from peft import get_peft_model
-from pictures import BATCH_SIZE, EPOCHS, LEARNING_RATE, SEED, TEMPLATE, TINY_CLIP, load
+from pictures import BATCH_SIZE, DEVICE, EPOCHS, LEARNING_RATE, SEED, TEMPLATE, TINY_CLIP, load
 from transformers import CLIPImageProcessor, Trainer, TrainingArguments
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
@@ -13,7 +13,7 @@ from clip_prompt_peft.evaluation.metrics import compute_metrics
 
 train, test, class_names = load()
 processor = CLIPImageProcessor.from_pretrained(TINY_CLIP)
-classifier = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=class_names)
+classifier = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=class_names).to(DEVICE)
 model = get_peft_model(classifier, CLIPPromptTuningConfig(prompt_template=TEMPLATE))
 train, test = (cache_image_embeds(split, model, processor) for split in (train, test))
 args = TrainingArguments(

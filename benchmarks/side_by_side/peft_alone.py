@@ -4,15 +4,15 @@ import sys
 
 import torch
 from peft import TrainableTokensConfig, get_peft_model
-from pictures import BATCH_SIZE, EPOCHS, LEARNING_RATE, SEED, TEMPLATE, TINY_CLIP, load
+from pictures import BATCH_SIZE, DEVICE, EPOCHS, LEARNING_RATE, SEED, TEMPLATE, TINY_CLIP, load
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 
 def collate(examples):
-    images = [example["image"].convert("RGB") for example in examples]
-    return processor(images, return_tensors="pt")["pixel_values"], torch.tensor([e["label"] for e in examples])
+    pixel_values = processor([e["image"].convert("RGB") for e in examples], return_tensors="pt")["pixel_values"]
+    return pixel_values.to(DEVICE), torch.tensor([e["label"] for e in examples], device=DEVICE)
 
 
 def logits_of(pixel_values):
@@ -22,10 +22,10 @@ def logits_of(pixel_values):
 torch.manual_seed(SEED)
 train, test, class_names = load()
 processor, tokenizer = CLIPImageProcessor.from_pretrained(TINY_CLIP), AutoTokenizer.from_pretrained(TINY_CLIP)
-prompts = tokenizer([TEMPLATE.format(name) for name in class_names], padding=True, return_tensors="pt")
+prompts = tokenizer([TEMPLATE.format(name) for name in class_names], padding=True, return_tensors="pt").to(DEVICE)
 words = sorted(set(tokenizer(TEMPLATE.split("{}")[0], add_special_tokens=False)["input_ids"]))
 config = TrainableTokensConfig(target_modules=["token_embedding"], token_indices=words)
-model = get_peft_model(CLIPModel.from_pretrained(TINY_CLIP), config)
+model = get_peft_model(CLIPModel.from_pretrained(TINY_CLIP).to(DEVICE), config)
 loader = DataLoader(train, BATCH_SIZE, shuffle=True, collate_fn=collate)
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0)

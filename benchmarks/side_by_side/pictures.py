@@ -11,6 +11,7 @@ from clip_prompt_peft.data.known_datasets import load_style
 
 
 EPOCHS = int(os.environ.get("EPOCHS", "50"))
+DEVICE = os.environ.get("DEVICE", "cpu")
 BATCH_SIZE, LEARNING_RATE, SEED = 32, 2e-3, 1
 TEMPLATE = "a photo of a {}."
 

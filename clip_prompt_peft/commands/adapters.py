@@ -17,7 +17,7 @@ from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import listed
 from ..training.checkpoints import last_whole_checkpoint
 from ..tuner.files import adapter_folders
-from ..tuner.hub import HubSettings, load_image_processor, pin_base_model
+from ..tuner.hub import HubSettings, check_revision, load_image_processor, pin_base_model
 from .checks import check_base_model
 from .common import device, use_one_thread_if_tiny
 
@@ -112,6 +112,8 @@ def base_model_of(
         if isinstance(config, CLIPPromptTuningConfig)
     }
     found = {place for place in places.values() if place[0] is not None and chosen in (None, place[0])}
+    for base in (chosen,) if chosen is not None else (place[0] for place in found):
+        check_revision(base, revision)
     if chosen is not None and len(found) != 1:
         return chosen, HubSettings().at(revision)
     if len(found) != 1 or None in {name for name, _, _ in places.values()}:

@@ -86,6 +86,11 @@ def record_of(
     return json.loads(json.dumps(record))
 
 
+def run_of(args: TrainingArguments) -> dict[str, float]:
+    """Returns what the report shows of a run and [`record_of`] leaves out: the seed, and what the recipe chose."""
+    return {"Seed": args.seed, "Epochs": args.num_train_epochs, "Learning rate": args.learning_rate}
+
+
 def read_record(adapter: str) -> dict | None:
     """Returns the record beside an adapter, or `None` if there is none."""
     try:

@@ -61,7 +61,8 @@ def report() -> None:
         comparison = compare_with_zero_shot(model, dataset, image_processor)
         place = {**data_args.source("dir"), **data_args.source("file")}.get(name, data_args.name)
         tested_on = place if name == place else f"{place}, {name!r}"
-        write_report(args.output, model, comparison, dataset, f"Prompts of {adapter}", {"Tested on": tested_on})
+        facts = {**facts_of_training(adapter), "Tested on": tested_on}
+        write_report(args.output, model, comparison, dataset, f"Prompts of {adapter}", facts)
     print(f"Tested on {tested_on} ({counted(len(dataset), 'image')})")
     for name, answers in (("zero-shot", comparison.zero_shot), ("tuned", comparison.tuned)):
         print(f"{name}: " + ", ".join(f"{metric} {value:.1%}" for metric, value in answers.metrics.items()))
@@ -100,6 +101,16 @@ def choose_data(adapter: str, data_args: DataArguments, given: set[str]) -> tupl
     except ValueError as error:
         raise ValueError(f"The images that {adapter!r} was trained on cannot be read again: {error}") from error
     return recorded, None if known else record["test"]
+
+
+def facts_of_training(adapter: str) -> dict[str, str]:
+    """Returns what is known of the training of an adapter; nothing, if the command `train` did not make it."""
+    record = read_record(adapter)
+    if record is None:
+        return {}
+    shots = record.get("settings", {}).get("shots")
+    facts = {"Images of each class": shots or "all of them", **record.get("run", {})}
+    return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in facts.items()}
 
 
 def find_test_set(data_args: DataArguments, split: str | None) -> tuple[str, Dataset]:

@@ -64,6 +64,7 @@ from .outputs import (
     no_empty_folders,
     record_of,
     remove_earlier,
+    run_of,
     runs_in,
     write_record,
 )
@@ -165,7 +166,7 @@ def train(runs: list[TrainingArguments]) -> None:
             if is_main_process:
                 comparison = Comparison(trainer.model.class_names, answers[test_name], tuned_answers[test_name])
                 trainer.model.card_details = describe(trainer, data_args, drawn, test_name, comparison)
-                write_record(run_args.output_dir, record)
+                write_record(run_args.output_dir, {**record, "run": run_of(trainer.args)})
             others = [name for name in test_sets if name != test_name]  # the card compares in detail on the first one
             save(trainer, model_args.hub_base_model_id, zero_shot, tuned[-1], others)
             if len(tuned) < len(runs):

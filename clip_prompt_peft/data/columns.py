@@ -40,7 +40,7 @@ def find_image_column(features: Features, name: str | None = None) -> str:
         ValueError: If the named column is missing or cannot hold images, or if there is not exactly one image column.
     """
     found = [key for key, feature in features.items() if is_image(feature)]
-    fits = (is_image, is_text, _is_bytes)
+    fits = (is_image, is_text, is_bytes)
     return _choose(features, "image", name, found, lambda feature: any(kind(feature) for kind in fits))
 
 
@@ -69,7 +69,7 @@ def is_image(feature) -> bool:
     if not isinstance(feature, dict):
         return isinstance(feature, Image)
     only_paths = feature.get("bytes") == Value("null") and is_text(feature.get("path"))
-    return only_paths or _is_bytes(feature.get("bytes"))
+    return only_paths or is_bytes(feature.get("bytes"))
 
 
 def is_text(feature) -> bool:
@@ -77,7 +77,8 @@ def is_text(feature) -> bool:
     return isinstance(feature, Value) and feature.dtype in TEXTS
 
 
-def _is_bytes(feature) -> bool:
+def is_bytes(feature) -> bool:
+    """Returns whether a column holds bytes."""
     return isinstance(feature, Value) and feature.dtype in BYTES
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel
 
 from ..image_files import UnreadableImageError
+from ..text.casts import keep_casts
 from ..towers import adapter_settings, embed_width, eval_mode, execution_device, hooks_of, image_side
 from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
 from .images import PixelTransform, decode, undecoded
@@ -196,6 +197,10 @@ class _ModelInputs(TorchDataset):
         self.images, self.batch_size, self.num_views, self.seed = images, batch_size, num_views, seed
         self.transform = PixelTransform(image_processor, augment=num_views is not None)
 
+    def __getstate__(self) -> dict:
+        # For workers that are not forked. Of a stream, which need not have a pickle, they get the rows.
+        return {**vars(self), "images": None if isinstance(self.images, IterableDataset) else self.images}
+
     def indices(self) -> Iterator[tuple[range | dict, list[int]]]:
         """Yields the indices of all batches in order."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -269,21 +274,28 @@ class _EmbedImages:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # PyTorch's global one, which it would take, stays as it is
         )
+        with self._precision(device):
+            tower = keep_casts(lambda inputs: self.model.get_image_features(**inputs), image_side(self.model))
         for loaded in loader:
             if isinstance(loaded, UnreadableImageError):
                 raise loaded
             inputs, labels = loaded
-            yield {"image_embeds": self._embed(inputs, device).numpy(), "labels": labels}
+            yield {"image_embeds": self._embed(tower, inputs, device).numpy(), "labels": labels}
 
-    @torch.no_grad()
-    def _embed(self, inputs: dict, device: torch.device) -> torch.Tensor:
+    @contextlib.contextmanager
+    def _precision(self, device: torch.device):
+        dtype = None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+        # also off where the caller has switched autocast on
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            yield
+
+    def _embed(self, tower, inputs: dict, device: torch.device) -> torch.Tensor:
         inputs = {
             name: values.to(device, self.model.dtype if values.is_floating_point() else None, non_blocking=True)
             for name, values in inputs.items()
         }
-        dtype = None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):  # also where the caller has switched it on
-            embeds = self.model.get_image_features(**inputs).pooler_output.float().cpu()  # (B K, E)
+        with self._precision(device):
+            embeds = tower(inputs).pooler_output.float().cpu()  # (B K, E)
         num_views = self.inputs.num_views
         return embeds if num_views is None else embeds.unflatten(0, (-1, num_views))  # (B, K, E)
 

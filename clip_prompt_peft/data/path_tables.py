@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Val
 from datasets.exceptions import DatasetGenerationError
 
 from ..image_files import list_images
-from .columns import IMAGE, USUAL_LABEL_NAMES, is_image, is_text
+from .columns import IMAGE, USUAL_LABEL_NAMES, is_bytes, is_image, is_text
 
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def holds_paths(file: str, image_column: str | None = None) -> bool:
     features = read_files(ROWS[extension][0], [file], streaming=True).features or {}  # reads no rows
     if image_column is not None:
         return is_text(features.get(image_column))
-    has_images = any(is_image(feature) for feature in features.values())
+    has_images = any(is_image(feature) or is_bytes(feature) for feature in features.values())
     return not has_images and any(is_text(features.get(name)) for name in PATH_COLUMNS)
 
 
@@ -197,6 +197,7 @@ def find_beside(names: Sequence[str], file: str) -> list[str]:
     """Returns the paths of images that a table lists: those in the folder of the table go first."""
     folder, paths, elsewhere = os.path.dirname(file), [], []
     for name in names:
+        name = name.removeprefix("file://")
         path = name if is_remote(name) else os.path.join(folder, os.path.expanduser(name))
         if path != name and not os.path.exists(path) and os.path.exists(name):
             elsewhere.append(name)
@@ -252,8 +253,11 @@ def read_files(builder: str, files: Sequence[str], split: str = "train", **setti
     data_files = {split: [glob.escape(file) for file in files]}
     try:
         return load_dataset(builder, data_files=data_files, split=split, **settings)
-    except (DatasetGenerationError, pa.ArrowInvalid) as error:
+    except OSError:  # no access, or no space in the cache
+        raise
+    except Exception as error:  # each format has errors of its own
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         raise ValueError(
-            f"Cannot read {', '.join(map(repr, files))} as {builder}: {error.__cause__ or error}. The file is "
+            f"Cannot read {', '.join(map(repr, files))} as {builder}: {reason or type(reason).__name__}. The file is "
             "damaged, empty or of another format, or files have different columns; write it again."
         ) from error

@@ -18,6 +18,7 @@ from datasets import (
     IterableDatasetDict,
     Value,
     load_dataset,
+    load_from_disk,
 )
 
 from ..image_files import list_images
@@ -54,6 +55,7 @@ from .path_tables import (
 
 logger = logging.getLogger(__name__)
 
+DATASET_STATE, DATASET_DICT = "state.json", "dataset_dict.json"  # what marks a folder of `save_to_disk`
 OF_ROWS = {".parquet", ".arrow", ".tar"}  # endings of files that only `datasets` reads
 OF_ROWS_OR_IMAGES = {".zip", ".gz", ".csv", ".json", ".jsonl"}  # they may lie beside images, too
 
@@ -77,12 +79,13 @@ def load_image_dataset(
     Args:
         dataset_name (`str`, *optional*):
             A dataset id on the Hub, or a folder: of classes, of splits with classes, or with a metadata file, which
-            are read as `folders`, or else one that `datasets.load_dataset` can read.
+            are read as `folders`, one that `save_to_disk` wrote, or else one that `datasets.load_dataset` can read.
         dataset_config_name (`str`, *optional*):
             The configuration of the dataset on the Hub.
         folders (`Mapping[str, str]`, *optional*):
             The folder of each split, with one sub-folder of images per class, e.g. `{"train": "pets/train"}`, see
-            [`load_class_folders`], or with a `metadata.csv`, `.jsonl` or `.parquet` as in the `imagefolder` format.
+            [`load_class_folders`], with a `metadata.csv`, `.jsonl` or `.parquet` as in the `imagefolder` format, or
+            written by `Dataset.save_to_disk`.
         files (`Mapping[str, str]` or `Mapping[str, Sequence[str]]`, *optional*):
             The parquet or arrow file of each split, or a list of its shards. Or a csv, tsv or jsonl file of paths,
             relative to its folder, and class names, see [`load_path_tables`].
@@ -141,6 +144,8 @@ def _load_folders(
     for folder in paths.values():
         if not os.path.isdir(folder):
             raise ValueError(f"The image folder {folder!r} does not exist.")
+    if any(map(_is_saved_dataset, paths.values())):
+        return _load_saved(paths)
     cache_dir = load_kwargs.get("cache_dir")
     with_metadata = {split: path for split, path in paths.items() if metadata_files(path)}
     without = {split: path for split, path in paths.items() if split not in with_metadata}
@@ -155,11 +160,34 @@ def _load_folders(
     return splits or load_class_folders(paths, cache_dir)
 
 
+def _is_saved_dataset(folder: str) -> bool:
+    """Returns whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote a folder."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in (DATASET_STATE, DATASET_DICT))
+
+
+def _load_saved(folders: Mapping[str, str]) -> DatasetDict:
+    loaded = {}
+    for split, folder in folders.items():
+        if not _is_saved_dataset(folder):
+            raise ValueError(f"{folder!r} was not written by save_to_disk, but another of the folders was.")
+        dataset = load_from_disk(folder)
+        if isinstance(dataset, DatasetDict):
+            raise ValueError(
+                f"{folder!r} holds the splits {', '.join(dataset)}, where one split was expected. Give the folder of "
+                f"one, such as {os.path.join(folder, next(iter(dataset)))!r}, or the folder alone, as dataset_name."
+            )
+        loaded[split] = dataset
+    return DatasetDict(loaded)
+
+
 def _load_named(name: str, config: str | None, label_column: str | None, load_kwargs: dict) -> DatasetDict:
     """Loads a data set of the Hub or a local folder."""
     settings = {key: value for key, value in load_kwargs.items() if value is not None}
     folder = os.path.expanduser(settings.get("data_dir", "") if name == "imagefolder" else name)
     folder = folder.rstrip(os.sep) or folder
+    if _is_saved_dataset(folder):
+        dataset = load_from_disk(folder)
+        return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
     if config is None and "data_files" not in settings and os.path.isdir(folder) and not _is_repository(folder):
         splits = split_folders(folder)
         if splits != {"train": folder} and any(os.path.dirname(file) == folder for file in metadata_files(folder)):

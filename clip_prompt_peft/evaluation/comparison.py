@@ -74,6 +74,11 @@ class Answers(Predictions):
         of_class = self.is_correct[self.labels == label]
         return float(of_class.mean()) if len(of_class) else float("nan")
 
+    def class_precision(self, label: int) -> float:
+        """Returns the share of correct ones among the predictions of one class, or NaN if it is never predicted."""
+        of_class = self.is_correct[self.predicted == label]
+        return float(of_class.mean()) if len(of_class) else float("nan")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -103,17 +108,45 @@ class Comparison:
         """The indices of the images that only the zero-shot model classifies correctly."""
         return np.flatnonzero(self.zero_shot.is_correct & ~self.tuned.is_correct)
 
+    @property
+    def wrong(self) -> np.ndarray:
+        """The indices of the images that the tuned model classifies wrongly, those of the highest confidence first."""
+        indices = np.flatnonzero(~self.tuned.is_correct)
+        return indices[np.argsort(-self.tuned.confidence[indices], kind="stable")]
+
+    def confused_pairs(self) -> list[tuple[str, str, int, np.ndarray]]:
+        """Returns the pairs of classes that the tuned model confuses, the most frequent first.
+
+        Returns:
+            `list[tuple]`: The true class, the predicted class, the number of images of the true class, and the indices
+            of those of them that are predicted to be of the other class, those of the highest confidence first.
+        """
+        pairs: dict[tuple[int, int], list[int]] = {}
+        for index in self.wrong:
+            pairs.setdefault((int(self.tuned.labels[index]), int(self.tuned.predicted[index])), []).append(index)
+        by_number = sorted(pairs.items(), key=lambda pair: -len(pair[1]))
+        names, counts = self.class_names, np.bincount(self.tuned.labels, minlength=len(self.class_names))
+        return [
+            (names[true], names[predicted], int(counts[true]), np.array(indices))
+            for (true, predicted), indices in by_number
+        ]
+
     def metric_rows(self) -> list[tuple[str, float, float]]:
         """Returns the name of each metric, its zero-shot value and its tuned value."""
         return [(name, self.zero_shot.metrics[name], value) for name, value in self.tuned.metrics.items()]
 
-    def class_rows(self) -> list[tuple[str, int, float, float]]:
-        """Returns the name, number of images, zero-shot accuracy and tuned accuracy of each class with images."""
+    def class_rows(self) -> list[tuple[str, int, float, float, float]]:
+        """Returns the name, number of images, zero-shot recall, tuned recall and tuned precision of each class.
+
+        The recall is the accuracy on the images of the class. The precision is the share of images of the class among
+        those that are predicted to be of it, NaN if there are none. Classes without images are left out.
+        """
         rows = []
         for label, name in enumerate(self.class_names):
             count = int(np.sum(self.tuned.labels == label))
             if count:
-                rows.append((name, count, self.zero_shot.class_accuracy(label), self.tuned.class_accuracy(label)))
+                recalls = self.zero_shot.class_accuracy(label), self.tuned.class_accuracy(label)
+                rows.append((name, count, *recalls, self.tuned.class_precision(label)))
         return rows
 
 

@@ -291,7 +291,7 @@ def _result_lines(comparison: Comparison) -> list[str]:
     ]
     classes = [
         [table_cell(name), str(count), f"{zero_shot:.2f}", f"{tuned:.2f}"]
-        for name, count, zero_shot, tuned in comparison.class_rows()[:NUM_CLASSES_SHOWN]
+        for name, count, zero_shot, tuned, _ in comparison.class_rows()[:NUM_CLASSES_SHOWN]
     ]
     gained, lost = len(comparison.gained), len(comparison.lost)
     return [

@@ -151,7 +151,8 @@ def plot_reliability(
     edges = np.arange(num_bins) / num_bins
     axes.bar(edges, counts / counts.sum(), 1 / num_bins, align="edge", color="#BBBBBB", label="share of images")
     axes.plot([0, 1], [0, 1], color="#666666", linestyle="--", linewidth=1, label="confidence = accuracy")
-    axes.plot(mean_confidence, accuracy, color=COLORS[0], marker="o", label="model")
+    # Markers at 0 and 1 are drawn whole, over the frame.
+    axes.plot(mean_confidence, accuracy, color=COLORS[0], marker="o", label="model", clip_on=False, zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     return axes

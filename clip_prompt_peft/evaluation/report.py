@@ -14,13 +14,14 @@ from datasets import Dataset
 from ..data.images import decode, undecoded
 from ..installing import how_to_install
 from . import plots
-from .comparison import Comparison
+from .comparison import Answers, Comparison
 from .interpret import nearest_words
 from .model_card import environment_versions
 from .tables import printable
 
 
 MAX_IMAGES = 18  # in a grid
+MAX_PAIRS, MAX_IMAGES_OF_PAIR = 5, 6
 THUMBNAIL = (128, 128)
 
 
@@ -64,6 +65,10 @@ def write_report(
         facts={**_facts(model, comparison), **(facts or {})},
         metrics=comparison.metric_rows(),
         classes=comparison.class_rows(),
+        pairs=[
+            (true, predicted, len(indices), count, _embed(_grid(indices[:MAX_IMAGES_OF_PAIR], comparison, dataset)))
+            for true, predicted, count, indices in comparison.confused_pairs()[:MAX_PAIRS]
+        ],
         words=nearest_words(model),
         pictures=_pictures(model, comparison),
         grids=_grids(comparison, dataset),
@@ -109,21 +114,25 @@ def _pictures(model, comparison: Comparison) -> dict[str, dict[str, str]]:
     return {heading: {kind: _embed(axes) for kind, axes in by_kind.items()} for heading, by_kind in drawn.items()}
 
 
-def _grids(comparison: Comparison, dataset: Dataset) -> list[tuple[str, int, str]]:
-    """Returns the heading, number of images and embedded picture of each group of images."""
+def _grids(comparison: Comparison, dataset: Dataset) -> list[tuple[str, int, int, str]]:
+    """Returns the heading, number of images, number of those that are shown, and picture of each group of images."""
+    tuned, zero_shot = comparison.tuned, comparison.zero_shot
     groups = (
-        ("Only correct when tuned", comparison.gained, comparison.zero_shot.predicted),
-        ("Only correct zero-shot", comparison.lost, comparison.tuned.predicted),
+        ("Still wrong when tuned, the most confident first", comparison.wrong, tuned),
+        ("Only correct when tuned", comparison.gained, zero_shot),
+        ("Only correct zero-shot", comparison.lost, tuned),
     )
     return [
-        (heading, len(indices), _embed(_grid(indices[:MAX_IMAGES].tolist(), wrong, comparison, dataset)))
-        for heading, indices, wrong in groups
-        if len(indices)
+        (heading, len(indices), len(shown), _embed(_grid(shown, comparison, dataset, answers)))
+        for heading, indices, answers in groups
+        if len(shown := indices[:MAX_IMAGES])
     ]
 
 
-def _grid(indices: list[int], wrong: np.ndarray, comparison: Comparison, dataset: Dataset):
-    images = [decode(image) for image in undecoded(dataset.select(indices))["image"]]
+def _grid(indices: np.ndarray, comparison: Comparison, dataset: Dataset, answers: Answers | None = None):
+    """Draws images with their class and the wrong class of the answers, by default those of the tuned model."""
+    wrong = (answers or comparison.tuned).predicted
+    images = [decode(image) for image in undecoded(dataset.select(indices.tolist()))["image"]]
     for image in images:
         image.thumbnail(THUMBNAIL)
     names, labels = comparison.class_names, comparison.tuned.labels

@@ -1,4 +1,4 @@
-"""Casting the frozen weights of a text tower once for all chunks of classes, where autocast would for each of them."""
+"""Casting the frozen weights of a tower once for all chunks of its inputs, where autocast would for each of them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Result = TypeVar("Result")
 def keep_casts(encode: Callable[..., Result], parts: Sequence[nn.Module]) -> Callable[..., Result]:
     """Returns `encode`, which under autocast casts each frozen weight in its first call only.
 
-    autocast itself keeps no casts of frozen weights. Casting again would give the same values, so results and
-    gradients do not change. The casts live as long as the returned function, which a graph of autograd holds until it
-    is freed.
+    autocast itself keeps no casts of frozen weights. Where no gradients are computed, all weights are frozen. Casting
+    again would give the same values, so results and gradients do not change. The casts live as long as the returned
+    function, which a graph of autograd holds until it is freed.
 
     Args:
         encode (`Callable`):
@@ -35,7 +35,8 @@ def keep_casts(encode: Callable[..., Result], parts: Sequence[nn.Module]) -> Cal
         return encode
     if any(is_intercepted(module) for part in parts for module in part.modules()):
         return encode
-    casts = _KeptCasts([weight for part in parts for weight in part.parameters() if not weight.requires_grad])
+    weights = [weight for part in parts for weight in part.parameters()]
+    casts = _KeptCasts([weight for weight in weights if not (weight.requires_grad and torch.is_grad_enabled())])
 
     def encode_with_casts(*args):
         with casts:

@@ -47,6 +47,8 @@ def fetch(name_or_path: str | os.PathLike, filename: str, **kwargs) -> str | Non
                 f"{error} If the adapter is in a folder of the repository, name it with subfolder='FOLDER'; for a "
                 f"command, download it first: hf download {name_or_path} --local-dir DIR."
             ) from error
+        if str(name_or_path) not in str(error):  # of several repositories, it must be told which one
+            raise OSError(f"{filename} of {str(name_or_path)!r} could not be loaded: {error}") from error.__cause__
         raise
     except Exception as error:  # of the HTTP library, such as a connection that breaks off
         raise OSError(f"{filename} of {str(name_or_path)!r} could not be downloaded: {error}") from error

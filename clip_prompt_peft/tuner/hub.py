@@ -79,11 +79,11 @@ class HubSettings:
                 A file of the repository.
 
         Raises:
-            OSError: If the repository cannot be accessed.
+            OSError: If the repository cannot be accessed, or has no such file.
         """
         if name_or_path is None or os.path.exists(name_or_path):
             return self
-        path = fetch(name_or_path, filename, _raise_exceptions_for_missing_entries=False, **self.arguments)
+        path = fetch(name_or_path, filename, **self.arguments)
         return replace(self, revision=extract_commit_hash(path, None) or self.revision)
 
     def __copy__(self) -> HubSettings:
@@ -181,6 +181,15 @@ def locate(
     of_base = hub.at(config.revision, getattr(config, "base_model_subfolder", None))
     of_base = pin_base_model(base, of_base, name_or_path)
     return base, of_base, replace(adapter, revision=extract_commit_hash(path, None) or adapter.revision)
+
+
+def check_revision(base: str, revision: str | None) -> None:
+    """Raises `ValueError` if a revision is given for a base model that is a folder, which has none."""
+    if revision is not None and os.path.isdir(base):
+        raise ValueError(
+            f"The base model {base!r} is a folder, which has no revision {revision!r}; leave the revision out, or "
+            "name the Hub id of the base model."
+        )
 
 
 def pin_base_model(base: str, hub: HubSettings, adapter: str | os.PathLike) -> HubSettings:

@@ -46,8 +46,14 @@ def test_revisions_that_differ_are_different_base_models(tmp_path):
     with pytest.raises(ValueError, match="seed0: me/clip, revision v1; seed1: me/clip.*Choose it with --base"):
         base_model_of(found)
     assert base_model_of(found, "me/clip") == ("me/clip", HubSettings())
-    assert base_model_of(found, None, "main") == ("me/clip", HubSettings(revision="main"))
     assert base_model_of(found, "me/other", "v3") == ("me/other", HubSettings(revision="v3"))
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    found = adapters(tmp_path, ("me/clip", "v1", None))
+    for chosen in (None, "me/clip"):
+        with pytest.raises(ValueError, match="'me/clip' is a folder, which has no revision 'main'"):
+            base_model_of(found, chosen, "main")
 
 
 @pytest.fixture(scope="module")

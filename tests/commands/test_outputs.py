@@ -103,8 +103,12 @@ def test_the_record_holds_no_token_and_the_report_needs_no_flags(run_here, tmp_p
     folder = tmp_path / "outputs/prompt_tuning/seed1"
     record = (folder / RECORD_NAME).read_text()
     assert "hf_" not in record and json.loads(record)["data"]["train_dir"] == str(images)
+    assert json.loads(record)["run"] == {"Seed": 1, "Epochs": 1.0, "Learning rate": 0.001}
     assert RECORD_NAME.startswith("_")  # the Trainer pushes no such file
     assert "'held out of train' (4 images)" in run_here("report", "outputs/prompt_tuning")
+    page = (tmp_path / "report.html").read_text()
+    for fact, value in (("Images of each class", 4), ("Seed", 1), ("Epochs", 1), ("Learning rate", 0.001)):
+        assert f"<tr><th>{fact}</th><td>{value}</td></tr>" in page
     shutil.copytree(images, tmp_path / "others")
     printed = run_here("report", "outputs/prompt_tuning", "--train_dir", "images", "--test_dir", "others")
     assert "Tested on others, 'test' (12 images)" in printed

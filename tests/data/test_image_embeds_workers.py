@@ -1,5 +1,7 @@
 """Image embeddings whose images are decoded by other processes: the same values, the same errors."""
 
+import multiprocessing
+
 import datasets
 import pytest
 import torch
@@ -69,6 +71,22 @@ def test_order_and_values_do_not_depend_on_workers(classifier, image_processor, 
     assert with_workers[:]["labels"].tolist() == alone[:]["labels"].tolist()
     assert torch.equal(with_workers[:]["image_embeds"], alone[:]["image_embeds"])
     assert len({tuple(embeds.flatten().tolist()) for embeds in alone[:]["image_embeds"]}) == 11
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("computed_anew")
+@pytest.mark.parametrize("images", [of_a_table, of_a_generator])
+def test_workers_that_are_not_forked_give_the_same(classifier, image_processor, images):
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        spawned = cache_image_embeds(images(), classifier, image_processor, num_workers=1, num_views=2)
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+    alone = cache_image_embeds(images(), classifier, image_processor, num_views=2)
+    for embeds in (spawned, alone):
+        embeds.set_format("torch")
+    assert torch.equal(spawned[:]["image_embeds"], alone[:]["image_embeds"])
 
 
 @pytest.mark.usefixtures("own_datasets_cache")

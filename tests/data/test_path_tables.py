@@ -197,3 +197,31 @@ def test_a_metadata_file_of_another_name_is_mentioned(photos, name):
 def test_a_folder_is_no_file(photos):
     with pytest.raises(ValueError, match="is a folder and not a file"):
         load_image_dataset(files={"train": photos})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("labels.csv", b"PK\x03\x04" + bytes(200)),  # a table of a spreadsheet
+        ("labels.csv", "file_name,label\n1.png,caf\u00e9\n".encode("latin-1")),
+        ("labels.csv", "file_name,label\n1.png,cat\n".encode("utf-16")),
+        ("labels.csv", b"file_name,label\n"),
+        ("labels.tsv", b""),
+        ("labels.jsonl", b""),
+        ("labels.jsonl", b'{"file_name": "1.png", "label": "cat"},\n{"file_'),
+        ("labels.parquet", b"PAR1"),
+        ("labels.arrow", b""),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(photos, name, content):
+    (photos / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"Cannot read '.*{name}' as .*damaged, empty or of another format"):
+        load_image_dataset(files={"train": photos / name})
+
+
+def test_line_ends_quotes_and_addresses_of_files(photos):
+    rows = ["file_name,label", f'"{photos}/1.png","cat, old"', f"file://{photos}/2.png,dog"]
+    for line_end in ("\n", "\r\n", "\r"):
+        (photos / "labels.csv").write_bytes(line_end.join(rows).encode())
+        train = load_image_dataset(files={"train": photos / "labels.csv"})["train"]
+        assert classes(train) == ["cat, old", "dog"] and train[1]["image"].size == (4, 4)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from clip_prompt_peft.data import load_image_dataset
@@ -217,3 +217,30 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=r"Cannot read .*a\.parquet' as parquet"):
         load_image_dataset(files={"train": tmp_path / "a.parquet"})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder that `DatasetDict.save_to_disk` wrote, with columns of names of its own."""
+    folder = write_folder(tmp_path / "drawn", {"cat": 2, "dog": 3})
+    split = load_image_dataset(folders={"train": folder})["train"].rename_column("label", "breed")
+    DatasetDict(train=split, test=split.select([0, 4])).save_to_disk(tmp_path / "my pets")
+    return tmp_path / "my pets"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_save_to_disk_wrote_is_loaded(saved, streaming):
+    splits = load_image_dataset(saved, streaming=streaming)
+    assert [example["label"] for example in splits["test"]] == [0, 1]
+    assert splits["train"].features == {"image": Image(), "label": ClassLabel(names=["cat", "dog"])}
+    alone = load_image_dataset(saved / "train", label_column="breed")
+    assert list(alone) == ["train"] and alone["train"]["label"][:] == [0, 0, 1, 1, 1]
+    apart = load_image_dataset(folders={"train": saved / "train", "test": saved / "test"})
+    assert apart["test"]["label"][:] == [0, 1]
+
+
+def test_folders_of_save_to_disk_that_are_no_splits_are_told(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"holds the splits train, test.*such as '.*my pets/train', or"):
+        load_image_dataset(folders={"train": saved})
+    with pytest.raises(ValueError, match="drawn' was not written by save_to_disk, but another"):
+        load_image_dataset(folders={"train": saved / "train", "test": tmp_path / "drawn"})

@@ -52,6 +52,22 @@ def test_which_images_changed_sides_is_counted():
     np.testing.assert_allclose(after.confidence, np.e / (np.e + 1))
 
 
+def test_what_is_still_wrong_is_told_by_pairs_of_classes_the_most_confident_first():
+    labels = np.array([0, 0, 0, 1, 2])
+    logits = np.array([[0, 1, 0], [0, 3, 0], [1, 0, 0], [0, 0, 2], [0, 0, 1]])
+    comparison = Comparison(["cat", "dog", "owl"], Answers(logits, labels), Answers(logits, labels))
+    assert comparison.wrong.tolist() == [1, 3, 0]
+    (true, predicted, count, indices), other = comparison.confused_pairs()
+    assert (true, predicted, count, indices.tolist()) == ("cat", "dog", 3, [1, 0])
+    assert other[:3] == ("dog", "owl", 1) and other[3].tolist() == [3]
+    (_, *cat), (_, *dog), (_, *owl) = comparison.class_rows()
+    assert cat == pytest.approx([3, 1 / 3, 1 / 3, 1.0])
+    assert dog == pytest.approx([1, 0.0, 0.0, 0.0])  # predicted for cats only
+    assert owl == pytest.approx([1, 1.0, 1.0, 0.5])
+    never = Comparison(["cat", "dog"], Answers(logits[2:3, :2], labels[:1]), Answers(logits[2:3, :2], labels[:1]))
+    assert np.isnan(never.tuned.class_precision(1)) and never.confused_pairs() == []
+
+
 def test_images_of_other_classes_are_refused(classifier, dataset, image_processor):
     with pytest.raises(ValueError, match="not the model's classes"):
         compare_with_zero_shot(tuned(classifier), dataset, image_processor)

@@ -57,7 +57,19 @@ def test_shows_numbers_words_and_pictures_and_needs_no_other_file(parts, tmp_pat
     assert "a photo of a {}." in page.text and "Vocabulary words nearest to the learned vectors" in page.text
     if len(comparison.lost):
         assert f"Only correct zero-shot: {len(comparison.lost)} images" in page.text
+    assert f"Still wrong when tuned, the most confident first: {len(comparison.wrong)} images" in page.text
+    true, predicted, count, indices = comparison.confused_pairs()[0]
+    assert f"{true}, taken for {predicted}: {len(indices)} of {count} image" in page.text
     assert "transformers" in page.text
+
+
+@pytest.mark.slow
+def test_more_images_than_are_shown_are_counted(parts, tmp_path, monkeypatch):
+    model, comparison, dataset = parts
+    monkeypatch.setattr("clip_prompt_peft.evaluation.report.MAX_IMAGES", 1)
+    write_report(tmp_path / "report.html", model, comparison, dataset, "title")
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert f"{len(comparison.wrong)} images, of which 1 are shown" in text
 
 
 def test_without_jinja2_it_is_told_how_to_get_it(parts, tmp_path, monkeypatch):

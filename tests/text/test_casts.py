@@ -9,10 +9,14 @@ import torch
 from adapters import as_if_trained, base_of, prompted
 from cases import new_classifier
 from class_embeds import embeds_and_gradients
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clip_prompt_peft.data import cache_image_embeds
 from clip_prompt_peft.text.casts import keep_casts
 
 
@@ -146,6 +150,28 @@ def test_weights_that_hooks_load_for_a_call_are_not_kept():
     embeds, _ = step(model, 2, "plain")
     assert len(kept) > 3
     assert torch.equal(embeds, expected[0])
+
+
+def test_without_gradients_trained_weights_are_cast_once_too():
+    model = new_classifier(NAMES)
+    model.class_encoder.batch_size = 1
+    with CountCasts(model.parameters()) as casts, torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model.get_class_embeds()
+    assert 0 < casts.number <= len(list(model.text_model.parameters())) + 1
+
+
+def test_so_are_those_of_the_image_tower_in_all_batches(image_processor):
+    images = {"image": [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in range(6)], "label": [0] * 6}
+    features = Features(image=ImageFeature(), label=Value("int64"))
+    numbers = []
+    for batch_size in (1, 6):
+        classifier = new_classifier(NAMES)
+        linear = [w for name, w in classifier.vision_model.named_parameters() if "patch_embedding" not in name]
+        dataset = Dataset.from_dict(images, features=features)
+        with CountCasts(linear) as casts:
+            cache_image_embeds(dataset, classifier, image_processor, batch_size, compute_dtype="bfloat16")
+        numbers.append(casts.number)
+    assert numbers[0] == numbers[1] > 0
 
 
 class Careful(nn.Module):
