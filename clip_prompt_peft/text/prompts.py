@@ -136,9 +136,9 @@ def _check_special_tokens(texts, encoded: EncodedTexts, tokenizer) -> None:
 
 def _warn_of_equal_tokens(class_names, input_ids, tokenizer) -> None:
     """Names the classes whose prompts have the same tokens, once for each tokenizer."""
-    groups: dict[bytes, list[str]] = {}
-    for name, row in zip(class_names, input_ids.numpy()):
-        groups.setdefault(row.tobytes(), []).append(name)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, row in zip(class_names, input_ids.tolist()):
+        groups.setdefault(tuple(row), []).append(name)
     equal = tuple(tuple(names) for names in groups.values() if len(names) > 1)
     known = _reported.setdefault(tokenizer, set())
     if not equal or equal in known:

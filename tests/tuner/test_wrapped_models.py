@@ -163,3 +163,13 @@ def test_vmap_over_several_adapters_gives_what_each_of_them_gives(fields, traini
             alone = call(model, {name: value[index] for name, value in tensors.items()}, pixel_values)
             torch.testing.assert_close(together[index], alone, rtol=1e-4, atol=1e-4)
     assert torch.equal(logits_of(model.eval(), pixel_values), before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_first_call_of_a_model_may_be_a_functional_one(fields, training, pixel_values):
+    """Prompts and inputs of the text tower are made in it, and kept."""
+    model, twin = tuned_classifier(**fields).train(training), tuned_classifier(**fields)
+    twin.load_state_dict(model.state_dict())
+    tensors = some_tensors(model)
+    torch.func.grad(lambda tensors: call(model, tensors, pixel_values).square().mean())(tensors)
+    torch.testing.assert_close(logits_of(model.eval(), pixel_values), logits_of(twin, pixel_values))
