@@ -10,7 +10,7 @@ from itertools import chain
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
-from ..templates import check_class_names
+from ..templates import check_class_names, how_to_renumber
 
 
 IMAGE, LABEL = "image", "label"  # the column names of every dataset that this package returns
@@ -237,6 +237,11 @@ def check_labels_are_numbers(dataset: Dataset, label_column: str = LABEL) -> Non
         )
 
 
+def plain_name(class_name: str) -> str:
+    """Returns a class name without case, extra spaces, underscores and ways to store accents, for comparisons."""
+    return unicodedata.normalize("NFC", clean_class_name(class_name)).casefold()
+
+
 def check_label_order(dataset: Dataset, class_names: Sequence[str] | None, label_column: str = LABEL) -> None:
     """Checks that no class of a data set is another class of a model. Names that only one of them has may differ.
 
@@ -257,19 +262,23 @@ def check_label_order(dataset: Dataset, class_names: Sequence[str] | None, label
     if class_names is None or not isinstance(feature, ClassLabel):
         return
     number_of = {name: number for number, name in enumerate(class_names)}
+    spelled_otherwise = {plain_name(name): number for name, number in number_of.items()}
+    if len(spelled_otherwise) < len(number_of) or len(set(map(plain_name, feature.names))) < len(feature.names):
+        spelled_otherwise = {}  # classes of one side differ in case only
     for label, spelled in enumerate(feature.names):
-        number = number_of.get(spelled, number_of.get(clean_class_name(spelled)))
+        exact = number_of.get(spelled, number_of.get(clean_class_name(spelled)))
+        number = spelled_otherwise.get(plain_name(spelled)) if exact is None else exact
         if number in (None, label):
             continue
         problem = (
             f"The data set and the model have the same classes in another order: label {label} of the data set is "
-            f"{spelled!r}, which is class {number} of the model."
+            f"{spelled!r}, and class {number} of the model is {class_names[number]!r}."
         )
         if len(feature.names) == len(class_names):
             raise ValueError(
                 f"{problem} Give the model the data set's names in their order, "
                 "model.set_class_names(class_names_of(dataset)), or renumber the data set with "
-                f"dataset.align_labels_with_mapping(model.config.label2id, {label_column!r})."
+                f"{how_to_renumber(label_column)}."
             )
         warnings.warn(
             f"{problem} Do not train or evaluate with these labels before they are renumbered, for example by "

@@ -78,12 +78,22 @@ class TestLabelOrder:
 
     @pytest.mark.parametrize("names", [["polar bear", "cat", "owl"], ["polar_bear", "cat", "fox"]])
     def test_a_class_with_another_number_is_an_error(self, names):
-        with pytest.raises(ValueError, match="another order: label 0 of the data set is 'polar.bear', which"):
+        with pytest.raises(ValueError, match="another order: label 0 of the data set is 'polar.bear', and class"):
             check_label_order(dataset(names), ["cat", "polar bear", "owl"])
 
     def test_some_of_the_classes_are_a_warning(self):
-        with pytest.warns(UserWarning, match="label 0 of the data set is 'dog', which is class 1"):
+        with pytest.warns(UserWarning, match="label 0 of the data set is 'dog', and class 1 of the model is 'dog'"):
             check_label_order(dataset(["dog", "owl"]), ["cat", "dog", "owl"])
+
+    @pytest.mark.parametrize("names", [["Owl", "Cat", "Dog"], ["owl ", "_cat", "DOG"]])
+    def test_names_that_are_spelled_otherwise_are_the_same_classes(self, names):
+        with pytest.raises(ValueError, match="class 2 of the model is 'owl'.*align_labels_with_mapping"):
+            check_label_order(dataset(names), ["cat", "dog", "owl"])
+        check_label_order(dataset([names[1], names[2], names[0]]), ["cat", "dog", "owl"])
+
+    def test_classes_of_one_side_may_differ_in_case_only(self):
+        check_label_order(dataset(["Cat", "cat"]), ["Cat", "dog"])
+        check_label_order(dataset(["CAT", "dog"]), ["Cat", "cat"])
 
     def test_without_names_nothing_is_known(self):
         with warnings.catch_warnings():
