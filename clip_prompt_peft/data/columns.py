@@ -337,9 +337,13 @@ def check_names_differ(names: Sequence[str]) -> None:
 
 
 def unlabeled_rows(labels: Sequence, feature) -> list[int]:
-    """Returns the rows without a label: those with none or, if they are a `ClassLabel`, with a negative one."""
+    """Returns the rows without a label: those with none, NaN or, if they are a `ClassLabel`, with a negative one."""
     is_class = isinstance(feature, ClassLabel)
-    return [row for row, label in enumerate(labels) if label is None or (is_class and label < 0)]
+    return [
+        row
+        for row, label in enumerate(labels)
+        if label is None or label != label or (is_class and label < 0)  # NaN alone differs from itself
+    ]
 
 
 def clean_class_name(name: str, split_camel_case: bool = False) -> str:
