@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import (
@@ -32,6 +31,7 @@ from .columns import (
     find_label_column,
     is_image,
     is_text,
+    plain_name,
     read_labels,
     type_name,
     unlabeled_rows,
@@ -450,11 +450,7 @@ def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel,
 
 def _hint(names: Iterable, others: Iterable[str]) -> str:
     """Names those of the other classes that are meant, if they are only spelled otherwise."""
-    wanted = {_plain(name) for name in names if isinstance(name, str)}
-    alike = [repr(other) for other in sorted(others) if _plain(other) in wanted]
+    wanted = {plain_name(name) for name in names if isinstance(name, str)}
+    alike = [repr(other) for other in sorted(others) if plain_name(other) in wanted]
     spelled = "which differ in case or spaces only, or in how accents are stored; rename one"
     return f" It has {', '.join(alike)}, {spelled}." if alike else ""
-
-
-def _plain(class_name: str) -> str:
-    return unicodedata.normalize("NFC", clean_class_name(class_name)).casefold()
