@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 import warnings
@@ -12,6 +13,8 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 
 from ..templates import check_class_names, how_to_renumber
 
+
+logger = logging.getLogger(__name__)
 
 IMAGE, LABEL = "image", "label"  # the column names of every dataset that this package returns
 
@@ -53,14 +56,24 @@ def find_label_column(features: Features, name: str | None = None) -> str:
             The columns of the dataset.
         name (`str`, *optional*):
             The column to use. By default, the only `ClassLabel` column or, without one, a string column. Among several
-            candidates, and for string columns always, the name must be `label`, `labels`, `class` or `target`.
+            candidates, and for string columns always, the name must be `label`, `labels`, `class` or `target`. If
+            several columns have such a name, `label` is taken, with a warning that names the others.
 
     Raises:
-        ValueError: If the named column is missing or has no class names, or if no label column can be determined.
+        ValueError: If the named column is missing or has no class names, or if no label column can be determined, as
+            when several columns have such a name, but none is called `label`.
     """
     labels = [key for key, feature in features.items() if isinstance(feature, ClassLabel)]
     usual = [key for key in labels or features if key in USUAL_LABEL_NAMES and _has_class_names(features[key])]
-    return _choose(features, "label", name, usual[:1] or labels, _has_class_names)
+    if name is None and LABEL in usual and len(usual) > 1:
+        others = [key for key in usual if key != LABEL]
+        logger.warning(
+            "The labels are read from the column %r, and not from %s; name another one with label_column.",
+            LABEL,
+            others,
+        )
+        usual = [LABEL]
+    return _choose(features, "label", name, usual or labels, _has_class_names)
 
 
 def is_image(feature) -> bool:

@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 from conftest import TINY_CLIP
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from clip_prompt_peft import CLIPForPromptClassification
 from clip_prompt_peft.data import (
@@ -15,7 +15,7 @@ from clip_prompt_peft.data import (
     split_base_new,
     with_pixel_values,
 )
-from clip_prompt_peft.data.columns import check_label_order, check_labels_are_numbers
+from clip_prompt_peft.data.columns import check_label_order, check_labels_are_numbers, find_label_column
 
 
 def dataset(names):
@@ -115,3 +115,24 @@ class TestLabelsAreNumbers:
     def test_missing_ones_are_counted(self):
         with pytest.raises(ValueError, match="1 of 3 rows have no value in the column 'label', such as row 1"):
             check_labels_are_numbers(Dataset.from_dict({"label": [0, None, 1]}))
+
+
+class TestTwoColumnsOfLabels:
+    @pytest.mark.parametrize("feature", [Value("string"), ClassLabel(names=["cat", "dog"])])
+    @pytest.mark.parametrize("names", [("target", "labels"), ("class", "target"), ("labels", "class")])
+    def test_are_an_error_that_names_both(self, names, feature):
+        features = Features({"image": Image(), **dict.fromkeys(names, feature)})
+        with pytest.raises(ValueError, match=rf"More than one .*{', '.join(names)}.*label_column"):
+            find_label_column(features)
+        assert find_label_column(features, names[1]) == names[1]
+
+    @pytest.mark.parametrize("names", [("class", "label"), ("label", "target")])
+    def test_label_is_taken_and_the_other_is_told(self, names, caplog):
+        assert find_label_column(Features(dict.fromkeys(names, Value("string")))) == "label"
+        other = next(name for name in names if name != "label")
+        assert f"'label', and not from ['{other}']" in caplog.text
+
+    def test_a_column_beside_it_of_another_name_or_type_is_no_label(self, caplog):
+        assert find_label_column(Features({"label": Value("string"), "label_name": Value("string")})) == "label"
+        assert find_label_column(Features({"label": Value("int64"), "class": Value("string")})) == "class"
+        assert not caplog.text
