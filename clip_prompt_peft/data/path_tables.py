@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -182,7 +183,7 @@ def _check_line_breaks(table: Dataset, file: str, columns: set[str | None]) -> N
     for column, feature in table.features.items():
         if not is_text(feature):
             continue
-        texts = table.data.column(column)
+        texts = table.data.column(column).cast(pa.large_string())  # Arrow cannot search in string_view
         broken = pc.indices_nonzero(pc.fill_null(pc.match_substring_regex(texts, "[\r\n]"), False)).to_pylist()
         if not broken:
             continue
