@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import psutil
 import torch
 from peft import get_peft_model
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
@@ -178,6 +179,13 @@ def busy_time(spans: list[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, covered))
         covered = max(covered, end)
     return total
+
+
+def bytes_held(device: str) -> int:
+    """The memory of the process, or what torch has allocated on a device."""
+    if device == "cpu":
+        return psutil.Process().memory_info().rss
+    return torch.get_device_module(device).memory_allocated()
 
 
 def synchronize(device: str) -> None:

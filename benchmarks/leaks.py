@@ -15,8 +15,8 @@ import itertools
 import tempfile
 from collections.abc import Callable
 
-import psutil
 import torch
+from common import bytes_held
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -62,12 +62,6 @@ def repeat(name: str, action: Callable[[int], None], times: int, device: str) ->
             tensors, objects = count_alive()
             memory = bytes_held(device) / 2**20
             print(f"| {name} | {number:,} | {tensors} | {objects:,} | {memory:.0f} |", flush=True)
-
-
-def bytes_held(device: str) -> int:
-    if device == "cpu":
-        return psutil.Process().memory_info().rss
-    return torch.get_device_module(device).memory_allocated()
 
 
 def count_alive() -> tuple[int, int]:

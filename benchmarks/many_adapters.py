@@ -17,9 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
-from common import synchronize, time_once
+from common import bytes_held, synchronize, time_once
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
@@ -84,13 +83,16 @@ def write_adapters(base: CLIPForPromptClassification, arguments, folder: Path) -
 def load_all(base: CLIPForPromptClassification, paths: dict[str, Path]) -> tuple[PeftModel, dict[str, str]]:
     base_parameters = sum(p.numel() for p in base.parameters())
     device = str(base.device)
+    gc.collect()
     bytes_before, start = bytes_held(device), time.perf_counter()
     (first, path), *others = paths.items()
     model = PeftModel.from_pretrained(base, path, adapter_name=first)
     for name, path in others:
         model.load_adapter(path, name)
     synchronize(device)
-    seconds, held = time.perf_counter() - start, bytes_held(device) - bytes_before
+    seconds = time.perf_counter() - start
+    gc.collect()
+    held = bytes_held(device) - bytes_before
     files = sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
     vectors = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "learnable_" in n)
     return model, {
@@ -100,13 +102,6 @@ def load_all(base: CLIPForPromptClassification, paths: dict[str, Path]) -> tuple
         f"memory {'of the process' if device == 'cpu' else 'on the device'} above the base": f"{held / 2**20:.1f} MB",
         "loading one adapter": f"{seconds / len(paths) * 1e3:.1f} ms",
     }
-
-
-def bytes_held(device: str) -> int:
-    gc.collect()
-    if device == "cpu":
-        return psutil.Process().memory_info().rss
-    return torch.get_device_module(device).memory_allocated()
 
 
 def measure_switching(model: PeftModel, names: list[str]) -> dict[str, str]:

@@ -119,19 +119,21 @@ def _decode_text(text: str, timeout: float | None) -> Image.Image:
         except ValueError as error:
             raise UnreadableImageError(f"Cannot read the base64 text {name}: {error}. It may be cut off.") from error
         return decode_image(content, f"the base64 text {name}")
-    if not os.path.exists(text) and _is_base64_of_image(text):
-        return decode_image(base64.b64decode(text), f"the base64 text {name}")
+    if not os.path.exists(text) and (content := _base64_of_image(text)) is not None:
+        return decode_image(content, f"the base64 text {name}")
     return decode_image(text, name)
 
 
-def _is_base64_of_image(text: str) -> bool:
+def _base64_of_image(text: str) -> bytes | None:
+    """Returns the content of an image, or `None` if the text is something else."""
     try:
-        with Image.open(BytesIO(base64.b64decode("".join(text.split()), validate=True))):
-            return True
+        content = base64.b64decode("".join(text.split()), validate=True)
+        Image.open(BytesIO(content)).close()
     except (ValueError, UnidentifiedImageError):  # as of most paths that do not exist
-        return False
+        return None
     except Exception:  # an image, which `decode_image` refuses with the reason
-        return True
+        pass
+    return content
 
 
 def _classifier(model, tokenizer):

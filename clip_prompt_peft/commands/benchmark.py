@@ -52,7 +52,7 @@ from ..protocols import (
     transfer_table,
 )
 from ..tuner.hub import HubSettings, load_image_processor
-from .checks import POSITIVE, check_base_model, check_numbers, errors_name
+from .checks import POSITIVE, check_base_model, check_numbers
 from .common import (
     DataclassParser,
     argument,
@@ -138,8 +138,7 @@ def run_benchmark(progress: Progress) -> None:
         others = transfer(source, targets, args.methods, shots, args.seeds)
         check_can_be_written(args.output_dir)
         check_base_model(args.model_name_or_path)
-        with errors_name(args.model_name_or_path):
-            hub = HubSettings().pinned(args.model_name_or_path)
+        hub = HubSettings().pinned(args.model_name_or_path)
         hashes = {name: hash_of_splits(splits) for name, splits in data.items()}
         results = Results(args.output_dir, settings.fingerprint(identity_of(args.model_name_or_path, hub)), hashes)
         progress.results, progress.runs = results, merge_runs([*curve, *base_new, *others])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
@@ -102,17 +101,6 @@ def check_base_model(name: str, flag: str = "--model_name_or_path") -> None:
             f"{flag} {name!r} {'is an adapter' if is_adapter else 'holds adapters'}, and not a model. Name the base "
             f"model instead; that of the adapter {adapters[0]!r} stands in its {CONFIG_NAME}."
         )
-
-
-@contextlib.contextmanager
-def errors_name(model: str) -> Iterator[None]:
-    """Puts the name of a model in front of errors about its files, unless they name it."""
-    try:
-        yield
-    except OSError as error:
-        if model in str(error):
-            raise
-        raise OSError(f"The model {model!r} cannot be loaded: {error}") from error
 
 
 def check_runs(model_args, data_args, training_args) -> None:

@@ -18,7 +18,6 @@ from .common import exit_with
 
 
 logger = logging.getLogger(__name__)
-HOW_TO_SAVE = "With --save_strategy epoch there are checkpoints to continue from"
 
 
 def find_checkpoint(run_args: TrainingArguments) -> str | None:
@@ -75,15 +74,17 @@ def what_is_done(runs: Sequence[TrainingArguments]) -> str:
     """Says which seeds of a training that is stopped are done, and how to go on."""
     done = [run_args for run_args in runs if _is_finished(run_args)]
     if not done and not any(checkpoints_in(run_args.output_dir) for run_args in runs):
-        return "Nothing is saved yet." + ("" if _saves_checkpoints(runs) else f" {HOW_TO_SAVE}.")
+        return f"Nothing is saved yet.{_how_to_save(runs)}"
     number = f"{len(done)} of {counted(len(runs), 'seed')} {'is' if len(runs) == 1 else 'are'} done"
     if any(checkpoints_in(run_args.output_dir) for run_args in runs):
         return f"{number}; the same command with --resume_from_checkpoint true goes on from the last checkpoint."
     return f"{number}; run the same command again to train all of them."
 
 
-def _saves_checkpoints(runs: Sequence[TrainingArguments]) -> bool:
-    return any(run_args.save_strategy != "no" for run_args in runs)
+def _how_to_save(runs: Sequence[TrainingArguments]) -> str:
+    if any(run_args.save_strategy != "no" for run_args in runs):
+        return ""
+    return " With --save_strategy epoch there are checkpoints to continue from."
 
 
 def _is_finished(run_args: TrainingArguments) -> bool:
@@ -93,7 +94,5 @@ def _is_finished(run_args: TrainingArguments) -> bool:
 def _how_to_continue(run_args: TrainingArguments) -> str:
     checkpoint = last_whole_checkpoint(run_args.output_dir)
     if checkpoint is None:
-        return "There is no checkpoint to continue from" + (
-            "." if _saves_checkpoints([run_args]) else f". {HOW_TO_SAVE}."
-        )
+        return f"There is no checkpoint to continue from.{_how_to_save([run_args])}"
     return f"Then continue {checkpoint!r}: the same command with --resume_from_checkpoint true."

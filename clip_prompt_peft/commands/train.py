@@ -47,7 +47,7 @@ from ..training.recipes import Recipe
 from ..tuner.files import WEIGHTS_NAME
 from ..tuner.hub import load_image_processor
 from .arguments import parse_arguments, parser
-from .checks import check_runs, check_shots, check_training, errors_name, rehearse
+from .checks import check_runs, check_shots, check_training, rehearse
 from .common import (
     COLUMNS,
     Results,
@@ -104,11 +104,10 @@ def train(runs: list[TrainingArguments]) -> None:
         name = model_args.model_name_or_path
         hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
         class_names = class_names_of(splits["train"])
-        with errors_name(name):
-            model = AutoModelForPromptClassification.from_pretrained(
-                name, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
-            )
-            image_processor = load_image_processor(model)
+        model = AutoModelForPromptClassification.from_pretrained(
+            name, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
+        )
+        image_processor = load_image_processor(model)
         config = prompt_args.config(model)
         use_one_thread_if_tiny(name)
         peft_model = get_peft_model(model, config)  # raises if the prompt does not fit

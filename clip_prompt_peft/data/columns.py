@@ -252,7 +252,11 @@ def check_labels_are_numbers(dataset: Dataset, label_column: str = LABEL) -> Non
 
 def plain_name(class_name: str) -> str:
     """Returns a class name without case, extra spaces, underscores and ways to store accents, for comparisons."""
-    return unicodedata.normalize("NFC", clean_class_name(class_name)).casefold()
+    return _normal_name(class_name).casefold()
+
+
+def _normal_name(class_name: str) -> str:
+    return unicodedata.normalize("NFC", clean_class_name(class_name))
 
 
 def check_label_order(dataset: Dataset, class_names: Sequence[str] | None, label_column: str = LABEL) -> None:
@@ -339,7 +343,7 @@ def check_names_differ(names: Sequence[str]) -> None:
     """Raises `ValueError` if two classes have the same name but for spaces, underscores, or how accents are stored."""
     spellings: dict[str, str] = {}
     for name in names:
-        other = spellings.setdefault(unicodedata.normalize("NFC", clean_class_name(name)), name)
+        other = spellings.setdefault(_normal_name(name), name)
         if other is not name:
             shown = repr if clean_class_name(other) == clean_class_name(name) else ascii
             raise ValueError(

@@ -8,7 +8,6 @@ import os
 import uuid
 from collections.abc import Iterator
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets import Sequence as SequenceFeature
@@ -21,7 +20,7 @@ from ..image_files import UnreadableImageError
 from ..text.casts import keep_casts
 from ..towers import adapter_settings, embed_width, eval_mode, execution_device, hooks_of, image_side
 from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
-from .images import PixelTransform, decode, undecoded
+from .images import PixelTransform, decode, paths_without_content, undecoded
 
 
 logger = logging.getLogger(__name__)
@@ -308,11 +307,8 @@ def _states_of_files(images: Dataset | IterableDataset) -> list[tuple]:
     """Returns path, size and time of change of the files of rows without bytes, which may have been replaced."""
     if isinstance(images, IterableDataset):
         return []  # its embeddings are not kept
-    column = images.data.column(IMAGE)  # of all rows, also of those that were not selected
-    length = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), 0)
-    paths = pc.unique(pc.struct_field(column, "path").filter(pc.equal(length, 0))).to_pylist()
     states = []
-    for path in paths:
+    for path in paths_without_content(images).unique().to_pylist():
         with contextlib.suppress(OSError):  # remote, or gone, which is told when it is decoded
             state = os.stat(path)
             states.append((path, state.st_size, state.st_mtime_ns))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import fsspec
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
@@ -146,10 +147,7 @@ def check_rows(dataset: Dataset) -> None:
     """Raises an `UnreadableImageError` if rows hold no image: neither bytes nor a path. Images are not read."""
     if isinstance(dataset, IterableDataset):  # told by `decode`, when such a row comes
         return
-    images = dataset.data.column(IMAGE)  # of all rows, also of those that were not selected
-    content, path = pc.struct_field(images, "bytes"), pc.struct_field(images, "path")
-    length = pc.fill_null(pc.binary_length(content), 0)
-    if not pc.any(pc.and_(pc.equal(length, 0), pc.is_null(path))).as_py():
+    if not paths_without_content(dataset).null_count:
         return
     rows = dataset.select_columns(IMAGE).cast_column(IMAGE, ImageFeature(decode=False))
     empty = [str(number) for number, row in enumerate(rows) if _is_empty(row[IMAGE])]
@@ -159,6 +157,13 @@ def check_rows(dataset: Dataset) -> None:
             f"{len(empty)} of {len(dataset)} rows{split} hold no image, neither bytes nor a path; counted from 0: "
             f"{', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}. Remove these rows, or add their images."
         )
+
+
+def paths_without_content(dataset: Dataset) -> pa.ChunkedArray:
+    """Returns the path, or null, of each image without bytes: of all rows, also of those that were not selected."""
+    images = dataset.data.column(IMAGE)
+    length = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), 0)
+    return pc.struct_field(images, "path").filter(pc.equal(length, 0))
 
 
 def _is_empty(image: dict | None) -> bool:

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, load_dataset_builder
 
-from .columns import USUAL_LABEL_NAMES
+from .columns import TEXTS, USUAL_LABEL_NAMES
+from .path_tables import ROWS
 
 
-ENDINGS = (".parquet", ".arrow")
 # The settings of `load_dataset` that `load_dataset_builder` does not have.
 LOADING_ONLY = {"split", "streaming", "num_proc", "save_infos", "verification_mode", "keep_in_memory"}
 ADVICE = (
@@ -66,7 +66,7 @@ def check_labels_of_folder(name: str, config: str | None, label_column: str | No
     settings = {key: value for key, value in settings.items() if key not in LOADING_ONLY}
     builder = load_dataset_builder(name, config, **settings)
     found = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
-    files = [file for file in found if os.path.splitext(file)[1].lower() in ENDINGS and os.path.isfile(file)]
+    files = [file for file in found if os.path.splitext(file)[1].lower() in ROWS and os.path.isfile(file)]
     check_same_labels(files, label_column)
     for column, feature in (builder.info.features or {}).items() if files else ():
         schema = _read_schema(files[0])
@@ -107,9 +107,7 @@ def _kind(arrow_type: pa.DataType, names: list[str] | None) -> str:
         return "class names"
     if pa.types.is_dictionary(arrow_type):
         arrow_type = arrow_type.value_type
-    if pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or pa.types.is_string_view(arrow_type):
-        return "text"
-    return "values without names"
+    return "text" if str(arrow_type) in TEXTS else "values without names"
 
 
 def _check_same_names(

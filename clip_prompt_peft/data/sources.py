@@ -57,8 +57,7 @@ from .row_files import check_labels_of_folder, check_same_labels
 logger = logging.getLogger(__name__)
 
 DATASET_STATE, DATASET_DICT = "state.json", "dataset_dict.json"  # what marks a folder of `save_to_disk`
-OF_ROWS = {".parquet", ".arrow", ".tar"}  # endings of files that only `datasets` reads
-PACKAGED = {"parquet", "arrow"}  # the builders of `datasets` for files of rows on this machine
+OF_ROWS = {*ROWS, ".tar"}  # endings of files that only `datasets` reads
 OF_ROWS_OR_IMAGES = {".zip", ".gz", ".csv", ".json", ".jsonl"}  # they may lie beside images, too
 
 
@@ -197,7 +196,7 @@ def _load_named(name: str, config: str | None, label_column: str | None, load_kw
             rows = load_metadata_folder(folder, label_column, settings.get("cache_dir"))  # one file for all splits
             return split_by_folder(rows, splits)
         return _load_folders(splits, label_column, load_kwargs)
-    if os.path.isdir(name) or name in PACKAGED:
+    if os.path.isdir(name) or name in {builder for builder, _ in ROWS.values()}:
         check_labels_of_folder(name, config, label_column, load_kwargs)
     return load_dataset(name, config, **load_kwargs)
 

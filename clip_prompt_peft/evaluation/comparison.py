@@ -71,13 +71,15 @@ class Answers(Predictions):
 
     def class_accuracy(self, label: int) -> float:
         """Returns the accuracy on the images of one class, or NaN if the class has no images."""
-        of_class = self.is_correct[self.labels == label]
-        return float(of_class.mean()) if len(of_class) else float("nan")
+        return self._share_of_correct(self.labels == label)
 
     def class_precision(self, label: int) -> float:
         """Returns the share of correct ones among the predictions of one class, or NaN if it is never predicted."""
-        of_class = self.is_correct[self.predicted == label]
-        return float(of_class.mean()) if len(of_class) else float("nan")
+        return self._share_of_correct(self.predicted == label)
+
+    def _share_of_correct(self, of_class: np.ndarray) -> float:
+        is_correct = self.is_correct[of_class]
+        return float(is_correct.mean()) if len(is_correct) else float("nan")
 
 
 @dataclass(frozen=True)

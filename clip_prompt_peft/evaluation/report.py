@@ -65,10 +65,7 @@ def write_report(
         facts={**_facts(model, comparison), **(facts or {})},
         metrics=comparison.metric_rows(),
         classes=comparison.class_rows(),
-        pairs=[
-            (true, predicted, len(indices), count, _embed(_grid(indices[:MAX_IMAGES_OF_PAIR], comparison, dataset)))
-            for true, predicted, count, indices in comparison.confused_pairs()[:MAX_PAIRS]
-        ],
+        pairs=_pairs(comparison, dataset),
         words=nearest_words(model),
         pictures=_pictures(model, comparison),
         grids=_grids(comparison, dataset),
@@ -129,9 +126,18 @@ def _grids(comparison: Comparison, dataset: Dataset) -> list[tuple[str, int, int
     ]
 
 
-def _grid(indices: np.ndarray, comparison: Comparison, dataset: Dataset, answers: Answers | None = None):
-    """Draws images with their class and the wrong class of the answers, by default those of the tuned model."""
-    wrong = (answers or comparison.tuned).predicted
+def _pairs(comparison: Comparison, dataset: Dataset) -> list[tuple[str, str, int, int, str]]:
+    """Returns the true and the predicted class of confused images, their number, that of the class, and a picture."""
+    tuned = comparison.tuned
+    return [
+        (true, predicted, len(of_pair), count, _embed(_grid(of_pair[:MAX_IMAGES_OF_PAIR], comparison, dataset, tuned)))
+        for true, predicted, count, of_pair in comparison.confused_pairs()[:MAX_PAIRS]
+    ]
+
+
+def _grid(indices: np.ndarray, comparison: Comparison, dataset: Dataset, answers: Answers):
+    """Draws images with their class and the wrong class of the answers."""
+    wrong = answers.predicted
     images = [decode(image) for image in undecoded(dataset.select(indices.tolist()))["image"]]
     for image in images:
         image.thumbnail(THUMBNAIL)

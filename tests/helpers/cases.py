@@ -4,11 +4,12 @@ import copy
 import functools
 
 import torch
-from adapters import tuned
+from adapters import as_if_trained, tuned
 from conftest import CLASS_NAMES, TINY_CLIP
+from peft import get_peft_model
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
-from clip_prompt_peft import CLIPForPromptClassification
+from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 
 
 TEXTS = ["a photo of a animal.", "a photo of a fire truck.", "a photo of a sun."]
@@ -26,6 +27,11 @@ def new_classifier(class_names=CLASS_NAMES, dtype=torch.float32):
     classifier = copy.deepcopy(load_base(CLIPForPromptClassification)).to(dtype)
     classifier.set_class_names(class_names)
     return classifier
+
+
+def tuned_classifier(**fields):
+    """A classifier with an adapter as if every tensor of it had been trained."""
+    return as_if_trained(get_peft_model(new_classifier(), CLIPPromptTuningConfig(**fields)).eval())
 
 
 class Case:

@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-from adapters import as_if_trained, change_config, logits_of, randomize, tuned, vectors_of
-from cases import new_classifier
+from adapters import change_config, logits_of, randomize, tuned, vectors_of
+from cases import new_classifier, tuned_classifier
 from conftest import TINY_CLIP
 from peft import (
     LoraConfig,
@@ -47,11 +47,6 @@ KINDS = {
 @pytest.fixture(params=KINDS)
 def fields(request):
     return KINDS[request.param]
-
-
-def tuned_classifier(**fields):
-    """As if it had been trained, every tensor of the adapter."""
-    return as_if_trained(get_peft_model(new_classifier(), CLIPPromptTuningConfig(**fields)).eval())
 
 
 def same(state, other):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from adapters import as_if_trained, logits_of
-from cases import new_classifier
+from cases import new_classifier, tuned_classifier
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -25,10 +25,6 @@ KINDS = {
 @pytest.fixture(params=KINDS)
 def fields(request):
     return KINDS[request.param]
-
-
-def tuned_classifier(**fields):
-    return as_if_trained(get_peft_model(new_classifier(), CLIPPromptTuningConfig(**fields)).eval())
 
 
 def wrap_layers(model, wrap):
