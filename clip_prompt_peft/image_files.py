@@ -18,6 +18,7 @@ SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF and its value for negatives
 
 MAX_16_BIT = 65535
+CHANNELS = (1, 3, 4)  # of arrays: gray, RGB, RGB and transparency
 MAX_RATIO = 16  # of the longer side to the shorter one, for processors that resize the shorter one and then crop
 
 
@@ -25,9 +26,9 @@ class UnreadableImageError(ValueError):
     """Raised if an image is missing, damaged, no image, or has values of an unknown range."""
 
 
-def decode_image(image: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
+def decode_image(image: str | os.PathLike | bytes | Image.Image | np.ndarray, name: str | None = None) -> Image.Image:
     """
-    Decodes an image to RGB. Training, evaluation, export and all commands use this function.
+    Decodes an image to RGB. Training, evaluation, export, the pipeline and all commands use this function.
 
     - The image is rotated as its EXIF data says.
     - The first frame of an animation and the first page of a file are taken.
@@ -36,10 +37,13 @@ def decode_image(image: str | os.PathLike | bytes | Image.Image, name: str | Non
     - Files with 32-bit values do not say which value is white. It is the smallest of 1 (floating point only), 255 and
       65535 that no value exceeds. The image is refused if it has NaN or values outside of 0 to 65535, or if its
       largest value is at most a sixteenth of 255 (floating point only) or of 65535, which could be another range.
+    - Arrays follow the same rules: 8-bit values are taken as they are, 16-bit values without a sign keep their upper 8
+      bits, and all other numbers are treated as 32-bit values.
 
     Args:
-        image (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`):
-            The path or the content of a file, or an image that is open already.
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image` or `numpy.ndarray`):
+            The path or the content of a file, an image that is open already, or an array of shape (H, W), (H, W, C) or
+            (C, H, W) with 1, 3 or 4 channels C.
         name (`str`, *optional*):
             What to call the image in error messages. By default its path, or its number of bytes.
 
@@ -59,11 +63,13 @@ def decode_image(image: str | os.PathLike | bytes | Image.Image, name: str | Non
     name = name or _name_of(image)
     try:
         if isinstance(image, Image.Image):
-            return _to_rgb(ImageOps.exif_transpose(image), image, name)
+            return _to_rgb(image, name)
+        if isinstance(image, np.ndarray):
+            return _of_array(image, name).convert("RGB")
         if not isinstance(image, bytes) and is_special(image):  # to open a pipe would wait for what writes to it
             raise UnreadableImageError(f"Cannot read {name}: it is a pipe, a socket or a device. Name a file.")
         with Image.open(BytesIO(image) if isinstance(image, bytes) else os.fspath(image)) as opened:
-            return _to_rgb(ImageOps.exif_transpose(opened), opened, name)
+            return _to_rgb(opened, name)
     except UnreadableImageError:
         raise
     except Exception as error:  # damaged files raise errors of many types
@@ -78,6 +84,8 @@ def is_special(path: str | os.PathLike) -> bool:
 def _name_of(image) -> str:
     if isinstance(image, Image.Image):
         return repr(image.filename) if getattr(image, "filename", "") else "an image"
+    if isinstance(image, np.ndarray):
+        return f"an array of shape {image.shape} and type {image.dtype}"
     return f"an image of {len(image)} bytes" if isinstance(image, bytes) else repr(os.fspath(image))
 
 
@@ -93,24 +101,81 @@ def _reason(error: Exception) -> str:
     return f"it is damaged, or no image of a format that Pillow reads{details}. Replace the file, or remove it."
 
 
-def _to_rgb(image: Image.Image, source: Image.Image, name: str) -> Image.Image:
-    """Returns an image as RGB; `source` is the same as it was opened, with its format and tags."""
-    if 0 in image.size:
-        raise UnreadableImageError(f"Cannot read {name}: it has no pixels, its size is {image.size}.")
+def _to_rgb(source: Image.Image, name: str) -> Image.Image:
+    """Returns an image, with the format and tags of its file, as RGB."""
+    if 0 in source.size:
+        raise UnreadableImageError(f"Cannot read {name}: it has no pixels, its size is {source.size}.")
+    raw_mode = _raw_mode(source)
+    image = ImageOps.exif_transpose(source)
     mode = image.mode
     if mode == "I" and source.format == "PNG":  # Pillow before 11 opens PNG files of 16 bits in this mode
         mode = "I;16"
     if mode in ("I", "F") or mode.startswith("I;16"):
-        image = Image.fromarray(_to_8_bits(np.asarray(image), mode, name))
+        values = np.asarray(image)
+        if raw_mode.startswith("I;16") and "S" in raw_mode and values.max() > 255:
+            warnings.warn(
+                "Some images have signed 16-bit values. White is 65535, which these cannot reach, so they are at most "
+                "half as bright. Save them as 8-bit images.",
+                stacklevel=2,
+            )
+        image = Image.fromarray(_to_8_bits(values, mode, name))
         if (
             source.format == "TIFF" and source.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
         ):  # Pillow does it in 8 bits only
             image = ImageOps.invert(image)
+    elif ";16" in raw_mode and _is_dark(image):  # Pillow has kept the upper 8 bits of 16-bit colors
+        _warn_of_dark_image()
     return image.convert("RGB")
 
 
+def _raw_mode(image: Image.Image) -> str:
+    """Returns how the file of an image stores its values, such as `"RGB;16B"`, or "" if it is read already."""
+    for *_, arguments in getattr(image, "tile", None) or []:
+        first = arguments[0] if isinstance(arguments, (tuple, list)) and arguments else arguments
+        return first if isinstance(first, str) else ""
+    return ""
+
+
+def _is_dark(image: Image.Image) -> bool:
+    """Returns whether no value of an 8-bit image, apart from its transparency, is above a sixteenth of 255."""
+    bands = zip(image.getbands(), image.getextrema() if len(image.getbands()) > 1 else [image.getextrema()])
+    return all(high <= 255 // 16 for band, (_, high) in bands if band != "A")
+
+
+def _warn_of_dark_image() -> None:
+    warnings.warn(
+        "Some 16-bit images have no value above 4095, so they are nearly black (white if the values are inks): white "
+        "is 65535. If these are values of 8 or 12 bits, save them as 8-bit images, or multiplied by 256 or 16.",
+        stacklevel=2,
+    )
+
+
+def _of_array(values: np.ndarray, name: str) -> Image.Image:
+    """Returns the image of an array (H, W), (H, W, C) or (C, H, W)."""
+    if values.ndim == 3:
+        if values.shape[0] in CHANNELS:  # goes first if both could be the channels, as in transformers
+            values = np.moveaxis(values, 0, -1)
+        values = values[..., 0] if values.shape[-1] == 1 else values
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[-1] not in CHANNELS):
+        raise UnreadableImageError(
+            f"Cannot read {name}: expected one image of shape (H, W), (H, W, C) or (C, H, W), with 1, 3 or 4 channels "
+            "C. Pass several images as a list."
+        )
+    if 0 in values.shape:
+        raise UnreadableImageError(f"Cannot read {name}: it has no pixels.")
+    if values.dtype == bool:
+        values = values * np.uint8(255)
+    elif values.dtype.kind not in "iuf":
+        raise UnreadableImageError(f"Cannot read {name}: expected integers or floating point numbers.")
+    elif values.dtype != np.uint8:
+        is_float = values.dtype.kind == "f"
+        mode = "F" if is_float else "I;16" if values.dtype == np.uint16 else "I"
+        values = _to_8_bits(values.astype(np.float32) if is_float else values, mode, name)
+    return Image.fromarray(np.ascontiguousarray(values))
+
+
 def _to_8_bits(values: np.ndarray, mode: str, name: str) -> np.ndarray:
-    """Scales the values (H, W) of an image of more than 8 bits to 8 bits."""
+    """Scales the values (H, W) or (H, W, C) of an image of more than 8 bits to 8 bits."""
     low, high = values.min(), values.max()
     white = _white(mode, low, high)
     if white is None:
@@ -120,11 +185,7 @@ def _to_8_bits(values: np.ndarray, mode: str, name: str) -> np.ndarray:
             "one of these ranges, best to 8 bits."
         )
     if mode not in ("I", "F") and 0 < high <= white // 16:
-        warnings.warn(
-            "Some 16-bit images have no value above 4095, so they are nearly black: white is 65535. If these are "
-            "values of 8 or 12 bits, save them as 8-bit images, or multiplied by 256 or 16.",
-            stacklevel=2,
-        )
+        _warn_of_dark_image()
     if white == MAX_16_BIT:
         return (values.clip(0, white).astype(np.uint16) >> 8).astype(np.uint8)
     return (values.clip(0, white) * (255 / white)).round().astype(np.uint8)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import os
+from io import BytesIO
+from urllib.request import urlopen
 
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
 from transformers import ImageClassificationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .assets import custom_pipelines
 from .auto import AutoModelForPromptClassification
 from .families import CLASSIFIERS
+from .image_files import UnreadableImageError, decode_image, process_images
 from .modeling import PromptClassificationMixin
 
 
 TASK = "prompt-image-classification"
+MAX_NAME = 200  # characters of an address, a path or a base64 text in error messages
 
 
 class PromptClassificationPipeline(ImageClassificationPipeline):
@@ -25,6 +33,10 @@ class PromptClassificationPipeline(ImageClassificationPipeline):
     `import clip_prompt_peft` it is the pipeline of the task `"prompt-image-classification"`. As code beside saved
     classifiers it is that of `"image-classification"`, too, with `trust_remote_code=True`.
 
+    Images are decoded by [`decode_image`], as in training and evaluation. An image is a path, an http(s) address, a
+    base64 text, the bytes of a file, an image of Pillow, or an array or tensor of shape (H, W), (H, W, C) or
+    (C, H, W). Several images are a list or a dataset. An empty list gives an empty list.
+
     Args:
         model (`PromptClassificationMixin`, `PeftModelForPromptClassification`, or a model of a family):
             The model. One of a family, such as a `CLIPModel`, becomes a classifier with the class names in its config.
@@ -34,7 +46,8 @@ class PromptClassificationPipeline(ImageClassificationPipeline):
             The arguments of `ImageClassificationPipeline`. `image_processor` is needed for a model in memory.
 
     Raises:
-        TypeError: If the model is of another kind.
+        TypeError: If the model, or an image, is of another kind.
+        UnreadableImageError: If an image is missing, damaged, cannot be fetched, or has values of an unknown range.
 
     Example:
 
@@ -56,11 +69,69 @@ class PromptClassificationPipeline(ImageClassificationPipeline):
     def check_model_type(self, supported_models) -> None:
         """Does nothing: the constructor takes classifiers only, which transformers' list does not have."""
 
+    def __call__(self, inputs=None, **kwargs):
+        inputs = kwargs.pop("images", inputs)  # the former name
+        if isinstance(inputs, (list, tuple)):
+            return super().__call__(list(inputs), **kwargs) if inputs else []
+        return super().__call__(inputs, **kwargs)
+
+    def preprocess(self, image, timeout: float | None = None):
+        """Returns what the model takes of one image."""
+        inputs = process_images(self.image_processor, [_decode(image, timeout)])
+        return inputs.to(self.dtype)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the model, which brings its tokenizer and pipeline along, and the image processor."""
         self.model.save_pretrained(save_directory, **kwargs)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(save_directory, **kwargs)
+
+
+def _decode(image, timeout: float | None) -> Image.Image:
+    """Decodes what transformers' pipelines take as an image, and paths, bytes, arrays and tensors."""
+    if isinstance(image, torch.Tensor):
+        image = (image.float() if image.is_floating_point() else image).numpy(force=True)
+    if isinstance(image, str):
+        return _decode_text(image, timeout)
+    if not isinstance(image, (os.PathLike, bytes, Image.Image, np.ndarray)):
+        raise TypeError(
+            "Expected an image as a path, an http(s) address, a base64 text, bytes, an image of Pillow, an array or a "
+            f"tensor; got a {type(image).__name__}."
+        )
+    return decode_image(image)
+
+
+def _decode_text(text: str, timeout: float | None) -> Image.Image:
+    """Decodes an address, a path or a base64 text, told apart as by transformers."""
+    name = repr(text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}...")
+    if text.startswith(("http://", "https://")):
+        try:
+            with urlopen(text, timeout=timeout) as response:
+                content = response.read()
+        except Exception as error:  # invalid addresses raise errors of other types than connections
+            raise UnreadableImageError(
+                f"Cannot read {name}: it cannot be fetched ({type(error).__name__}: {error}). Download it first."
+            ) from error
+        return decode_image(content, name)
+    if text.startswith("data:image/"):
+        try:
+            content = base64.b64decode(text.partition(",")[2])
+        except ValueError as error:
+            raise UnreadableImageError(f"Cannot read the base64 text {name}: {error}. It may be cut off.") from error
+        return decode_image(content, f"the base64 text {name}")
+    if not os.path.exists(text) and _is_base64_of_image(text):
+        return decode_image(base64.b64decode(text), f"the base64 text {name}")
+    return decode_image(text, name)
+
+
+def _is_base64_of_image(text: str) -> bool:
+    try:
+        with Image.open(BytesIO(base64.b64decode("".join(text.split()), validate=True))):
+            return True
+    except (ValueError, UnidentifiedImageError):  # as of most paths that do not exist
+        return False
+    except Exception:  # an image, which `decode_image` refuses with the reason
+        return True
 
 
 def _classifier(model, tokenizer):

@@ -1,12 +1,17 @@
 """Pipelines of transformers: a saved classifier is never taken for an untrained one, whoever loads it."""
 
+import base64
 import json
 import logging
 import os
 import subprocess
 import sys
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from adapters import tuned
@@ -22,6 +27,8 @@ from clip_prompt_peft import (
     CLIPForPromptClassification,
     PromptClassificationPipeline,
 )
+from clip_prompt_peft.commands.predict import classify as predict
+from clip_prompt_peft.image_files import UnreadableImageError, decode_image, process_images
 
 
 TASK = "prompt-image-classification"
@@ -214,3 +221,93 @@ class TestTheEntryCostsNothing:
         folder = save(classifier, image_processor, tmp_path)
         loaded = pipeline(STOCK, model=folder, pipeline_class=PromptClassificationPipeline)
         assert "custom_pipelines" in loaded.model.config.to_json_string()
+
+
+def saved_images(folder):
+    """Image files of many kinds of values, by their names."""
+    values = np.arange(48 * 40, dtype=np.uint16).reshape(48, 40) % 251
+    colors = np.stack([values, values[::-1], values.T.reshape(48, 40)], axis=-1).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(colors).save(folder / "color.png")
+    Image.fromarray(colors).save(folder / "turned.png", exif=exif)
+    Image.fromarray(colors).convert("CMYK").save(folder / "inks.tif")
+    Image.fromarray(values * 257).save(folder / "gray16.png")
+    Image.fromarray(values * 257).save(folder / "gray16.tif")
+    Image.fromarray(values.astype(np.int32)).save(folder / "integers.tif")
+    Image.fromarray(values.astype(np.float32) / 255).save(folder / "floats.tif")
+    Image.new("L", (1, 60_000), 99).save(folder / "long.png")
+    return sorted(folder.iterdir())
+
+
+class TestImages:
+    @pytest.fixture
+    def classify(self, classifier, image_processor):
+        return pipeline(TASK, model=classifier, image_processor=image_processor)
+
+    def test_each_kind_of_file_has_the_answer_of_predict(self, classify, image_processor, tmp_path):
+        for file in saved_images(tmp_path):
+            lines = predict(classify.model, image_processor, {file: decode_image(file)}, top_k=1)
+            given = {
+                "path": str(file),
+                "Path": file,
+                "bytes": file.read_bytes(),
+                "base64": base64.encodebytes(file.read_bytes()).decode(),
+                "Pillow": Image.open(file),
+                "array": np.asarray(decode_image(file)),
+                "tensor": torch.tensor(np.asarray(decode_image(file))).permute(2, 0, 1),
+                "floats": torch.tensor(np.asarray(decode_image(file))).permute(2, 0, 1) / 255,
+            }
+            expected = expected_scores(classify.model, process_images(image_processor, [decode_image(file)]))
+            for kind, image in given.items():
+                if "long.png" in str(file) and kind == "floats":  # so dark that the answer is the same by chance
+                    continue
+                answer = classify(image)
+                assert scores_of(answer) == pytest.approx(expected, abs=1e-5), (file.name, kind)
+                assert [lines[0][1], lines[0][2]] == [answer[0]["label"], f"{answer[0]['score']:.1%}"]
+
+    def test_gray_values_of_more_than_8_bits_are_neither_white_nor_black(self, classify, tmp_path):
+        values = (np.arange(32 * 32).reshape(32, 32) % 251).astype(np.uint16)
+        expected = classify.preprocess(values.astype(np.uint8))["pixel_values"]
+        for image in (values * 257, values.astype(np.int32), values.astype(np.float32) / 255):
+            for given in (image, Image.fromarray(image)):
+                assert torch.equal(classify.preprocess(given)["pixel_values"], expected)
+        assert torch.equal(classify.preprocess(values > 100)["pixel_values"].unique(), classify.preprocess(
+            (values > 100).astype(np.uint8) * 255)["pixel_values"].unique())  # fmt: skip
+
+    def test_lists_and_addresses(self, classify, tmp_path):
+        saved_images(tmp_path)
+        assert classify([]) == [] and classify(()) == []
+        several = classify([str(tmp_path / "color.png"), tmp_path / "gray16.png"], batch_size=2)
+        assert [len(answer) for answer in several] == [4, 4]
+        handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            address = f"http://127.0.0.1:{server.server_port}"
+            answer = classify(f"{address}/gray16.png", timeout=60)
+            with pytest.raises(UnreadableImageError, match="nowhere.png': it cannot be fetched.*404"):
+                classify(f"{address}/nowhere.png")
+            server.shutdown()
+        assert scores_of(answer) == pytest.approx(scores_of(several[1]), abs=1e-5)
+
+    def test_what_cannot_be_decoded_is_named(self, classify, tmp_path):
+        saved_images(tmp_path)
+        content = (tmp_path / "color.png").read_bytes()
+        (tmp_path / "damaged.png").write_bytes(content[: len(content) // 2])
+        cut_off = base64.b64encode(content[: len(content) // 2 // 3 * 3]).decode()
+        for image, message in (
+            ("nowhere/cat.jpg", "'nowhere/cat.jpg': No such file"),
+            ("nowhere", "'nowhere': No such file"),
+            (tmp_path / "nowhere.png", "nowhere.png': No such file"),
+            (str(tmp_path / "damaged.png"), "damaged.png': it is damaged"),
+            (cut_off, "the base64 text .*: it is damaged"),
+            ("data:image/png;base64,AAAAA", "the base64 text 'data:image/png;base64,AAAAA'"),
+            (np.zeros((2, 3, 8, 8), np.uint8), "expected one image of shape"),
+            (np.full((8, 8, 3), -1.5), "range from -1.5"),
+            (np.full((8, 8), np.nan), "range from nan"),
+        ):
+            with pytest.raises(UnreadableImageError, match=message) as caught:
+                classify(image)
+            assert len(str(caught.value)) < 700
+        with pytest.raises(TypeError, match="got a dict"):
+            classify({"image": None})
