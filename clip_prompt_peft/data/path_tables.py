@@ -258,6 +258,6 @@ def read_files(builder: str, files: Sequence[str], split: str = "train", **setti
     except Exception as error:  # each format has errors of its own
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         raise ValueError(
-            f"Cannot read {', '.join(map(repr, files))} as {builder}: {reason or type(reason).__name__}. The file is "
-            "damaged, empty or of another format, or files have different columns; write it again."
+            f"Cannot read {', '.join(map(repr, files))} as {builder}: {str(reason) or type(reason).__name__}. The "
+            "file is damaged, empty or of another format, or files have different columns; write it again."
         ) from error
