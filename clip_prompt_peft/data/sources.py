@@ -194,7 +194,10 @@ def _load_named(name: str, config: str | None, label_column: str | None, load_kw
             rows = load_metadata_folder(folder, label_column, settings.get("cache_dir"))  # one file for all splits
             return split_by_folder(rows, splits)
         return _load_folders(splits, label_column, load_kwargs)
-    return load_dataset(name, config, **load_kwargs)
+    try:
+        return load_dataset(name, config, **load_kwargs)
+    except StopIteration as error:  # has no text
+        raise ValueError(f"Cannot read {name!r}: a json file in it is empty. Write it again, or remove it.") from error
 
 
 def _is_repository(folder: str) -> bool:
