@@ -142,9 +142,15 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
         Raises:
             OSError: If the folder or repository does not exist, cannot be accessed, or holds no adapter, if the base
                 model or the revision that the adapter names is gone, or if the Hub fails.
+            TypeError: If `class_names` or `prompt_template` are given, which the adapter brings.
             ValueError: If the adapter is of another method, its weights are pickled or damaged, its base model is not
                 named or cannot be found, or the family of the base model is not supported.
         """
+        for name in sorted({"class_names", "prompt_template"} & base_model_kwargs.keys()):
+            raise TypeError(
+                f"{name} belongs to the adapter and cannot be given; for other classes, call "
+                "model.set_class_names([...]) on the loaded model."
+            )
         own = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
         source = HubSettings.of_arguments({**base_model_kwargs, **own})
         source = source.pinned(pretrained_model_name_or_path, CONFIG_NAME)

@@ -10,6 +10,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
 
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # written by file managers
@@ -18,7 +19,6 @@ SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF and its value for negatives
 
 MAX_16_BIT = 65535
-CHANNELS = (1, 3, 4)  # of arrays: gray, RGB, RGB and transparency
 MAX_RATIO = 16  # of the longer side to the shorter one, for processors that resize the shorter one and then crop
 
 
@@ -129,7 +129,7 @@ def _to_rgb(source: Image.Image, name: str) -> Image.Image:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """Returns how the file of an image stores its values, such as `"RGB;16B"`, or "" if it is read already."""
+    """Returns how the file of an image stores its values, such as `"RGB;16B"`, or "" if its pixels were read."""
     for *_, arguments in getattr(image, "tile", None) or []:
         first = arguments[0] if isinstance(arguments, (tuple, list)) and arguments else arguments
         return first if isinstance(first, str) else ""
@@ -153,10 +153,14 @@ def _warn_of_dark_image() -> None:
 def _of_array(values: np.ndarray, name: str) -> Image.Image:
     """Returns the image of an array (H, W), (H, W, C) or (C, H, W)."""
     if values.ndim == 3:
-        if values.shape[0] in CHANNELS:  # goes first if both could be the channels, as in transformers
+        try:
+            layout = infer_channel_dimension_format(values, num_channels=(1, 3, 4))
+        except ValueError:
+            layout = None
+        if layout == ChannelDimension.FIRST:
             values = np.moveaxis(values, 0, -1)
-        values = values[..., 0] if values.shape[-1] == 1 else values
-    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[-1] not in CHANNELS):
+        values = values[..., 0] if layout and values.shape[-1] == 1 else values
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[-1] not in (3, 4)):
         raise UnreadableImageError(
             f"Cannot read {name}: expected one image of shape (H, W), (H, W, C) or (C, H, W), with 1, 3 or 4 channels "
             "C. Pass several images as a list."

@@ -75,7 +75,7 @@ class PromptClassificationPipeline(ImageClassificationPipeline):
             return super().__call__(list(inputs), **kwargs) if inputs else []
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, image, timeout=None):
+    def preprocess(self, image, timeout: float | None = None):  # type: ignore[override]  # as the class above has it
         """Returns what the model takes of one image."""
         inputs = process_images(self.image_processor, [_decode(image, timeout)])
         return inputs.to(self.dtype)

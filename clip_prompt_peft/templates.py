@@ -56,6 +56,15 @@ def _check_encodable(what: str, text: str) -> None:
         ) from None
 
 
+def how_to_renumber(label_column: str) -> str:
+    """Returns the call that renumbers the labels of a data set, for error messages.
+
+    Not by `model.config.label2id`, which follows another adapter only as soon as it is used.
+    """
+    numbers = "{name: number for number, name in enumerate(model.class_names)}"
+    return f"dataset.align_labels_with_mapping({numbers}, {label_column!r})"
+
+
 def check_label_names(label_names: Sequence[str], class_names: Sequence[str]) -> None:
     """Checks that label i of a data set is class i of a model.
 
@@ -86,7 +95,7 @@ def check_label_names(label_names: Sequence[str], class_names: Sequence[str]) ->
         raise ValueError(
             f"The data set and the model have the same classes in another order: label {first} is "
             f"{label_names[first]!r} in the data set and {class_names[first]!r} in the model. Renumber the data set "
-            "with dataset.align_labels_with_mapping(model.config.label2id, 'label')."
+            f"with {how_to_renumber('label')}."
         )
     raise ValueError(
         f"The data set's labels are not the model's classes: {len(unknown)} are unknown to the model "

@@ -37,6 +37,11 @@ class TestLoading:
         assert again.class_names == CLASS_NAMES and again.prompt_template == "an icon of a {}"
         assert again.config.id2label == dict(enumerate(CLASS_NAMES))
 
+    @pytest.mark.parametrize("name", ["class_names", "prompt_template"])
+    def test_what_the_adapter_brings_cannot_be_given(self, folder, name):
+        with pytest.raises(TypeError, match=rf"^{name} belongs to the adapter .* model.set_class_names"):
+            AutoPeftModelForPromptClassification.from_pretrained(folder, **{name: "x"})
+
     def test_is_for_inference_unless_training_is_asked_for(self, folder):
         for_inference = AutoPeftModelForPromptClassification.from_pretrained(folder)
         assert not any(parameter.requires_grad for parameter in for_inference.parameters())

@@ -279,7 +279,7 @@ class TestImages:
         saved_images(tmp_path)
         assert classify([]) == [] and classify(()) == []
         several = classify([str(tmp_path / "color.png"), tmp_path / "gray16.png"], batch_size=2)
-        assert [len(answer) for answer in several] == [4, 4]
+        assert [len(answer) for answer in several] == [4, 4]  # classes
         handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
         with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
             Thread(target=server.serve_forever, daemon=True).start()

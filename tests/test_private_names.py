@@ -52,6 +52,8 @@ IMPORTED = {
     "transformers.pipelines.PIPELINE_REGISTRY": "pipeline would not know the task prompt-image-classification",
     "transformers.trainer_callback.ExportableState": "averaging over epochs would not survive a resumed training",
     "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": "the last whole checkpoint would not be found",
+    "transformers.image_utils.ChannelDimension": "arrays of shape (C, H, W) could not be told from (H, W, C)",
+    "transformers.image_utils.infer_channel_dimension_format": "the same",
     "transformers.utils.cached_file": "AutoPeftModelForPromptClassification would not find files on the Hub",
     "transformers.utils.can_return_tuple": "return_dict=False would not give a tuple",
     "transformers.utils.extract_commit_hash": "config and weights could come from different commits",

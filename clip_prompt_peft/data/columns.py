@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 import warnings
@@ -10,8 +11,10 @@ from itertools import chain
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
-from ..templates import check_class_names
+from ..templates import check_class_names, how_to_renumber
 
+
+logger = logging.getLogger(__name__)
 
 IMAGE, LABEL = "image", "label"  # the column names of every dataset that this package returns
 
@@ -53,14 +56,24 @@ def find_label_column(features: Features, name: str | None = None) -> str:
             The columns of the dataset.
         name (`str`, *optional*):
             The column to use. By default, the only `ClassLabel` column or, without one, a string column. Among several
-            candidates, and for string columns always, the name must be `label`, `labels`, `class` or `target`.
+            candidates, and for string columns always, the name must be `label`, `labels`, `class` or `target`. If
+            several columns have such a name, `label` is taken, with a warning that names the others.
 
     Raises:
-        ValueError: If the named column is missing or has no class names, or if no label column can be determined.
+        ValueError: If the named column is missing or has no class names, or if no label column can be determined, as
+            when several columns have such a name, but none is called `label`.
     """
     labels = [key for key, feature in features.items() if isinstance(feature, ClassLabel)]
     usual = [key for key in labels or features if key in USUAL_LABEL_NAMES and _has_class_names(features[key])]
-    return _choose(features, "label", name, usual[:1] or labels, _has_class_names)
+    if name is None and LABEL in usual and len(usual) > 1:
+        others = [key for key in usual if key != LABEL]
+        logger.warning(
+            "The labels are read from the column %r, and not from %s; name another one with label_column.",
+            LABEL,
+            others,
+        )
+        usual = [LABEL]
+    return _choose(features, "label", name, usual or labels, _has_class_names)
 
 
 def is_image(feature) -> bool:
@@ -237,6 +250,11 @@ def check_labels_are_numbers(dataset: Dataset, label_column: str = LABEL) -> Non
         )
 
 
+def plain_name(class_name: str) -> str:
+    """Returns a class name without case, extra spaces, underscores and ways to store accents, for comparisons."""
+    return unicodedata.normalize("NFC", clean_class_name(class_name)).casefold()
+
+
 def check_label_order(dataset: Dataset, class_names: Sequence[str] | None, label_column: str = LABEL) -> None:
     """Checks that no class of a data set is another class of a model. Names that only one of them has may differ.
 
@@ -257,19 +275,23 @@ def check_label_order(dataset: Dataset, class_names: Sequence[str] | None, label
     if class_names is None or not isinstance(feature, ClassLabel):
         return
     number_of = {name: number for number, name in enumerate(class_names)}
+    spelled_otherwise = {plain_name(name): number for name, number in number_of.items()}
+    if len(spelled_otherwise) < len(number_of) or len(set(map(plain_name, feature.names))) < len(feature.names):
+        spelled_otherwise = {}  # classes of one side differ in case only
     for label, spelled in enumerate(feature.names):
-        number = number_of.get(spelled, number_of.get(clean_class_name(spelled)))
+        exact = number_of.get(spelled, number_of.get(clean_class_name(spelled)))
+        number = spelled_otherwise.get(plain_name(spelled)) if exact is None else exact
         if number in (None, label):
             continue
         problem = (
             f"The data set and the model have the same classes in another order: label {label} of the data set is "
-            f"{spelled!r}, which is class {number} of the model."
+            f"{spelled!r}, and class {number} of the model is {class_names[number]!r}."
         )
         if len(feature.names) == len(class_names):
             raise ValueError(
                 f"{problem} Give the model the data set's names in their order, "
                 "model.set_class_names(class_names_of(dataset)), or renumber the data set with "
-                f"dataset.align_labels_with_mapping(model.config.label2id, {label_column!r})."
+                f"{how_to_renumber(label_column)}."
             )
         warnings.warn(
             f"{problem} Do not train or evaluate with these labels before they are renumbered, for example by "
@@ -328,9 +350,13 @@ def check_names_differ(names: Sequence[str]) -> None:
 
 
 def unlabeled_rows(labels: Sequence, feature) -> list[int]:
-    """Returns the rows without a label: those with none or, if they are a `ClassLabel`, with a negative one."""
+    """Returns the rows without a label: those with none, NaN or, if they are a `ClassLabel`, with a negative one."""
     is_class = isinstance(feature, ClassLabel)
-    return [row for row, label in enumerate(labels) if label is None or (is_class and label < 0)]
+    return [
+        row
+        for row, label in enumerate(labels)
+        if label is None or label != label or (is_class and label < 0)  # NaN alone differs from itself
+    ]
 
 
 def clean_class_name(name: str, split_camel_case: bool = False) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets import Sequence as SequenceFeature
@@ -80,7 +82,8 @@ def cache_image_embeds(
     approximates the usual augmentation, which draws a new crop in each epoch.
 
     The embeddings are computed with `datasets.map` and stored in the cache folder of the dataset. A second call with
-    the same images, weights and settings reads them from there. A stream is read once, and the embeddings of all its
+    the same images, weights and settings reads them from there. Files that the dataset names by their paths are the
+    same as long as their size and time of change are. A stream is read once, and the embeddings of all its
     images are kept in memory. Hooks in the image tower, or another `forward` of one of its modules, can change the
     embeddings in ways that nobody can compare. With them, the embeddings are computed anew and kept in memory, and a
     warning is logged.
@@ -255,6 +258,7 @@ class _EmbedImages:
             "processor": inputs.transform.image_processor.to_dict(),
             "views": None if inputs.num_views is None else (inputs.num_views, inputs.seed, DRAWING),
             "decoding": DECODING,
+            "files": _states_of_files(inputs.images),
             **({} if self.hooked is None else {"hooks": self.token}),  # equal to no other one's
         }
         return state if self.compute_dtype is None else state | {"compute_dtype": self.compute_dtype}
@@ -298,6 +302,21 @@ class _EmbedImages:
             embeds = tower(inputs).pooler_output.float().cpu()  # (B K, E)
         num_views = self.inputs.num_views
         return embeds if num_views is None else embeds.unflatten(0, (-1, num_views))  # (B, K, E)
+
+
+def _states_of_files(images: Dataset | IterableDataset) -> list[tuple]:
+    """Returns path, size and time of change of the files of rows without bytes, which may have been replaced."""
+    if isinstance(images, IterableDataset):
+        return []  # its embeddings are not kept
+    column = images.data.column(IMAGE)  # of all rows, also of those that were not selected
+    length = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), 0)
+    paths = pc.unique(pc.struct_field(column, "path").filter(pc.equal(length, 0))).to_pylist()
+    states = []
+    for path in paths:
+        with contextlib.suppress(OSError):  # remote, or gone, which is told when it is decoded
+            state = os.stat(path)
+            states.append((path, state.st_size, state.st_mtime_ns))
+    return states
 
 
 def _as_it_is(batch):

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value, concatenate_datasets, load_dataset
@@ -23,9 +24,9 @@ from .columns import IMAGE, USUAL_LABEL_NAMES, is_bytes, is_image, is_text
 
 logger = logging.getLogger(__name__)
 
-# Only an empty field has no value: "NA" and "None" may be classes.
-AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}
-TABLES = {  # file extension to builder of `datasets` and its settings
+# Only an empty field has no value: "NA" and "None" may be classes. The type of a column is guessed from all its rows.
+AS_WRITTEN = {"keep_default_na": False, "na_values": [""], "low_memory": False}
+TABLES = {  # file extension to builder of `datasets` and its settings; those of csv are settings of pandas
     ".csv": ("csv", AS_WRITTEN),
     ".tsv": ("csv", {**AS_WRITTEN, "sep": "\t"}),
     ".jsonl": ("json", {}),
@@ -73,7 +74,7 @@ def load_metadata_folder(folder: str, label_column: str | None = None, cache_dir
     tables = []
     for file in metadata_among(others):
         builder, settings = METADATA_FILES[os.path.basename(file)]
-        table = read_files(builder, [file], cache_dir=cache_dir, **settings)
+        table = _read_table(builder, file, label_column, cache_dir, settings)
         tables.append(_with_images(table, file, "file_name", None, label_column))
     dataset = _joined(tables, repr(folder), IMAGE)
     listed = set(_paths(dataset, IMAGE))
@@ -144,11 +145,57 @@ def load_path_tables(
     tables = []
     for file in files:
         builder, settings = {**TABLES, **ROWS}[os.path.splitext(file)[1].lower()]
-        table = read_files(builder, [file], cache_dir=cache_dir, **settings)
+        table = _read_table(builder, file, label_column, cache_dir, settings)
         usual = [name for name in PATH_COLUMNS if name in table.features]
         column = image_column or next(iter(usual), PATH_COLUMNS[0])
         tables.append(_with_images(table, file, column, image_column, label_column))
     return _joined(tables, ", ".join(map(repr, files)), image_column or IMAGE)
+
+
+def _read_table(builder: str, file: str, label_column: str | None, cache_dir: str | None, settings: dict) -> Dataset:
+    """Reads one table, in which no class name or path has more than one line."""
+    table = _read_csv(file, settings) if builder == "csv" else read_files(builder, [file], cache_dir=cache_dir)
+    _check_line_breaks(table, file, {label_column, *USUAL_LABEL_NAMES, *PATH_COLUMNS})
+    return table
+
+
+def _read_csv(file: str, settings: dict) -> Dataset:
+    """Reads a csv or tsv file at once. `datasets` guesses types for each 10,000 rows: the class `007` becomes `7`."""
+    try:
+        frame = pd.read_csv(file, **settings)
+        if not len(frame):
+            raise ValueError("It has no rows.")
+        table = Dataset.from_pandas(frame, preserve_index=False)
+    except (ValueError, pa.ArrowException) as error:  # errors of pandas are of these types
+        raise _unreadable([file], "csv", error) from error
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the fields in front for names of the rows
+        raise ValueError(
+            f"The rows of {file!r} have {len(frame.columns) + frame.index.nlevels} fields, but its head has only "
+            f"{len(frame.columns)}: {', '.join(map(str, frame.columns))}. Put class names and paths that hold a "
+            "separator in double quotes, or name all columns in the head."
+        )
+    return table
+
+
+def _check_line_breaks(table: Dataset, file: str, columns: set[str | None]) -> None:
+    """Checks that no class name or path has more than one line. A quote without its end swallows the next rows."""
+    for column, feature in table.features.items():
+        if not is_text(feature):
+            continue
+        texts = table.data.column(column).cast(pa.large_string())  # Arrow cannot search in string_view
+        broken = pc.indices_nonzero(pc.fill_null(pc.match_substring_regex(texts, "[\r\n]"), False)).to_pylist()
+        if not broken:
+            continue
+        found = (
+            f"{len(broken)} of {len(table)} rows of {file!r} have a line break in the column {column!r}, such as row "
+            f"{broken[0]}: {texts[broken[0]].as_py()[:100]!r}."
+        )
+        if column in columns:
+            raise ValueError(
+                f"{found} Often a double quote without a second one has swallowed the next rows. Double the quotes "
+                "that belong to a class name or a path and put all of it in quotes, or remove the line breaks."
+            )
+        logger.warning("%s If that is a double quote without a second one, rows are lost.", found)
 
 
 def _with_images(
@@ -257,7 +304,11 @@ def read_files(builder: str, files: Sequence[str], split: str = "train", **setti
         raise
     except Exception as error:  # each format has errors of its own
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        raise ValueError(
-            f"Cannot read {', '.join(map(repr, files))} as {builder}: {str(reason) or type(reason).__name__}. The "
-            "file is damaged, empty or of another format, or files have different columns; write it again."
-        ) from error
+        raise _unreadable(files, builder, reason or error) from error
+
+
+def _unreadable(files: Sequence[str], builder: str, reason: BaseException) -> ValueError:
+    return ValueError(
+        f"Cannot read {', '.join(map(repr, files))} as {builder}: {str(reason) or type(reason).__name__}. The file is "
+        "damaged, empty or of another format, or files have different columns; write it again."
+    )

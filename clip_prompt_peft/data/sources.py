@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import (
@@ -32,6 +31,7 @@ from .columns import (
     find_label_column,
     is_image,
     is_text,
+    plain_name,
     read_labels,
     type_name,
     unlabeled_rows,
@@ -51,12 +51,14 @@ from .path_tables import (
     split_by_folder,
     with_found_paths,
 )
+from .row_files import check_labels_of_folder, check_same_labels
 
 
 logger = logging.getLogger(__name__)
 
 DATASET_STATE, DATASET_DICT = "state.json", "dataset_dict.json"  # what marks a folder of `save_to_disk`
 OF_ROWS = {".parquet", ".arrow", ".tar"}  # endings of files that only `datasets` reads
+PACKAGED = {"parquet", "arrow"}  # the builders of `datasets` for files of rows on this machine
 OF_ROWS_OR_IMAGES = {".zip", ".gz", ".csv", ".json", ".jsonl"}  # they may lie beside images, too
 
 
@@ -105,7 +107,8 @@ def load_image_dataset(
 
     Raises:
         ValueError: If there is not exactly one source, if a folder or file is missing or empty, if a column cannot be
-            determined, or if `train` is missing or lacks a class of another split.
+            determined, if files that are read together have other classes or another order of them, or if `train` is
+            missing or lacks a class of another split.
     """
     if sum(bool(source) for source in (dataset_name, folders, files, zhou_split, webdataset_dir)) != 1:
         raise ValueError("Give exactly one of dataset_name, folders, files, zhou_split and webdataset_dir.")
@@ -194,6 +197,8 @@ def _load_named(name: str, config: str | None, label_column: str | None, load_kw
             rows = load_metadata_folder(folder, label_column, settings.get("cache_dir"))  # one file for all splits
             return split_by_folder(rows, splits)
         return _load_folders(splits, label_column, load_kwargs)
+    if os.path.isdir(name) or name in PACKAGED:
+        check_labels_of_folder(name, config, label_column, load_kwargs)
     try:
         return load_dataset(name, config, **load_kwargs)
     except StopIteration as error:  # has no text
@@ -249,6 +254,7 @@ def _load_files(
     builder, _ = ROWS[extensions.pop()]
     splits = IterableDatasetDict() if load_kwargs.get("streaming") else DatasetDict()
     for split, of_split in paths.items():  # one by one, or `datasets` gives all files the class names of the first
+        check_same_labels(of_split, label_column)
         splits[split] = _read_rows(builder, of_split, split, image_column, load_kwargs)
     return splits
 
@@ -447,11 +453,7 @@ def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel,
 
 def _hint(names: Iterable, others: Iterable[str]) -> str:
     """Names those of the other classes that are meant, if they are only spelled otherwise."""
-    wanted = {_plain(name) for name in names if isinstance(name, str)}
-    alike = [repr(other) for other in sorted(others) if _plain(other) in wanted]
+    wanted = {plain_name(name) for name in names if isinstance(name, str)}
+    alike = [repr(other) for other in sorted(others) if plain_name(other) in wanted]
     spelled = "which differ in case or spaces only, or in how accents are stored; rename one"
     return f" It has {', '.join(alike)}, {spelled}." if alike else ""
-
-
-def _plain(class_name: str) -> str:
-    return unicodedata.normalize("NFC", clean_class_name(class_name)).casefold()

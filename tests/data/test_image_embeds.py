@@ -1,10 +1,14 @@
 """Tests of precomputed image embeddings: computed once, and never those of another model."""
 
+import os
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import EMOJI, TINY_CLIP
+from datasets import Dataset, Features, Image, Value
 from peft import LoraConfig, get_peft_model
+from PIL import Image as PILImage
 from torch.nn.utils import parametrize
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
@@ -241,7 +245,7 @@ class TestRefused:
 
     def test_classes_in_another_order(self, classifier, dataset, image_processor):
         classifier.set_class_names(dataset.features["label"].names[::-1])
-        with pytest.raises(ValueError, match="another order: label 0 of the data set is 'animal', which is class 11"):
+        with pytest.raises(ValueError, match="label 0 of the data set is 'animal', and class 11 of the model is"):
             cache_image_embeds(dataset, classifier, image_processor)
         with pytest.raises(ValueError, match="another order"):
             with_pixel_values(dataset, image_processor, class_names=classifier.class_names)
@@ -266,3 +270,22 @@ def test_every_module_keeps_its_training_mode(classifier, dataset, image_process
     before = [module.training for module in classifier.modules()]
     cache_image_embeds(dataset, classifier, image_processor)
     assert [module.training for module in classifier.modules()] == before
+
+
+@pytest.mark.usefixtures("own_datasets_cache")
+def test_a_file_that_was_replaced_is_embedded_again(classifier, image_processor, tmp_path):
+    PILImage.new("RGB", (8, 8), "red").save(tmp_path / "0.png")
+    rows = {"image": [{"bytes": None, "path": str(tmp_path / "0.png")}], "label": [0]}
+    Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("int64")})).to_parquet(
+        tmp_path / "rows.parquet"
+    )
+
+    def embed():
+        images = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+        return cache_image_embeds(images, classifier, image_processor)[:]["image_embeds"]
+
+    before = embed()
+    assert torch.equal(embed(), before)
+    PILImage.new("RGB", (8, 8), "blue").save(tmp_path / "0.png")
+    os.utime(tmp_path / "0.png", (1, 1))
+    assert not torch.allclose(embed(), before)

@@ -220,9 +220,11 @@ def test_files_that_cannot_be_read_are_named(photos, name, content):
 
 
 def test_a_folder_with_an_empty_table_is_named(tmp_path):
-    (tmp_path / "labels.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match=f"Cannot read '{tmp_path}': a json file in it is empty"):
-        load_image_dataset(str(tmp_path))
+    folder = tmp_path / "tables"  # the cache lies in tmp_path
+    folder.mkdir()
+    (folder / "labels.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"Cannot read '{folder}': a json file in it is empty"):
+        load_image_dataset(str(folder))
 
 
 def test_line_ends_quotes_and_addresses_of_files(photos):
@@ -231,3 +233,47 @@ def test_line_ends_quotes_and_addresses_of_files(photos):
         (photos / "labels.csv").write_bytes(line_end.join(rows).encode())
         train = load_image_dataset(files={"train": photos / "labels.csv"})["train"]
         assert classes(train) == ["cat, old", "dog"] and train[1]["image"].size == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "labels.tsv"])
+def test_names_of_long_tables_are_as_written(photos, name):
+    written = ["A1"] * 10_000 + ["007"] * 5_000 + ["TRUE"] * 5_000 + ["1.10"] * 400
+    table = pd.DataFrame({"file_name": "1.png", "label": written})
+    WRITERS[name[-4:]](table, photos / name)
+    splits = (
+        load_image_dataset(str(photos))
+        if name == "metadata.csv"
+        else load_image_dataset(files={"train": photos / name})
+    )
+    assert classes(splits["train"]) == written
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            'file_name,label\n1.png,"cat\n1.png,cat\n2.png,dog"\n2.png,owl\n',
+            "1 of 2 rows .*'label', such as row 0: 'cat",
+        ),
+        ('label,file_name\ncat,2.png\ncat,"1.png\ndog,2.png"\n', "1 of 2 rows .*'file_name', such as row 1: '1.png"),
+        ("label,file_name\nlarge, cat,1.png\nsmall, dog,2.png\n", "have 3 fields, but its head has only 2: label"),
+        ("file_name,label\n1.png,cat,x\n2.png,dog,y\n", "have 3 fields, but its head has only 2"),
+        ("file_name,label,text\n1.png,a, b, cat,x\n2.png,a, b, dog,y\n", "have 5 fields, but its head has only 3"),
+    ],
+)
+@pytest.mark.parametrize("name", ["metadata.csv", "labels.csv", "labels.tsv"])
+def test_quotes_and_separators_that_move_fields_are_an_error(photos, name, content, message):
+    (photos / name).write_text(content.replace(",", "\t") if name.endswith("tsv") else content)
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset(
+            **({"dataset_name": str(photos)} if name == "metadata.csv" else {"files": {"train": photos / name}})
+        )
+
+
+def test_a_named_column_with_line_breaks_is_an_error_and_another_is_told(photos, caplog):
+    (photos / "labels.csv").write_text('file_name,label,kind\n1.png,cat,"a\nb"\n2.png,dog,c\n')
+    files = {"train": photos / "labels.csv"}
+    assert classes(load_image_dataset(files=files)["train"]) == ["cat", "dog"]
+    assert "1 of 2 rows of" in caplog.text and "column 'kind', such as row 0" in caplog.text
+    with pytest.raises(ValueError, match="line break in the column 'kind'"):
+        load_image_dataset(files=files, label_column="kind")

@@ -1,0 +1,126 @@
+"""Parquet and arrow files that `datasets` reads together: their labels must mean the same in each of them.
+
+`datasets` takes the types of the columns, and with them the class names, from the first file, and gives them to the
+numbers of all others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features, load_dataset_builder
+
+from .columns import USUAL_LABEL_NAMES
+
+
+ENDINGS = (".parquet", ".arrow")
+# The settings of `load_dataset` that `load_dataset_builder` does not have.
+LOADING_ONLY = {"split", "streaming", "num_proc", "save_infos", "verification_mode", "keep_in_memory"}
+ADVICE = (
+    "`datasets` would give all of them the class names of the first. Write the files again with the same names in the "
+    "same order, for example after dataset.align_labels_with_mapping(label2id, {column!r}), or with names as text."
+)
+
+
+def check_same_labels(files: Sequence[str], label_column: str | None = None) -> None:
+    """
+    Checks that the labels of parquet or arrow files mean the same. Reads no rows.
+
+    Args:
+        files (`Sequence[str]`):
+            Files that are loaded together. A file that cannot be read is left to `datasets`, which says why.
+        label_column (`str`, *optional*):
+            The column of the labels. By default, the columns with a usual name and those that are a `ClassLabel`.
+
+    Raises:
+        ValueError: If two files have other class names or another order of them, or names in one and numbers or text
+            in the other. It names both files.
+    """
+    schemas = {file: schema for file in dict.fromkeys(files) if (schema := _read_schema(file)) is not None}
+    class_names = {file: _class_names(schema) for file, schema in schemas.items()}
+    with_names = {column for of_file in class_names.values() for column in of_file}
+    columns = [label_column] if label_column is not None else sorted({*USUAL_LABEL_NAMES, *with_names})
+    for column in columns:
+        having = [file for file, schema in schemas.items() if _has_values(schema, column)]
+        first = having[0] if having else ""
+        for other in having[1:]:
+            kinds = [_kind(schemas[file].field(column).type, class_names[file].get(column)) for file in (first, other)]
+            if kinds[0] != kinds[1] and kinds != ["class names", "text"]:  # text is put in its place by its name
+                raise ValueError(
+                    f"The column {column!r} holds {kinds[0]} in {first!r}, but {kinds[1]} in {other!r}. "
+                    + ADVICE.format(column=column)
+                )
+            _check_same_names(column, first, class_names[first].get(column), other, class_names[other].get(column))
+
+
+def check_labels_of_folder(name: str, config: str | None, label_column: str | None, settings: dict) -> None:
+    """Checks the parquet and arrow files of all splits that `load_dataset` finds on this machine.
+
+    Raises:
+        ValueError: As [`check_same_labels`], or if the card or `features` name the classes of a file in another order.
+    """
+    settings = {key: value for key, value in settings.items() if key not in LOADING_ONLY}
+    builder = load_dataset_builder(name, config, **settings)
+    found = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
+    files = [file for file in found if os.path.splitext(file)[1].lower() in ENDINGS and os.path.isfile(file)]
+    check_same_labels(files, label_column)
+    for column, feature in (builder.info.features or {}).items() if files else ():
+        schema = _read_schema(files[0])
+        names = None if schema is None else _class_names(schema).get(column)
+        if names and isinstance(feature, ClassLabel) and set(names) == set(feature.names):
+            _check_same_names(column, files[0], names, "its dataset card or `features`", feature.names)
+
+
+def _read_schema(file: str) -> pa.Schema | None:
+    """Returns the columns that the head of a file names, or `None` if it cannot be read."""
+    try:
+        if os.path.splitext(file)[1].lower() == ".parquet":
+            return pq.read_schema(file)
+        try:
+            with pa.ipc.open_stream(file) as stream:
+                return stream.schema
+        except pa.ArrowInvalid:
+            with pa.ipc.open_file(file) as table:
+                return table.schema
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Returns the class names of the columns that `datasets` wrote as a `ClassLabel`."""
+    metadata = (schema.metadata or {}).get(b"huggingface")
+    types = ((json.loads(metadata).get("info") or {}).get("features") if metadata else None) or {}
+    features = Features.from_dict(types)
+    return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
+
+
+def _has_values(schema: pa.Schema, column: str) -> bool:
+    return schema.get_field_index(column) >= 0 and not pa.types.is_null(schema.field(column).type)
+
+
+def _kind(arrow_type: pa.DataType, names: list[str] | None) -> str:
+    if names is not None:
+        return "class names"
+    if pa.types.is_dictionary(arrow_type):
+        arrow_type = arrow_type.value_type
+    if pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or pa.types.is_string_view(arrow_type):
+        return "text"
+    return "values without names"
+
+
+def _check_same_names(
+    column: str, first: str, names: list[str] | None, other: str, other_names: list[str] | None
+) -> None:
+    if names is None or other_names is None or names == other_names:
+        return
+    pairs = enumerate(zip(names, other_names))
+    at = next((label for label, (name, of_other) in pairs if name != of_other), min(len(names), len(other_names)))
+    shown = [", ".join(map(repr, some[max(at - 2, 0) : at + 5])) for some in (names, other_names)]
+    raise ValueError(
+        f"The classes of the column {column!r} differ from label {at} on: {first!r} has {len(names)}, {shown[0]}; "
+        f"{other!r} has {len(other_names)}, {shown[1]}. {ADVICE.format(column=column)}"
+    )
