@@ -3,7 +3,9 @@
 import io
 import os
 import socket
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -72,6 +74,56 @@ def test_a_dark_16_bit_image_is_not_made_brighter_but_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decode_image(PILImage.fromarray(np.zeros((2, 2), dtype=np.uint16)))
+
+
+def png_of_16_bit_colors(values):
+    """A PNG file of (H, W, 3) 16-bit values, which Pillow does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def tiff_of_16_bits(values, sign=1):
+    """An uncompressed TIFF file of (H, W, C) 16-bit values; `sign` is 2 if they are signed."""
+    height, width, channels = values.shape
+    data, at = values.astype("<u2").tobytes(), 8
+    bits = b"\x10\0" * channels
+    where = at + len(data)
+    one = channels == 1
+    tags = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, 16 if one else where), (259, 3, 1, 1),
+        (262, 3, 1, 1 if one else 2), (273, 4, 1, at), (277, 3, 1, channels), (278, 4, 1, height),
+        (279, 4, 1, len(data)), (339, 3, 1, sign),
+    ]  # fmt: skip
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", where + len(bits)) + data + bits + directory
+
+
+@pytest.mark.parametrize("make", [png_of_16_bit_colors, tiff_of_16_bits])
+@pytest.mark.parametrize("high", [255, 4095, 65535])
+def test_dark_16_bit_colors_are_told_as_gray_values_are(make, high, tmp_path):
+    content = make(np.linspace(0, high, 4 * 4 * 3).reshape(4, 4, 3).astype(np.uint16))
+    (tmp_path / "a").write_bytes(content)
+    for given in (content, tmp_path / "a", PILImage.open(io.BytesIO(content))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert max(top for _, top in decode_image(given).getextrema()) == high >> 8
+        assert ["no value above 4095" in str(one.message) for one in caught] == [True] * (high < 4096)
+
+
+def test_signed_16_bit_values_are_told_and_dark_8_bit_colors_are_not():
+    content = tiff_of_16_bits(np.array([[[0], [32767]]], np.uint16), sign=2)
+    with pytest.warns(UserWarning, match="signed 16-bit.*half as bright"):
+        assert decode_image(content).getpixel((1, 0)) == (127, 127, 127)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode_image(saved(PILImage.new("RGB", (2, 2), (3, 3, 3)), format="PNG"))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def load_zhou_split(split_file: str | os.PathLike, image_dir: str | os.PathLike)
 
 def _read_zhou_file(split_file: str) -> dict[str, list]:
     check_file(split_file)
-    with open(split_file, encoding="utf-8") as file:
+    with open(split_file, encoding="utf-8-sig") as file:
         try:
             content = json.load(file)
         except ValueError as error:
@@ -167,7 +167,7 @@ def _read_lines(folder: str | os.PathLike, file_name: str) -> list[str]:
     path = os.path.join(folder, file_name)
     if not os.path.isfile(path):
         raise ValueError(f"There is no {file_name} in {str(folder)!r}, so it is not in the layout of CLIP_benchmark.")
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a mark
         return [line.strip() for line in file if line.strip()]
 
 

@@ -16,7 +16,15 @@ from PIL import Image
 from transformers import BatchFeature
 
 from ..image_files import UnreadableImageError, decode_image, process_images
-from .columns import IMAGE, LABEL, check_is_one_split, check_label_order, check_labels_are_numbers, with_known_types
+from .columns import (
+    IMAGE,
+    LABEL,
+    check_is_one_split,
+    check_label_order,
+    check_labels_are_numbers,
+    type_name,
+    with_known_types,
+)
 
 
 NUM_TRIES = 10
@@ -119,6 +127,7 @@ def with_pixel_values(
         whose image is damaged raises `UnreadableImageError`.
 
     Raises:
+        TypeError: If the column of images is not of the type `Image`.
         ValueError: If the labels are no numbers, or number the classes in another order than `class_names`.
     """
     if isinstance(dataset, IterableDataset):
@@ -137,8 +146,15 @@ def undecoded(dataset: Dataset) -> Dataset:
     Returns the dataset with its images as path and bytes, for [`decode`].
 
     Raises:
+        TypeError: If the column is not of the type `Image`.
         UnreadableImageError: If rows hold no image.
     """
+    feature = (dataset.features or {}).get(IMAGE)
+    if feature is not None and not isinstance(feature, ImageFeature):
+        raise TypeError(
+            f"The column {IMAGE!r} holds {type_name(feature)}, but must have the type Image of datasets. If it holds "
+            f"paths or the bytes of files: dataset.cast_column({IMAGE!r}, datasets.Image())."
+        )
     check_rows(dataset)
     return dataset.cast_column(IMAGE, ImageFeature(decode=False))
 

@@ -198,7 +198,10 @@ def _load_named(name: str, config: str | None, label_column: str | None, load_kw
         return _load_folders(splits, label_column, load_kwargs)
     if os.path.isdir(name) or name in {builder for builder, _ in ROWS.values()}:
         check_labels_of_folder(name, config, label_column, load_kwargs)
-    return load_dataset(name, config, **load_kwargs)
+    try:
+        return load_dataset(name, config, **load_kwargs)
+    except StopIteration as error:  # has no text
+        raise ValueError(f"Cannot read {name!r}: a json file in it is empty. Write it again, or remove it.") from error
 
 
 def _is_repository(folder: str) -> bool:

@@ -12,6 +12,7 @@ from transformers import EvalPrediction
 
 
 TOP_K = 5
+IGNORED = -100  # the label of images that the loss ignores, as in PyTorch
 CLASS_INDEX = datasets.Value("int64")
 SCORES = datasets.Sequence(datasets.Value("float64"))  # one per class
 
@@ -231,14 +232,27 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     Args:
         prediction (`EvalPrediction`):
             The (N, C) logits in `predictions` and the (N,) labels in `label_ids`, or lists of batches of them
-            (`eval_do_concat_batches=False`).
+            (`eval_do_concat_batches=False`). Images with the label -100, which the loss ignores, are left out. Of a
+            tuple of predictions, the first are the logits.
 
     Returns:
         `dict[str, float]`: `accuracy`, `mean_class_accuracy`, `macro_f1`, `expected_calibration_error` and, with more
         than 5 classes, `top5_accuracy`.
+
+    Raises:
+        ValueError: If the logits are of another shape or have NaN, or if no image has a label.
     """
-    logits = _concatenated(prediction.predictions).astype(np.float64)  # (N, C)
+    logits = _logits(prediction).astype(np.float64)  # (N, C)
     references = _concatenated(prediction.label_ids)  # (N,)
+    if logits.ndim != 2 or references.shape != logits.shape[:1]:
+        raise ValueError(
+            f"Expected logits (N, C) and labels (N,), got predictions of shape {logits.shape} and label_ids of shape "
+            f"{references.shape}."
+        )
+    is_labeled = references != IGNORED
+    if not is_labeled.any():
+        raise ValueError(f"None of the {len(references)} images has a label (other than {IGNORED}).")
+    logits, references = logits[is_labeled], references[is_labeled]
     metrics = {}
     for metric in (Accuracy, MeanClassAccuracy, MacroF1):
         metrics |= _compute(metric, logits.argmax(axis=-1), references)
@@ -257,9 +271,24 @@ def compute_multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """
     return _compute(
         MeanAveragePrecision,
-        _concatenated(prediction.predictions),
+        _logits(prediction),
         _concatenated(prediction.label_ids).astype(int),
     )
+
+
+def _logits(prediction: EvalPrediction) -> np.ndarray:
+    """Returns the logits among the predictions, which are checked for NaN."""
+    values = prediction.predictions
+    if isinstance(values, list) and values and isinstance(values[0], tuple):  # batches that are not concatenated
+        values = [batch[0] for batch in values]
+    logits = _concatenated(values[0] if isinstance(values, tuple) else values)
+    rows = np.isnan(logits).reshape(len(logits), -1).any(axis=1) if logits.dtype.kind == "f" else np.zeros(0, bool)
+    if rows.any():
+        raise ValueError(
+            f"The logits of {rows.sum()} of {len(logits)} images have NaN, such as those of image {rows.argmax()}: "
+            "the training may have diverged. Train with a lower learning rate or another dtype."
+        )
+    return logits
 
 
 def _concatenated(values) -> np.ndarray:

@@ -53,6 +53,14 @@ def test_templates_are_read_with_the_placeholder_of_this_package(folder):
     assert read_clip_benchmark_templates(folder) == ["a photo of a {}.", "{}"]
 
 
+def test_files_that_an_editor_began_with_a_mark_are_read_without_it(folder):
+    for file in folder.glob("*.txt"):
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    write_shard(folder / "test/0.tar", [0])
+    assert load_clip_benchmark(folder)["test"].features["label"].names == ["pug", "sphynx cat", "beagle"]
+    assert read_clip_benchmark_templates(folder) == ["a photo of a {}.", "{}"]
+
+
 def test_repeated_class_names_are_numbered_with_a_warning(folder, caplog):
     (folder / "classnames.txt").write_text("missile\nsunglasses\nmissile\n")
     write_shard(folder / "test/0.tar", [2])

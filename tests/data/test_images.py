@@ -6,7 +6,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from clip_prompt_peft.data import RandomResizedCropFlip, with_pixel_values
+from clip_prompt_peft.data import RandomResizedCropFlip, cache_image_embeds, with_pixel_values
 
 
 @pytest.fixture
@@ -100,3 +100,19 @@ def test_invalid_ranges_are_errors(arguments, message):
 def test_a_transformed_dataset_can_be_pickled_for_data_loader_workers(dataset, image_processor):
     copied = pickle.loads(pickle.dumps(with_pixel_values(dataset, image_processor, augment=True)))
     assert copied[0]["pixel_values"].shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes", "arrays"])
+def test_a_column_that_is_no_image_column_is_told_how_to_become_one(
+    kind, image, image_processor, classifier, tmp_path
+):
+    image.save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    given = {"paths": path, "bytes": (tmp_path / "a.png").read_bytes(), "arrays": np.asarray(image).tolist()}[kind]
+    rows = Dataset.from_dict({"image": [given], "label": [0]})
+    for use in (lambda: with_pixel_values(rows, image_processor), lambda: cache_image_embeds(rows, classifier,
+                image_processor)):  # fmt: skip
+        with pytest.raises(TypeError, match=r"must have the type Image.*cast_column\('image', datasets.Image\(\)\)"):
+            use()
+    if kind != "arrays":
+        assert len(with_pixel_values(rows.cast_column("image", Image()), image_processor)[:]["pixel_values"]) == 1

@@ -219,6 +219,14 @@ def test_files_that_cannot_be_read_are_named(photos, name, content):
         load_image_dataset(files={"train": photos / name})
 
 
+def test_a_folder_with_an_empty_table_is_named(tmp_path):
+    folder = tmp_path / "tables"  # the cache lies in tmp_path
+    folder.mkdir()
+    (folder / "labels.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"Cannot read '{folder}': a json file in it is empty"):
+        load_image_dataset(str(folder))
+
+
 def test_line_ends_quotes_and_addresses_of_files(photos):
     rows = ["file_name,label", f'"{photos}/1.png","cat, old"', f"file://{photos}/2.png,dog"]
     for line_end in ("\n", "\r\n", "\r"):

@@ -113,3 +113,24 @@ def test_predictions_can_be_added_in_batches(metric, name, tmp_path):
     metric.add_batch(predictions=[0, 1], references=[0, 1])
     metric.add_batch(predictions=[1], references=[1])
     assert metric.compute() == {name: 1.0}
+
+
+def test_images_that_the_loss_ignores_are_left_out_and_the_first_of_several_outputs_counts():
+    logits, labels = np.array([[2.0, 1.0], [0.0, 1.0], [5.0, 0.0]]), np.array([0, 0, -100])
+    expected = compute_metrics(EvalPrediction(predictions=logits[:2], label_ids=labels[:2]))
+    assert expected["accuracy"] == 0.5
+    for predictions in (logits, (logits, np.zeros((3, 7))), [(logits, np.zeros((3, 7)))]):
+        given = labels if not isinstance(predictions, list) else [labels]
+        assert compute_metrics(EvalPrediction(predictions=predictions, label_ids=given)) == expected
+
+
+def test_predictions_without_a_meaning_are_refused():
+    logits, labels = np.array([[0.0, 1.0], [np.nan, 1.0]]), np.array([0, 1])
+    with pytest.raises(ValueError, match="1 of 2 images have NaN, such as those of image 1"):
+        compute_metrics(EvalPrediction(predictions=logits, label_ids=labels))
+    with pytest.raises(ValueError, match="1 of 2 images have NaN"):
+        compute_multi_label_metrics(EvalPrediction(predictions=logits, label_ids=np.eye(2)))
+    with pytest.raises(ValueError, match="None of the 2 images has a label"):
+        compute_metrics(EvalPrediction(predictions=np.eye(2), label_ids=np.array([-100, -100])))
+    with pytest.raises(ValueError, match=r"got predictions of shape \(2, 2\) and label_ids of shape \(3,\)"):
+        compute_metrics(EvalPrediction(predictions=np.eye(2), label_ids=np.array([0, 1, 1])))
