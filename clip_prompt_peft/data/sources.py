@@ -38,7 +38,6 @@ from .columns import (
 )
 from .folders import load_class_folders, split_folders
 from .formats import check_file, load_clip_benchmark, load_zhou_split
-from .images import check_rows
 from .path_tables import (
     ROWS,
     TABLES,
@@ -51,6 +50,7 @@ from .path_tables import (
     split_by_folder,
     with_found_paths,
 )
+from .reading import check_rows
 from .row_files import check_labels_of_folder, check_same_labels
 
 
@@ -398,7 +398,8 @@ def _standardize_streams(
         split = split.select_columns(list(chosen)).rename_columns(
             {old: new for old, new in chosen.items() if old != new}
         )
-        standard[name] = split.cast_column(IMAGE, Image())
+        is_typed = isinstance(split.features[IMAGE], Image)  # perhaps with a mode
+        standard[name] = split if is_typed else split.cast_column(IMAGE, Image())
     return standard
 
 
