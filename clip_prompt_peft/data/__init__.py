@@ -2,6 +2,7 @@
 
 from ..image_files import UnreadableImageError
 from .columns import class_names_of, clean_class_name
+from .duplicates import SharedImages, shared_images
 from .few_shot import base_new_names, hold_out, keep_classes, sample_few_shot, sample_few_shot_splits, split_base_new
 from .formats import load_clip_benchmark, load_zhou_split, read_clip_benchmark_templates
 from .image_embeds import cache_image_embeds
@@ -13,6 +14,7 @@ from .sources import load_image_dataset, standardize
 __all__ = [
     "KnownDataset",
     "RandomResizedCropFlip",
+    "SharedImages",
     "UnreadableImageError",
     "base_new_names",
     "cache_image_embeds",
@@ -29,6 +31,7 @@ __all__ = [
     "read_clip_benchmark_templates",
     "sample_few_shot",
     "sample_few_shot_splits",
+    "shared_images",
     "split_base_new",
     "standardize",
     "with_pixel_values",
