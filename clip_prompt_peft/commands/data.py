@@ -11,10 +11,11 @@ from typing import Literal
 
 from datasets import Dataset, DatasetDict
 
+from clip_prompt_cli.fields import DataFields
+
 from ..data import class_names_of, hold_out, load_image_dataset
 from ..data.folders import SPLIT_OF
 from ..data.known_datasets import STYLES, load_style
-from .common import argument
 
 
 logger = logging.getLogger(__name__)
@@ -26,28 +27,8 @@ BELONGS_TO = {"dataset_config_name": "dataset_name", "image_dir": "zhou_split", 
 
 
 @dataclass
-class DataArguments:
+class DataArguments(DataFields):
     """The images; by default the embedded pictures."""
-
-    style: Literal[STYLES] = argument(STYLES[0], "Style of the embedded pictures to tune on.")
-    dataset_name: str | None = argument(None, "Hub id of an image classification data set.")
-    dataset_config_name: str | None = argument(None, "Name of its configuration.")
-    train_dir: str | None = argument(None, "Folder of training images, with one sub-folder for each class.")
-    validation_dir: str | None = argument(None, "The same for validation.")
-    test_dir: str | None = argument(None, "The same for the final table.")
-    train_file: str | None = argument(
-        None, "Parquet file of training images and labels, or a csv, tsv or jsonl file of paths and labels."
-    )
-    validation_file: str | None = argument(None, "The same for validation.")
-    test_file: str | None = argument(None, "The same for the final table.")
-    zhou_split: str | None = argument(None, "Published split split_zhou_NAME.json, together with --image_dir.")
-    image_dir: str | None = argument(None, "Folder that the paths in --zhou_split are relative to.")
-    webdataset_dir: str | None = argument(None, "Folder in the layout of CLIP_benchmark: tar files, classnames.txt.")
-    image_column_name: str | None = argument(None, "Column of the images; found by default.")
-    label_column_name: str | None = argument(None, "Column of the labels; found by default.")
-    train_val_split: float = argument(
-        0.2, "Share of the training images to test on, if there are neither test nor validation images."
-    )
 
     def source(self, kind: Literal["dir", "file"]) -> dict[str, str]:
         """Returns the given folders or files by split."""

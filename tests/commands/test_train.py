@@ -157,7 +157,7 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
         ("predict", ["./gone", "."], "There is no folder './gone'"),
         ("predict", ["ADAPTER", "ADAPTER"], "no images in ADAPTER"),
         ("serve", ["./gone"], "There is no folder './gone'"),
-        ("serve", ["a", "--adapters", "b"], "argument --adapters: not allowed with argument adapters"),
+        ("serve", ["a", "--adapters", "b"], "argument --adapters: not allowed with argument ADAPTERS"),
         ("predict", ["x", "y", "--device", "cuda:99"], "'cuda:99' cannot be used on this machine"),
         ("report", ["./gone"], "There is no folder './gone'"),
         ("report", ["./gone", "--output", "no/where.html"], "--output 'no/where.html' lies in 'no'"),
@@ -173,7 +173,7 @@ def test_a_mistake_is_told_in_one_line_before_any_work(run_here, tmp_path, comma
         (tmp_path / "cat.jpg").touch()
     with pytest.raises(SystemExit) as exit:
         run_here(command, *arguments)
-    assert exit.value.code.startswith(f"python -m clip_prompt_peft.commands.{command}: error: ")
+    assert exit.value.code.startswith(f"clip-prompt {command}: error: ")
     assert re.search(message, exit.value.code.replace("\n", " "))
     assert "\n" not in exit.value.code.strip()
     assert not (tmp_path / "outputs").exists()
