@@ -68,6 +68,12 @@ class DataFields:
     train_dir: str | None = argument(None, "Folder of training images, with one sub-folder for each class.", "FOLDER")
     validation_dir: str | None = argument(None, "The same for validation.", "FOLDER")
     test_dir: str | None = argument(None, "The same for the final table.", "FOLDER")
+    test_list: str | None = argument(
+        None,
+        "Text file with one path per line, relative to --train_dir: these images are for the test, all others for "
+        "training.",
+        "FILE",
+    )
     train_file: str | None = argument(
         None, "Parquet file of training images and labels, or a csv, tsv or jsonl file of paths and labels.", "FILE"
     )

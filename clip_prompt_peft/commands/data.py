@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 
 from clip_prompt_cli.fields import DataFields
 
-from ..data import class_names_of, hold_out, load_image_dataset
+from ..data import class_names_of, hold_out, load_image_dataset, split_by_list
 from ..data.folders import SPLIT_OF
 from ..data.known_datasets import STYLES, load_style
 
@@ -23,7 +23,12 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 HELD_OUT = "held out of train"
 # Arguments that belong to a source: without it they would be ignored.
-BELONGS_TO = {"dataset_config_name": "dataset_name", "image_dir": "zhou_split", "zhou_split": "image_dir"}
+BELONGS_TO = {
+    "dataset_config_name": "dataset_name",
+    "image_dir": "zhou_split",
+    "zhou_split": "image_dir",
+    "test_list": "train_dir",
+}
 
 
 @dataclass
@@ -64,7 +69,7 @@ class DataArguments(DataFields):
         """Returns the arguments that are not `None` as JSON, with paths that are valid in any working directory."""
         record = {field.name: getattr(self, field.name) for field in fields(DataArguments)}
         for name, value in record.items():
-            is_path = name.rpartition("_")[2] in ("dir", "file") or name in ("zhou_split", "dataset_name")
+            is_path = name.rpartition("_")[2] in ("dir", "file", "list") or name in ("zhou_split", "dataset_name")
             if is_path and value is not None and os.path.exists(value):
                 record[name] = os.path.abspath(value)
         if not self.is_embedded:
@@ -99,6 +104,10 @@ class DataArguments(DataFields):
             raise ValueError(f"--style is of the embedded pictures; leave it out, or leave out {self.name!r}.")
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"--train_val_split must lie between 0 and 1, got {self.train_val_split}.")
+        if self.test_list is not None and self.test_dir is not None:
+            raise ValueError("--test_list and --test_dir both say what to test on; give one of them.")
+        if self.test_list is not None and not os.path.isfile(self.test_list):
+            raise ValueError(f"--test_list: The file {self.test_list!r} does not exist.")
         for kind in ("dir", "file"):
             self._check_paths(kind, needs_train)
 
@@ -171,6 +180,8 @@ def load_data(
         cache_dir=cache_dir,
         token=token,
     )
+    if data_args.test_list is not None:
+        splits["train"], splits["test"] = split_by_list(splits["train"], data_args.train_dir, data_args.test_list)
     return splits, choose_test_set(splits, data_args.train_val_split)
 
 
@@ -184,7 +195,8 @@ def choose_test_set(splits: DatasetDict, train_val_split: float) -> dict[str, Da
     if few:
         raise ValueError(
             f"There are no test images, and the classes with a single training image ({', '.join(few[:10])}) have "
-            "none to spare. Give images to test on (--test_dir, --test_file), or two images of every class."
+            "none to spare. Give images to test on (--test_dir, --test_list or --test_file), or two images of every "
+            "class."
         )
     try:
         splits["train"], held_out = hold_out(splits["train"], train_val_split)
