@@ -47,6 +47,7 @@ from .common import (
     check_device,
     check_extra,
     errors_in_one_line,
+    progress_bars_of_datasets,
     silence_libraries,
     stopped_in_one_line,
     use_one_thread_if_tiny,
@@ -111,7 +112,8 @@ def run_benchmark(arguments: list[str], progress: Progress) -> None:
         if progress.num_done:
             number = f"{progress.num_done} of {counted(len(progress.runs), 'run')}"
             print(f"The results of {number} were read from {results.path}", flush=True)
-        Benchmark(partial(load_backbone, args, settings, hub), data, results).run(progress.runs)
+        with progress_bars_of_datasets(args.data is not None):  # of the embedded pictures, they come and go
+            Benchmark(partial(load_backbone, args, settings, hub), data, results).run(progress.runs)
     tables = write_tables(results, curve, base_new, others, args)
     print(f"\n{tables}")
     draw_figures(results, curve, base_new, others, args)
