@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import BatchFeature
+from transformers import BaseImageProcessor, BatchFeature
 
 from ..image_files import UnreadableImageError, decode_image, process_images
 from .columns import (
@@ -102,7 +102,7 @@ class RandomResizedCropFlip:
 
 def with_pixel_values(
     dataset: Dataset | IterableDataset,
-    image_processor,
+    image_processor: BaseImageProcessor,
     augment: bool = False,
     class_names: Sequence[str] | None = None,
 ) -> Dataset | IterableDataset:
