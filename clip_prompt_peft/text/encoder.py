@@ -17,8 +17,10 @@ from .chunks import (
     num_processes,
     share_of_classes,
 )
+from .class_aware import ClassAwarePrompts, pack_class_aware
 from .memory import CHUNK, MANY_CLASSES, PROMPTS_AT_ONCE, TowerSize, classes_that_fit, free_bytes
 from .packing import (
+    PACKED,
     PATHS,
     PLAIN,
     PackedPrompts,
@@ -33,6 +35,7 @@ from .prompts import ClassPrompts
 
 
 AUTO = "auto"
+Chunk = PlainPrompts | PackedPrompts | ClassAwarePrompts
 
 
 class ClassEncoder:
@@ -81,6 +84,7 @@ class ClassEncoder:
         prompts: ClassPrompts,
         layout: PromptLayout | None = None,
         image_embeds: torch.Tensor | None = None,
+        class_priors: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -92,6 +96,9 @@ class ClassEncoder:
                 The layout of the active prompt adapter.
             image_embeds (`torch.Tensor`, *optional*):
                 (B, E), L2-normalized, for an adapter that is conditioned on the image.
+            class_priors (`torch.Tensor`, *optional*):
+                (C, E), the zero-shot embeddings of the classes over `layout.class_prior_templates`, for an adapter
+                with a `class_aware_layer`.
 
         Returns:
             `torch.Tensor`: Class embeddings (C, E), L2-normalized, in at least float32, differentiable with respect to
@@ -105,13 +112,18 @@ class ClassEncoder:
         if image_embeds is not None:
             return self._encode_for_images(model, prompts, layout, image_embeds)
         if torch.compiler.is_compiling():  # the state of the model cannot be compared in a compiled graph
-            return self._encode(model, prompts, layout)
+            return self._encode(model, prompts, layout, class_priors)
         if model.training or (torch.is_grad_enabled() and trainable_parameters(text_side(model))):
             self._embeds.clear()
-            return self._encode(model, prompts, layout)
-        settings = attention_of(model.text_model), autocast_state(execution_device(model.text_model))
+            return self._encode(model, prompts, layout, class_priors)
+        settings = (
+            attention_of(model.text_model),
+            autocast_state(execution_device(model.text_model)),
+            layout and layout.class_prior_templates,
+        )
         return self._embeds.get(
-            (WeightsState(text_side(model)), prompts, settings), lambda: self._encode(model, prompts, layout)
+            (WeightsState(text_side(model)), prompts, settings),
+            lambda: self._encode(model, prompts, layout, class_priors),
         )
 
     def clear(self) -> None:
@@ -131,15 +143,17 @@ class ClassEncoder:
         if self.across_processes not in (AUTO, True, False):
             raise ValueError(f"across_processes must be True, False or {AUTO!r}, got {self.across_processes!r}.")
 
-    def _encode(self, model, prompts, layout) -> torch.Tensor:
+    def _encode(self, model, prompts, layout, class_priors=None) -> torch.Tensor:
         num_classes = len(prompts.texts)
         is_shared = self._is_shared(model, num_classes)
         classes = share_of_classes(num_classes) if is_shared else range(num_classes)
         chunks, _ = self._chunks_of(model, prompts, layout, classes)
         if len(chunks) == 1:
-            embeds = chunks[0].encode(model, layout)[0]
+            embeds = chunks[0].encode(model, layout, class_priors=class_priors)[0]
         else:
-            encode = keep_casts(lambda chunk: chunk.encode(model, layout)[0], text_side(model))
+            encode = keep_casts(
+                lambda chunk: chunk.encode(model, layout, class_priors=class_priors)[0], text_side(model)
+            )
             embeds = encode_in_chunks(encode, chunks, trainable_parameters(text_side(model)))
         return gather_shares(embeds, num_classes) if is_shared else embeds
 
@@ -158,7 +172,7 @@ class ClassEncoder:
         is_trained = model.training and torch.is_grad_enabled() and bool(trainable_parameters(text_side(model)))
         return is_trained and num_classes > MANY_CLASSES
 
-    def _chunks_of(self, model, prompts, layout, classes: range) -> tuple[list[PlainPrompts | PackedPrompts], int]:
+    def _chunks_of(self, model, prompts, layout, classes: range) -> tuple[list[Chunk], int]:
         """Returns the inputs of the text tower, and how many prompts to take at once if every image has its own.
 
         They are kept from call to call: only prompts and settings change them.
@@ -167,7 +181,8 @@ class ClassEncoder:
         attention = attention_of(model.text_model)
         # Bounds instead of the range: once their number varies, a compiled graph compares integers, but no ranges.
         bounds = (classes.start, classes.stop)
-        settings = (self.path, self.batch_size, bounds, at_most, model.text_model.device, attention)
+        class_aware = None if layout is None else layout.class_aware_layer
+        settings = (self.path, self.batch_size, bounds, at_most, class_aware, model.text_model.device, attention)
         if torch.compiler.is_compiling() and self._chunks.latest is not None:
             # A graph without breaks can neither look at all modules of the tower nor compare prompts by value.
             (kept_prompts, kept_settings, *_), chunks = self._chunks.latest
@@ -178,16 +193,21 @@ class ClassEncoder:
     @torch.compiler.disable
     def _kept_chunks(self, model, prompts, layout, classes, settings):
         path, device = self._resolved_path(model), execution_device(model.text_model)
+        class_aware = None if layout is None else layout.class_aware_layer
         size = self._size_to_fit(model, path)
 
-        def build() -> tuple[list[PlainPrompts | PackedPrompts], int]:
+        def build() -> tuple[list[Chunk], int]:
             num_shared = num_shared_positions(prompts, layout)
             fitting = None
             if size is not None and (free := free_bytes(device)) is not None:
-                fitting = classes_that_fit(*tokens_of_class(path, prompts, num_shared), size, free)
+                fewest = num_shared if class_aware is None else min(num_shared, layout.start_idx)  # of all layers
+                fitting = classes_that_fit(*tokens_of_class(path, prompts, fewest), size, free)
             num_chunks = -(-len(classes) // self._chunk_size(len(classes), fitting))
             parts = torch.tensor(classes).tensor_split(num_chunks)
-            chunks = [build_chunk(path, part, prompts, num_shared, device) for part in parts]
+            if class_aware is not None and path == PACKED:
+                chunks = [pack_class_aware(part, prompts, num_shared, layout, device) for part in parts]
+            else:
+                chunks = [build_chunk(path, part, prompts, num_shared, device) for part in parts]
             return chunks, PROMPTS_AT_ONCE if fitting is None else fitting
 
         return self._chunks.get((prompts, settings, path, size), build)
