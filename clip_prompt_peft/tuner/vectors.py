@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.activations import QuickGELUActivation
 
 from ..towers import entry_of, execution_device
 from .base import CLIPPromptLayer
@@ -185,7 +184,8 @@ class CLIPDeepPrompts(CLIPVectorsLayer):
         self._check_weights(name)
         first, second = self.learnable_class_in[name], self.learnable_class_out[name]
         inputs = class_priors.to(execution_device(first), first.weight.dtype)
-        vectors = second(QuickGELUActivation()(first(inputs)))  # (K, n D)
+        hidden = first(inputs)
+        vectors = second(hidden * torch.sigmoid(1.702 * hidden))  # (K, n D), by the authors' GELU
         return vectors.view(len(class_priors), self.prompt_layouts[name].num_virtual_tokens, -1)
 
     @contextmanager
