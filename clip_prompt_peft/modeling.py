@@ -15,7 +15,7 @@ from .loss import PromptClassifierOutput, check_regularizers, compute_loss
 from .pretrained import PretrainedClassifierMixin
 from .regularizers import Prediction, Regularizer, regularizer_of
 from .regularizers.teacher import ZeroShotTeacher
-from .templates import DEFAULT_TEMPLATE, check_class_names, check_template
+from .templates import DEFAULT_TEMPLATE, check_class_names, check_template, name_labels
 from .text import ClassEncoder, normalize
 from .text.cache import Memo
 from .text.prompts import ClassPrompts, build_class_prompts
@@ -116,9 +116,10 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         layout = self.prompt_layout
         self.build_prompts(class_names, self.prompt_template, layout)
         self._fixed_class_embeds = None
-        self.config.class_names = class_names
+        self.config.class_names, self.names_were_given = class_names, True
         if layout is not None:
-            self.text_embeddings.set_class_names(class_names)
+            self.text_embeddings.check_tokenizer(self._get_tokenizer())  # before the token ids of the new names count
+            self.text_embeddings.set_class_names(class_names, self._get_tokenizer())
         self._class_prompts(self.prompt_layout)
 
     def set_prompt_template(self, prompt_template: str) -> None:
@@ -205,8 +206,9 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
 
         def build() -> ClassPrompts:
             prompts = self.build_prompts(class_names, self.prompt_template, layout)
-            self.config.id2label = dict(enumerate(class_names))
-            self.config.label2id = {name: index for index, name in enumerate(class_names)}
+            name_labels(self.config, class_names)
+            if layout is not None:
+                self.text_embeddings.check_tokenizer(self._get_tokenizer())
             return prompts
 
         return self._prompts.get((tuple(class_names), self.prompt_template, layout), build)

@@ -58,13 +58,16 @@ def _check_encodable(what: str, text: str) -> None:
         ) from None
 
 
-def how_to_renumber(label_column: str) -> str:
-    """Returns the call that renumbers the labels of a data set, for error messages.
+def name_labels(config, class_names: Sequence[str] | None) -> None:
+    """Sets `id2label` and `label2id` of a config of transformers; without names, to those of a config without any."""
+    names = ["LABEL_0", "LABEL_1"] if class_names is None else class_names
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: label for label, name in enumerate(names)}
 
-    Not by `model.config.label2id`, which follows another adapter only as soon as it is used.
-    """
-    numbers = "{name: number for number, name in enumerate(model.class_names)}"
-    return f"dataset.align_labels_with_mapping({numbers}, {label_column!r})"
+
+def how_to_renumber(label_column: str) -> str:
+    """Returns the call that renumbers the labels of a data set, for error messages."""
+    return f"dataset.align_labels_with_mapping(model.config.label2id, {label_column!r})"
 
 
 def check_label_names(label_names: Sequence[str], class_names: Sequence[str]) -> None:

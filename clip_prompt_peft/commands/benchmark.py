@@ -52,6 +52,7 @@ from .common import (
     stopped_in_one_line,
     use_one_thread_if_tiny,
 )
+from .data import warn_of_shared_images
 from .outputs import check_can_be_written
 
 
@@ -162,6 +163,7 @@ def load_data(sources: list[str] | None) -> dict[str, DatasetDict]:
         data[name] = splits = load_image_dataset(path)
         if "test" not in splits and "validation" in splits:
             splits["test"] = splits["validation"]
+        warn_of_shared_images(splits["train"], {f"test of {name}": splits["test"]} if "test" in splits else {})
     return data
 
 

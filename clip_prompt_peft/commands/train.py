@@ -49,7 +49,7 @@ from .common import (
     stopped_in_one_line,
     use_one_thread_if_tiny,
 )
-from .data import load_data
+from .data import load_data, warn_of_shared_images
 from .outputs import (
     check_can_be_written,
     check_nothing_is_replaced,
@@ -93,6 +93,10 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             raise ValueError("--eval_strategy needs validation images besides the test images, and there are none.")
         validation = splits.get("validation") if training_args.eval_strategy != "no" else None
         check_shots(splits["train"], validation, test_sets, data_args)
+        if is_main_process and not data_args.is_embedded:
+            warn_of_shared_images(
+                splits["train"], test_sets | ({} if validation is None else {"validation": validation})
+            )
         drawn, _ = draw(splits, data_args, training_args)
         name = model_args.model_name_or_path
         hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
