@@ -51,7 +51,7 @@ from .path_tables import (
     split_by_folder,
     with_found_paths,
 )
-from .row_files import check_labels_of_folder, check_same_labels
+from .row_files import check_labels_of_named, check_same_labels
 
 
 logger = logging.getLogger(__name__)
@@ -196,8 +196,8 @@ def _load_named(name: str, config: str | None, label_column: str | None, load_kw
             rows = load_metadata_folder(folder, label_column, settings.get("cache_dir"))  # one file for all splits
             return split_by_folder(rows, splits)
         return _load_folders(splits, label_column, load_kwargs)
-    if os.path.isdir(name) or name in {builder for builder, _ in ROWS.values()}:
-        check_labels_of_folder(name, config, label_column, load_kwargs)
+    if name != "imagefolder":
+        check_labels_of_named(name, config, label_column, load_kwargs)
     try:
         return load_dataset(name, config, **load_kwargs)
     except StopIteration as error:  # has no text
