@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import torch
 from torch import nn
@@ -365,7 +366,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         is_training = self.training and torch.is_grad_enabled()
         return self.label_check(labels, self._class_names(layout), self.config.problem_type, is_training)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         self.label_check.read()
         return super().train(mode)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import os
 from dataclasses import dataclass, field
+from typing import Self
 
 from peft import PeftConfig, PromptTuningInit
 from torch import nn
@@ -231,7 +233,7 @@ class CLIPPromptTuningConfig(PeftConfig):
         return cls(**{**preset_settings(name, *num_layers), **overrides})
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Self:
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except TypeError as error:  # a field that cannot be one, such as "self"
