@@ -6,9 +6,9 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .assets import PIPELINE_FILE, custom_pipelines
 from .templates import check_class_names, check_template, name_labels
@@ -21,7 +21,14 @@ logger = logging.getLogger(__name__)
 PUSH_SETTINGS = ("commit_message", "create_pr", "max_shard_size", "private", "token")
 
 
-class PretrainedClassifierMixin:
+# The mixin goes in front of a model of transformers, which checkers of types must know: `model.to("cuda")`.
+if TYPE_CHECKING:
+    ModelBase = PreTrainedModel
+else:
+    ModelBase = object
+
+
+class PretrainedClassifierMixin(ModelBase):
     """
     What a classifier does with checkpoints. [`~modeling.PromptClassificationMixin`] adds classes and prompts to it.
 
@@ -38,13 +45,13 @@ class PretrainedClassifierMixin:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path,
+        pretrained_model_name_or_path: str | os.PathLike,
         *model_args,
         class_names: Sequence[str] | None = None,
         prompt_template: str | None = None,
-        tokenizer=None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
-    ):
+    ) -> Self:
         """
         Loads a checkpoint as the family's own `from_pretrained` does, with class names.
 
@@ -99,7 +106,7 @@ class PretrainedClassifierMixin:
     def from_base(
         cls,
         model: PreTrainedModel,
-        tokenizer=None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         class_names: Sequence[str] | None = None,
         prompt_template: str | None = None,
         **hub_arguments,
@@ -171,7 +178,7 @@ class PretrainedClassifierMixin:
         else:
             self.set_class_names(class_names or saved_names)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the model as the family's own `save_pretrained` does, the tokenizer for the class prompts, and code.
 
         The code is a short file by which `transformers.pipeline("image-classification", ..., trust_remote_code=True)`

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 
+from transformers import PreTrainedTokenizerBase
+
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 CLASS_SLOT = "{}"
@@ -113,7 +115,9 @@ def context_text(template: str) -> str:
     return template.split(CLASS_SLOT)[0].strip()
 
 
-def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: int | None = None) -> str:
+def pad_template(
+    template: str, num_virtual_tokens: int, tokenizer: PreTrainedTokenizerBase, start_idx: int | None = None
+) -> str:
     """Adds placeholder words to a template that has fewer words in front of the class name than virtual tokens.
 
     The placeholders (`X`, as in CoOp) are inserted at `start_idx`, so that the virtual tokens, which replace positions

@@ -47,10 +47,12 @@ from .common import (
     check_device,
     check_extra,
     errors_in_one_line,
+    progress_bars_of_datasets,
     silence_libraries,
     stopped_in_one_line,
     use_one_thread_if_tiny,
 )
+from .data import warn_of_shared_images
 from .outputs import check_can_be_written
 
 
@@ -111,7 +113,8 @@ def run_benchmark(arguments: list[str], progress: Progress) -> None:
         if progress.num_done:
             number = f"{progress.num_done} of {counted(len(progress.runs), 'run')}"
             print(f"The results of {number} were read from {results.path}", flush=True)
-        Benchmark(partial(load_backbone, args, settings, hub), data, results).run(progress.runs)
+        with progress_bars_of_datasets(args.data is not None):  # of the embedded pictures, they come and go
+            Benchmark(partial(load_backbone, args, settings, hub), data, results).run(progress.runs)
     tables = write_tables(results, curve, base_new, others, args)
     print(f"\n{tables}")
     draw_figures(results, curve, base_new, others, args)
@@ -160,6 +163,7 @@ def load_data(sources: list[str] | None) -> dict[str, DatasetDict]:
         data[name] = splits = load_image_dataset(path)
         if "test" not in splits and "validation" in splits:
             splits["test"] = splits["validation"]
+        warn_of_shared_images(splits["train"], {f"test of {name}": splits["test"]} if "test" in splits else {})
     return data
 
 

@@ -10,6 +10,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from transformers import HfArgumentParser
@@ -143,6 +144,17 @@ def silence_libraries(progress_bars: bool = False) -> None:
         transformers.utils.logging.enable_progress_bar()
     else:
         transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def progress_bars_of_datasets(are_shown: bool) -> Iterator[None]:
+    """Shows the progress of `datasets`, which commands hide elsewhere: reading files would show one for each file."""
+    if are_shown:
+        datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.disable_progress_bars()
 
 
 def use_one_thread_if_tiny(model_name_or_path: str) -> None:

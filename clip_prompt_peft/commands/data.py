@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -13,9 +14,9 @@ from datasets import Dataset, DatasetDict
 
 from clip_prompt_cli.fields import DataFields
 
-from ..data import class_names_of, hold_out, load_image_dataset, split_by_list
-from ..data.folders import SPLIT_OF
+from ..data import class_names_of, hold_out, load_image_dataset, shared_images, split_by_list
 from ..data.known_datasets import STYLES, load_style
+from ..data.splits import SPLIT_OF
 
 
 logger = logging.getLogger(__name__)
@@ -206,6 +207,30 @@ def choose_test_set(splits: DatasetDict, train_val_split: float) -> dict[str, Da
             f"{error} A larger --train_val_split, or --test_dir or --test_file, does."
         ) from error
     return {HELD_OUT: held_out}
+
+
+def warn_of_shared_images(train: Dataset, others: Mapping[str, Dataset]) -> None:
+    """Warns of test and validation images that equal training images, and of those that were not compared."""
+    for name, dataset in others.items():
+        shared = shared_images(train, dataset)
+        if shared.rows:
+            pairs = ", ".join(f"{of_test} (equal to {of_train})" for of_test, of_train in shared.names[:3])
+            logger.warning(
+                "%d of the %d images of %r equal training images, so its accuracy says little about new ones: %s%s. "
+                "Leave them out of one of the two.",
+                len({row for row, _ in shared.rows}),
+                len(dataset),
+                name,
+                pairs,
+                ", ..." if len(shared.rows) > 3 else "",
+            )
+        if shared.num_skipped:
+            logger.warning(
+                "%d images of 'train' and %r were not compared: they are remote, or too large together. "
+                "clip_prompt_peft.data.shared_images compares more.",
+                shared.num_skipped,
+                name,
+            )
 
 
 def images_per_class(dataset: Dataset) -> dict[str, int]:

@@ -6,6 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+import datasets
 from datasets import Dataset
 
 from clip_prompt_cli.parsers import parse
@@ -24,6 +25,7 @@ from .report import find_test_set
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse("export", arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    datasets.disable_progress_bars()
     with stopped_in_one_line(), errors_in_one_line(["test_dir", "int8"]):
         report = export(args)
     print(told(report, args.output_dir))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
+import datasets
 from datasets import Dataset
 
 from clip_prompt_cli.parsers import add_to_report, check
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def report(arguments: list[str]) -> None:
     """Does everything."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    datasets.disable_progress_bars()
     parser = DataclassParser((DataArguments,))
     add_to_report(parser)
     with errors_in_one_line([*parser.flags, "split"]):

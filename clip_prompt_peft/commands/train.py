@@ -43,12 +43,13 @@ from .common import (
     COLUMNS,
     Results,
     errors_in_one_line,
+    progress_bars_of_datasets,
     results_table,
     silence_libraries,
     stopped_in_one_line,
     use_one_thread_if_tiny,
 )
-from .data import load_data
+from .data import load_data, warn_of_shared_images
 from .outputs import (
     check_can_be_written,
     check_nothing_is_replaced,
@@ -92,6 +93,10 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             raise ValueError("--eval_strategy needs validation images besides the test images, and there are none.")
         validation = splits.get("validation") if training_args.eval_strategy != "no" else None
         check_shots(splits["train"], validation, test_sets, data_args)
+        if is_main_process and not data_args.is_embedded:
+            warn_of_shared_images(
+                splits["train"], test_sets | ({} if validation is None else {"validation": validation})
+            )
         drawn, _ = draw(splits, data_args, training_args)
         name = model_args.model_name_or_path
         hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
@@ -121,7 +126,8 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         batch_size = training_args.per_device_eval_batch_size
         description = f"Embedding images ({description})"
         settings = {"description": description, "num_workers": training_args.dataloader_num_workers}
-        return cache_image_embeds(dataset, model, image_processor, batch_size, **settings)
+        with progress_bars_of_datasets(is_main_process and not training_args.disable_tqdm):
+            return cache_image_embeds(dataset, model, image_processor, batch_size, **settings)
 
     runs += planned
     if is_main_process:
@@ -224,9 +230,10 @@ def make_trainer(
 
 def classify(model, test_sets: dict[str, Dataset], training_args: TrainingArguments) -> dict[str, Answers]:
     """Returns the model's answers to the images of every test set."""
+    are_embedded = all("image_embeds" in dataset.column_names for dataset in test_sets.values())
     args = replace(
         training_args,
-        disable_tqdm=True,
+        disable_tqdm=training_args.disable_tqdm or are_embedded,  # without the image tower, it takes no time
         push_to_hub=False,
         dataloader_drop_last=False,  # True would drop test images
         eval_strategy="no",

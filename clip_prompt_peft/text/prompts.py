@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..templates import CLASS_SLOT, check_class_names, check_template
 from ..tuner.config import CLIPPromptTuningConfig
@@ -66,7 +67,7 @@ def _same(one, another) -> bool:
 def build_class_prompts(
     class_names: Sequence[str],
     template: str,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     layout: PromptLayout | CLIPPromptTuningConfig | None = None,
     padding: str = IGNORED,
