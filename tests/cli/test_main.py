@@ -42,6 +42,9 @@ MISTAKES = [
     (["train", "--train-dri=x"], "There is no argument '--train_dri'; did you mean --train_dir?"),
     (["train", "--wieght_decay", "0.1"], "There is no argument '--wieght_decay'; did you mean --weight_decay?"),
     (["train", "--style", "crayon"], "argument --style: invalid choice: 'crayon' (choose from"),
+    (["train", "--shots", "four"], "argument --shots: invalid int value: 'four'"),
+    (["benchmark", "--shots", "1", "x"], "argument --shots: invalid int value: 'x'"),
+    (["TRAIN"], "did you mean 'train'?"),
     (["train", "photos"], "'photos' follows no argument"),
     (["report", "out", "--ouput", "x"], "There is no argument '--ouput'; did you mean --output?"),
     (["benchmark", "--lora_rnk", "3"], "There is no argument '--lora_rnk'; did you mean --lora_rank?"),
@@ -77,7 +80,7 @@ def test_help_fits_on_a_screen(without_the_library, arguments):
     assert "clip-prompt " in printed.partition("\n")[2]  # an example
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda value: " ".join(value)[:40] if value else "")
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
 def test_a_mistake_is_told_in_one_line(without_the_library, arguments, message):
     code, printed = without_the_library[0][" ".join(arguments)]
     assert message in code and "\n" not in code and not printed
