@@ -297,6 +297,8 @@ def check_flags(name: str, arguments: list[str]) -> None:
     if name == "train" and arguments and not arguments[0].startswith("-"):
         if not arguments[0].endswith(SETTINGS_FILES):
             exit_with(follows_no_argument(arguments[0]))
+        if not Path(arguments[0]).is_file():
+            exit_with(f"The file {arguments[0]!r} with arguments does not exist.")
         arguments = arguments[1:]
     if with_underscores([HELP_ALL])[0] in arguments and name in MORE:
         return  # the library's parser shows all of them
