@@ -29,12 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{PROGRAM} {version('clip_prompt_peft')}")
         return
     if name not in COMMANDS:
-        similar = difflib.get_close_matches(name, COMMANDS, n=1)
+        similar = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
         exit_with(
             f"There is no command {name!r}; "
             + (f"did you mean {similar[0]!r}?" if similar else f"there are {', '.join(COMMANDS)}.")
         )
     check(name, rest)
+    os.environ.setdefault("TQDM_DELAY", "2")  # seconds: no bars of what takes less; read when tqdm is imported
     try:
         command = import_module(f"clip_prompt_peft.commands.{name}")
     except KeyboardInterrupt:
