@@ -13,6 +13,7 @@ from typing import Literal
 from datasets import Dataset, DatasetDict
 
 from ..data import class_names_of, hold_out, load_image_dataset, shared_images
+from ..data.formats import check_file, check_folder
 from ..data.known_datasets import STYLES, load_style
 from ..data.splits import SPLIT_OF
 from .common import argument
@@ -128,9 +129,10 @@ class DataArguments:
             raise ValueError(f"--{next(iter(paths))}_{kind} needs --train_{kind} beside it, the training images.")
         for split, path in paths.items():
             flag = f"--{split}_{kind}"
-            if not (os.path.isdir if kind == "dir" else os.path.isfile)(path):
-                noun = "image folder" if kind == "dir" else "file"
-                raise ValueError(f"{flag}: The {noun} {path!r} does not exist.")
+            try:
+                (check_folder if kind == "dir" else check_file)(path)
+            except ValueError as error:
+                raise ValueError(f"{flag}: {error}") from error
             if kind == "dir":
                 _check_no_splits_inside(flag, path)
         if "train" not in paths:

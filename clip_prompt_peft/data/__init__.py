@@ -8,7 +8,8 @@ from .formats import load_clip_benchmark, load_zhou_split, read_clip_benchmark_t
 from .image_embeds import cache_image_embeds
 from .images import RandomResizedCropFlip, content_hash, with_pixel_values
 from .known_datasets import KnownDataset, known_datasets, load_known_dataset
-from .sources import load_image_dataset, standardize
+from .sources import load_image_dataset
+from .standard import standardize
 
 
 __all__ = [

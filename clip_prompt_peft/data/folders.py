@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
+from ..file_contents import advice_for
 from ..image_files import SYSTEM_FOLDERS, list_images, skipped_files
-from .columns import IMAGE, LABEL
+from .columns import IMAGE, LABEL, check_names_differ
 from .splits import SPLIT_OF, how_to_name_splits, splits_among
 
 
@@ -49,6 +50,7 @@ def load_class_folders(folders: Mapping[str, str], cache_dir: str | None = None)
     all_names = sorted(set().union(*names.values()))
     if len(all_names) < 2:
         raise ValueError(f"No classes were found in {', '.join(folders.values())}. {LAYOUT}")
+    check_names_differ(all_names)
     if all(name.isdigit() for name in all_names):
         logger.warning("All class folders have numbers as names (%s), which CLIP reads as numbers.", all_names[:5])
     for split, of_split in names.items():
@@ -76,7 +78,8 @@ def _find_images(folder: str) -> list[tuple[str, str]]:
     images, others = list_images(folder)
     if not images:
         details = f" Skipped: {skipped_files(others)}." if others else ""
-        raise ValueError(f"There are no images in {folder!r} or its sub-folders.{details}")
+        advice = advice_for(others[0]) if others else ""
+        raise ValueError(f"There are no images in {folder!r} or its sub-folders.{details}{advice}")
     parts = {path: os.path.relpath(path, folder).split(os.sep) for path in images}
     _check_depths(folder, parts, others)
     _check_class_folders(folder, {path[0] for path in parts.values()}, others)

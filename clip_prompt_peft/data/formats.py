@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 
+from ..file_contents import advice_for
 from .columns import IMAGE, LABEL, find_image_column, read_labels
 
 
@@ -105,6 +106,14 @@ def check_file(file: str) -> None:
         raise ValueError(f"{file!r} is a folder and not a file; name the files in it, or give it as a folder.")
     if not os.path.isfile(file):
         raise ValueError(f"The file {file!r} does not exist.")
+
+
+def check_folder(folder: str) -> None:
+    """Raises a `ValueError` if a folder of images does not exist."""
+    if os.path.isfile(folder):
+        raise ValueError(f"{folder!r} is a file and not a folder of images.{advice_for(folder)}")
+    if not os.path.isdir(folder):
+        raise ValueError(f"The image folder {folder!r} does not exist.")
 
 
 def load_clip_benchmark(folder: str | os.PathLike, **load_kwargs) -> DatasetDict:

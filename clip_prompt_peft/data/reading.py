@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import fsspec
@@ -13,7 +14,8 @@ from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from ..image_files import UnreadableImageError, decode_image
+from ..file_contents import shown
+from ..image_files import UnreadableImageError, bytes_of_text, decode_image
 from .columns import IMAGE, LABEL, type_name
 
 
@@ -180,6 +182,8 @@ def _is_empty(image: dict | None) -> bool:
 def content_of(image: dict) -> bytes | str:
     """Returns the bytes of a row of an image column, or the path of its file on this machine.
 
+    The path may be an address, a data URI, or the image itself in base64.
+
     Raises:
         UnreadableImageError: If the row is empty, or its address cannot be fetched.
     """
@@ -189,13 +193,14 @@ def content_of(image: dict) -> bytes | str:
     if content is not None:
         return content
     if "://" not in path:
-        return path
+        embedded = None if os.path.exists(path) else bytes_of_text(path)
+        return path if embedded is None else embedded
     try:
         with fsspec.open(path, "rb") as file:
             return file.read()
     except Exception as error:  # each file system has its own
         raise UnreadableImageError(
-            f"Cannot read {path!r}: it cannot be fetched ({type(error).__name__}: {error}). Download it first."
+            f"Cannot read {shown(path)}: it cannot be fetched ({type(error).__name__}: {error}). Download it first."
         ) from error
 
 
@@ -220,4 +225,4 @@ def decode(image) -> Image.Image:
         )
     content = content_of(image)
     path = image.get("path")
-    return decode_image(content, name=repr(path) if path else None)
+    return decode_image(content, name=shown(path) if path else None)

@@ -1,4 +1,4 @@
-"""Parquet and arrow files that `datasets` reads together: their labels must mean the same in each of them.
+"""Files that `datasets` finds in a folder, and labels of parquet and arrow files, which must mean the same in each.
 
 `datasets` takes the types of the columns, and with them the class names, from the first file, and gives them to the
 numbers of all others.
@@ -7,17 +7,22 @@ numbers of all others.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Features, load_dataset_builder
+from datasets import ClassLabel, DatasetBuilder, Features, load_dataset_builder
 
 from .columns import TEXTS, USUAL_LABEL_NAMES
-from .path_tables import ROWS
+from .path_tables import ROWS, TABLES
 
 
+logger = logging.getLogger(__name__)
+
+FOUND_BY_DATASETS = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
 # The settings of `load_dataset` that `load_dataset_builder` does not have.
 LOADING_ONLY = {"split", "streaming", "num_proc", "save_infos", "verification_mode", "keep_in_memory"}
 ADVICE = (
@@ -57,14 +62,45 @@ def check_same_labels(files: Sequence[str], label_column: str | None = None) -> 
             _check_same_names(column, first, class_names[first].get(column), other, class_names[other].get(column))
 
 
-def check_labels_of_folder(name: str, config: str | None, label_column: str | None, settings: dict) -> None:
+def find_builder(name: str, config: str | None, settings: dict) -> DatasetBuilder:
+    """Returns the builder of `datasets` that reads a folder, with the settings of `load_dataset`."""
+    return load_dataset_builder(
+        name, config, **{key: value for key, value in settings.items() if key not in LOADING_ONLY}
+    )
+
+
+def tables_of(builder: DatasetBuilder) -> dict[str, list[str]] | None:
+    """Returns the files of each split if all are csv, tsv or jsonl files without settings of their own.
+
+    `datasets` guesses the types of a csv file for each 10,000 rows, and looks for images in the working directory.
+    """
+    files = {str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
+    endings = {os.path.splitext(file)[1].lower() for found in files.values() for file in found}
+    is_local = all(os.path.isfile(file) for found in files.values() for file in found)
+    if len(endings) != 1 or not endings <= {*TABLES} or not is_local:
+        return None
+    usual = {field.name: getattr(type(builder.config)(), field.name) for field in fields(builder.config)}
+    own = sorted(
+        name
+        for name, value in usual.items()
+        if name not in FOUND_BY_DATASETS and getattr(builder.config, name) != value
+    )
+    if own:
+        logger.warning(
+            "%r is read by `datasets`, since there are settings for it (%s). It guesses the types of a csv file for "
+            "each 10,000 rows, so class names such as 007 may lose their zeros.",
+            next(iter(files.values()))[0],
+            ", ".join(own),
+        )
+    return None if own else files
+
+
+def check_labels_of_folder(builder: DatasetBuilder, label_column: str | None) -> None:
     """Checks the parquet and arrow files of all splits that `load_dataset` finds on this machine.
 
     Raises:
         ValueError: As [`check_same_labels`], or if the card or `features` name the classes of a file in another order.
     """
-    settings = {key: value for key, value in settings.items() if key not in LOADING_ONLY}
-    builder = load_dataset_builder(name, config, **settings)
     found = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
     files = [file for file in found if os.path.splitext(file)[1].lower() in ROWS and os.path.isfile(file)]
     check_same_labels(files, label_column)
