@@ -8,6 +8,7 @@ from .formats import load_clip_benchmark, load_zhou_split, read_clip_benchmark_t
 from .image_embeds import cache_image_embeds
 from .images import RandomResizedCropFlip, content_hash, with_pixel_values
 from .known_datasets import KnownDataset, known_datasets, load_known_dataset
+from .path_lists import split_by_list
 from .sources import load_image_dataset
 from .standard import standardize
 
@@ -34,6 +35,7 @@ __all__ = [
     "sample_few_shot_splits",
     "shared_images",
     "split_base_new",
+    "split_by_list",
     "standardize",
     "with_pixel_values",
 ]

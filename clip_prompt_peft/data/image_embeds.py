@@ -13,9 +13,10 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from datasets import Image as ImageFeature
 from datasets import Sequence as SequenceFeature
 from datasets.fingerprint import Hasher
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..image_files import UnreadableImageError
 from ..text.casts import keep_casts
@@ -65,8 +66,8 @@ class EmbeddedImages(Dataset):
 
 def cache_image_embeds(
     dataset: Dataset,
-    model: PreTrainedModel,
-    image_processor,
+    model: PreTrainedModel | PeftModel,
+    image_processor: BaseImageProcessor,
     batch_size: int = 64,
     num_views: int | None = None,
     dtype: str = "float32",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image
-from transformers import BatchFeature
+from transformers import BaseImageProcessor, BatchFeature
 
 from ..image_files import process_images
 from .columns import IMAGE, LABEL, check_is_one_split, check_label_order, check_labels_are_numbers, with_known_types
@@ -91,7 +91,7 @@ class RandomResizedCropFlip:
 
 def with_pixel_values(
     dataset: Dataset | IterableDataset,
-    image_processor,
+    image_processor: BaseImageProcessor,
     augment: bool = False,
     class_names: Sequence[str] | None = None,
 ) -> Dataset | IterableDataset:

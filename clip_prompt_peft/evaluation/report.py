@@ -10,6 +10,7 @@ from importlib.resources import files
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 
 from ..data.reading import readable
 from ..installing import how_to_install
@@ -27,7 +28,7 @@ THUMBNAIL = (128, 128)
 
 def write_report(
     path: str | os.PathLike,
-    model,
+    model: PeftModel,
     comparison: Comparison,
     dataset: Dataset,
     title: str,
