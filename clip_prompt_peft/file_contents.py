@@ -78,7 +78,9 @@ def foreign_content(source: str | os.PathLike | bytes) -> str | None:
 
 # What to do with files that are neither images nor tables, by their ending.
 ADVICE = {
-    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"), "Unpack it, and name the folder."),
+    **dict.fromkeys(
+        (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"), "Unpack it, and name what it holds."
+    ),
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "Save the sheet as csv."),
     **dict.fromkeys(
         (".pkl", ".pickle", ".npy", ".npz", ".h5", ".hdf5", ".mat", ".feather", ".pt", ".pth", ".tfrecord"),

@@ -23,7 +23,7 @@ USUAL_LABEL_NAMES = ("label", "labels", "class", "target")
 TEXTS = ("string", "large_string", "string_view")  # the Arrow types of text
 BYTES = ("binary", "large_binary", "binary_view")
 EXPECTED = {
-    "image": "images, their bytes, or paths to them",
+    "image": "images, their bytes, or paths to them (arrays become images by PIL.Image.fromarray)",
     "label": "type ClassLabel or string (numbers alone do not say what the classes are called: put names in their "
     "place, or cast the column to ClassLabel(names=[...]))",
 }
@@ -364,7 +364,9 @@ def class_names_of(dataset: Dataset, label_column: str = LABEL) -> list[str]:
     check_names_differ(names)
     invisible = {name: found for name in names if (found := invisible_characters(name))}
     if invisible:
-        logger.warning("Characters that nobody sees are left out of class names: %s.", describe_invisible(invisible))
+        warnings.warn(  # of this line, so that it is told once
+            f"Characters that nobody sees are left out of class names: {describe_invisible(invisible)}.", stacklevel=1
+        )
     return check_class_names([clean_class_name(name) for name in names])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 
 import fsspec
 import numpy as np
@@ -114,18 +114,21 @@ class TransformReader:
             self._check_files(rows)  # `datasets` opens them before the transform is called, and names none
             raise
         name = name_of(transform_of(self.dataset))
-        if IMAGE not in batch:
+        if not isinstance(batch, Mapping) or IMAGE not in batch:
+            returned = ", ".join(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise ValueError(
-                f"The transform {name} of the dataset returns {', '.join(batch)}, but no {IMAGE!r}. Return the images "
-                f"under {IMAGE!r}, so that they can be processed. If it makes pixel_values itself, give the dataset "
-                "to the Trainer as it is; to leave the transform out, use dataset.with_format(None)."
+                f"The transform {name} of the dataset returns {returned}, but no {IMAGE!r}. Return a dictionary with "
+                f"the images under {IMAGE!r}, so that they can be processed. If it makes pixel_values itself, give "
+                "the dataset to the Trainer as it is; to leave the transform out, use dataset.with_format(None)."
             )
-        if len(batch[IMAGE]) != len(rows):
+        images = batch[IMAGE]
+        if not isinstance(images, Sized) or isinstance(images, str) or len(images) != len(rows):
+            number = f"{len(images)} images" if isinstance(images, Sized) else f"a {type(images).__name__}"
             raise ValueError(
-                f"The transform {name} of the dataset returns {len(batch[IMAGE])} images for {len(rows)} rows; it "
-                "gets a batch, and must return one image for each row."
+                f"The transform {name} of the dataset returns {number} for {len(rows)} rows. It gets the lists of a "
+                "batch, and must return a list with one image for each row."
             )
-        return [decode(image) for image in batch[IMAGE]], batch.get(LABEL, labels)
+        return [decode(image) for image in images], batch.get(LABEL, labels)
 
     def _check_files(self, rows: list[int]) -> None:
         if isinstance(self.dataset.features.get(IMAGE), ImageFeature):

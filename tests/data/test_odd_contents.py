@@ -219,7 +219,7 @@ def test_archives_in_place_of_folders(photos, tmp_path):
         {"dataset_name": str(archive)},
         {"folders": {"train": archive.parent}},
     ):
-        with pytest.raises(ValueError, match="photos.zip.*Unpack it, and name the folder"):
+        with pytest.raises(ValueError, match="photos.zip.*Unpack it, and name what it holds"):
             load_image_dataset(**source)
     with pytest.raises(ValueError, match="photos.zip.*unpack it"):
         load_image_dataset(str(archive.parent))
@@ -281,3 +281,14 @@ def test_tables_with_settings_are_left_to_datasets_and_this_is_told(tmp_path, ph
     )
     assert class_names_of(splits["train"]) == ["café", "cat"]
     assert "settings for it (quotechar)" in caplog.text and "007" in caplog.text
+
+
+def test_files_of_published_splits_that_were_not_fetched(tmp_path):
+    (tmp_path / "split.json").write_bytes(POINTER)
+    with pytest.raises(ValueError, match="split.json' is not a json file.*git lfs pull"):
+        load_image_dataset(zhou_split=str(tmp_path / "split.json"), image_dir=str(tmp_path))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/0.tar").write_bytes(POINTER)
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match="0.tar' is no tar file: .*git lfs pull"):
+        load_image_dataset(webdataset_dir=str(tmp_path))
