@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from io import BytesIO
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -90,14 +91,16 @@ def bytes_of_text(text: str) -> bytes | None:
         UnreadableImageError: If a data URI is damaged.
     """
     if text.startswith("data:image/"):
+        head, _, body = text.partition(",")
         try:
-            return base64.b64decode(text.partition(",")[2])
+            return base64.b64decode(body) if head.endswith(";base64") else unquote_to_bytes(body)
         except ValueError as error:
             raise UnreadableImageError(
                 f"Cannot read the base64 text {shown(text)}: {error}. It may be cut off."
             ) from error
     try:
-        content = base64.b64decode("".join(text.split()), validate=True)
+        plain = "".join(text.split()).replace("-", "+").replace("_", "/")  # as some write it for addresses
+        content = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
         Image.open(BytesIO(content)).close()
     except (ValueError, UnidentifiedImageError):  # as of most paths that do not exist
         return None

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from ..file_contents import advice_for
 from ..image_files import SYSTEM_FOLDERS, list_images, skipped_files
 from .columns import IMAGE, LABEL, check_names_differ
-from .splits import SPLIT_OF, how_to_name_splits, splits_among
+from .splits import SPLIT_OF, how_to_name_splits, split_of, splits_among
 
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,11 @@ def _repeated_classes(images: Iterable[list[str]]) -> dict[str, list[str]]:
     folders: dict[str, set[str]] = {}
     for names in images:
         folders.setdefault(names[-2], set()).add(names[0])
-    return {name: sorted(of_class) for name, of_class in sorted(folders.items()) if len(of_class) > 1}
+    return {
+        name: sorted(of_class, key=lambda top: (split_of(top) != "train", top))  # that to train on goes first
+        for name, of_class in sorted(folders.items())
+        if len(of_class) > 1
+    }
 
 
 def _check_class_folders(folder: str, with_images: set[str], others: list[str]) -> None:

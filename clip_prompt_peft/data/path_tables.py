@@ -1,8 +1,4 @@
-"""Tables that list image files and their labels: csv, tsv, jsonl, parquet and arrow files, and metadata of folders.
-
-A relative path is relative to the folder of its table. Only if there is no such file, and one in the working
-directory, that one is taken, with a warning.
-"""
+"""Tables that list image files and their labels: csv, tsv, jsonl, parquet and arrow files, and metadata of folders."""
 
 from __future__ import annotations
 
@@ -14,12 +10,13 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Image, IterableDataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..file_contents import shown
 from ..image_files import bytes_of_text, list_images
 from .columns import IMAGE, USUAL_LABEL_NAMES, is_bytes, is_image, is_text
+from .found_paths import find_beside, hint_at, is_remote
 from .text_tables import AS_WRITTEN, check_is_utf_8, read_csv, unreadable
 
 
@@ -167,7 +164,7 @@ def _check_line_breaks(table: Dataset, file: str, columns: set[str | None]) -> N
             continue
         texts = table.data.column(column).cast(pa.large_string())  # Arrow cannot search in string_view
         broken = pc.indices_nonzero(pc.fill_null(pc.match_substring_regex(texts, "[\r\n]"), False)).to_pylist()
-        if not broken:
+        if not broken or bytes_of_text(texts[broken[0]].as_py()) is not None:  # base64 in lines
             continue
         found = (
             f"{len(broken)} of {len(table)} rows of {file!r} have a line break in the column {column!r}, such as row "
@@ -189,7 +186,8 @@ def _with_images(
     if column not in table.features or not is_text(table.features[column]):
         raise ValueError(
             f"{file!r} needs a column {column!r} of paths to images, relative to its folder, and one of class names. "
-            f"Its columns are: {types}. Rename the column, or name it with image_column."
+            f"Its columns are: {types}. Rename the column, or name it with image_column; the first line of a csv file "
+            "must name the columns."
         )
     other_labels = [name for name in USUAL_LABEL_NAMES if name in table.features and name != column]
     if column == label_column or (label_column is None and column in USUAL_LABEL_NAMES and not other_labels):
@@ -205,7 +203,7 @@ def _with_images(
     kept = table.remove_columns([old for old in {column, name} if old in table.features])
     if not kept.features:
         raise ValueError(f"{file!r} has no column of class names. Its columns are: {types}.")
-    if bytes_of_text(names[0]) is not None:
+    if len(names) and bytes_of_text(names[0]) is not None:
         return kept.add_column(name, _contents(names, file, column)).cast_column(name, Image())
     paths = find_beside(names, file)
     missing = [path for path in paths if not is_remote(path) and not os.path.isfile(path)]
@@ -213,7 +211,7 @@ def _with_images(
         raise ValueError(
             f"{len(missing)} of the {len(paths)} images that {file!r} lists in {column!r} do not exist, such as "
             f"{shown(missing[0])}. Correct the paths, which are relative to the folder of the file, or remove the "
-            "rows."
+            f"rows.{hint_at(missing[0], file)}"
         )
     # The time of the last change becomes a part of the fingerprint, so that changed images are embedded again.
     times = [0 if is_remote(path) else os.stat(path).st_mtime_ns for path in paths]
@@ -231,65 +229,6 @@ def _contents(names: Sequence[str], file: str, column: str) -> list[bytes]:
             f"images, such as row {others[0]}: {shown(names[others[0]])}. Write them again, or remove the rows."
         )
     return contents
-
-
-def is_remote(path: str) -> bool:
-    """Returns whether a path is an address, such as `https://...`."""
-    return "://" in path
-
-
-def find_beside(names: Sequence[str], file: str) -> list[str]:
-    """Returns the paths of images that a table lists: those in the folder of the table go first."""
-    folder, paths, elsewhere, of_windows = os.path.dirname(file), [], [], []
-    for name in names:
-        name = name.removeprefix("file://")
-        path = name if is_remote(name) else os.path.join(folder, os.path.expanduser(name))
-        if "\\" in name and not os.path.exists(path):
-            here = name.replace("\\", "/")
-            if any(map(os.path.exists, (here, os.path.join(folder, here)))):
-                of_windows.append(name)
-                name, path = here, os.path.join(folder, here)
-        if path != name and not os.path.exists(path) and os.path.exists(name):
-            elsewhere.append(name)
-            path = os.path.abspath(name)
-        paths.append(path)
-    if elsewhere:
-        logger.warning(
-            "%d of the %d images that %r lists are not in its folder but in the working directory, such as %r.",
-            len(elsewhere),
-            len(names),
-            file,
-            elsewhere[0],
-        )
-    if of_windows:
-        logger.warning(
-            "%d of the %d paths that %r lists, such as %r, are read with / in place of \\, as Windows writes them.",
-            len(of_windows),
-            len(names),
-            file,
-            of_windows[0],
-        )
-    return paths
-
-
-def with_found_paths(table: Dataset, file: str, column: str) -> Dataset:
-    """Returns a table of images in which those without bytes have paths that are found, see [`find_beside`]."""
-    images = table.data.column(column)
-    if not pa.types.is_struct(images.type) or {"bytes", "path"} - {field.name for field in images.type}:
-        return table
-    only_paths = pc.and_(pc.is_null(pc.struct_field(images, "bytes")), pc.is_valid(pc.struct_field(images, "path")))
-    if not pc.any(only_paths).as_py():
-        return table
-    records = Features({column: {"bytes": Value("binary"), "path": Value("string")}})
-    rows = images.combine_chunks().to_pylist()
-    listed = [row for row in rows if row and row["bytes"] is None and row["path"] is not None]
-    for row, path in zip(listed, find_beside([row["path"] for row in listed], file)):
-        row["path"] = path
-    kept = [row and {"bytes": row["bytes"], "path": row["path"]} for row in rows]
-    feature = table.features[column]
-    found = Dataset.from_dict({column: kept}, features=records)
-    found = found.cast_column(column, feature if isinstance(feature, Image) else Image())
-    return concatenate_datasets([table.remove_columns(column), found], axis=1) if table.num_columns > 1 else found
 
 
 def _paths(dataset: Dataset, column: str) -> list[str | None]:

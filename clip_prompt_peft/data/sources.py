@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from zipfile import BadZipFile
 
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
@@ -16,6 +17,7 @@ from ..image_files import list_images
 from .columns import is_image
 from .folders import load_class_folders
 from .formats import check_file, check_folder, load_clip_benchmark, load_zhou_split
+from .found_paths import with_found_paths
 from .path_tables import (
     ROWS,
     TABLES,
@@ -26,7 +28,6 @@ from .path_tables import (
     metadata_files,
     read_files,
     split_by_folder,
-    with_found_paths,
 )
 from .row_files import check_labels_of_folder, check_same_labels, find_builder, tables_of
 from .splits import split_by_column, split_folders
@@ -191,8 +192,8 @@ def _load_named(
         return load_dataset(name, config, **load_kwargs)
     except StopIteration as error:  # has no text
         raise ValueError(f"Cannot read {name!r}: a json file in it is empty. Write it again, or remove it.") from error
-    except (DatasetGenerationError, BadZipFile) as error:
-        reason = error if isinstance(error, BadZipFile) else error.__cause__  # the other one has no text
+    except (DatasetGenerationError, BadZipFile, pa.ArrowInvalid) as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # which has no text
         if reason is None or (isinstance(reason, OSError) and reason.errno is not None):  # no space on the disk
             raise
         others = [path for path in list_images(folder)[1] if foreign_content(path)] if os.path.isdir(folder) else []

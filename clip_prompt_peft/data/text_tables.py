@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset
 
+from ..class_names import without_invisible
 from ..file_contents import foreign_content
 
 
@@ -103,6 +104,7 @@ def read_csv(file: str, settings: dict) -> Dataset:
         frame = pd.read_csv(file, **settings)
         if not len(frame):
             raise ValueError("It has no rows")
+        frame.columns = [without_invisible(str(name)).strip() for name in frame.columns]
         empty = [name for name in frame.columns if frame[name].isna().all()]
         table = Dataset.from_pandas(frame.astype(dict.fromkeys(empty, object)), preserve_index=False)
     except (ValueError, pa.ArrowException) as error:  # errors of pandas are of these types
@@ -120,7 +122,7 @@ def _dialect(file: str, usual: str) -> dict:
     """Returns the encoding and the separator of a csv file as settings of pandas."""
     encoding = encoding_of(file)
     with open(file, encoding=encoding) as opened:
-        head = opened.readline().rstrip("\r\n")
+        head = next((line.rstrip("\r\n") for line in opened if line.strip()), "")
     if declared := re.fullmatch(r'"?sep=(.)"?', head):  # Excel writes it
         return {"encoding": encoding, "sep": declared[1], "skiprows": 1}
     others = [separator for separator in SEPARATORS if separator in head]

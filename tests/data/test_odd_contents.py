@@ -3,6 +3,7 @@
 import base64
 import io
 import pickle
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,10 @@ def text_of(**settings):
         ("1.tsv", text_of(sep="\t").encode("utf-16"), ""),
         ("1.csv", b"\xfe\xff" + text_of(sep=";").encode("utf-16-be"), "';'"),
         ("1.csv", text_of().encode("utf-32"), ""),
-        ("1.csv", text_of().replace("sub/2", "sub\\2").encode(), "as Windows writes them"),
+        ("1.csv", text_of().replace("sub/2", "sub\\2").encode(), "'sub\\\\2.png' as 'sub/2.png'"),
+        ("1.csv", text_of().replace("sub/2.png", "sub/2.png ").encode(), "'sub/2.png ' as 'sub/2.png'"),
+        ("1.csv", ("\n" + text_of(sep=";").replace("label", " label ")).encode(), "';'"),
+        ("1.csv", text_of().replace("label", "\u200blabel").encode(), ""),
     ],
 )
 def test_tables_of_other_programs_are_read(photos, caplog, name, content, told):
@@ -80,7 +84,23 @@ def test_tables_of_other_programs_are_read(photos, caplog, name, content, told):
 def test_metadata_of_other_programs_is_read(photos, caplog):
     (photos / "metadata.csv").write_bytes(text_of(sep=";").replace("/", "\\").encode("utf-16"))
     assert class_names_of(load_image_dataset(str(photos))["train"]) == ["café", "cat"]
-    assert "';'" in caplog.text and "Windows" in caplog.text
+    assert "';'" in caplog.text and "'sub/2.png'" in caplog.text
+
+
+def test_accents_and_addresses_of_files(photos, caplog):
+    (photos / "sub/2.png").rename(photos / "sub/caf\u00e9 2.png")
+    for name in ("sub/cafe\u0301 2.png", f"file://{photos}/sub/caf%C3%A9%202.png"):
+        TABLE.assign(file_name=["1.png", name]).to_csv(photos / "1.csv", index=False)
+        caplog.clear()
+        load(photos / "1.csv")
+        assert "1 of the 2 paths" in caplog.text and "another spelling" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["1", "1.PNG", "D:\\photos\\1.png", "other/1.png"])
+def test_a_file_that_may_be_meant_is_named(photos, name):
+    TABLE.assign(file_name=[name, "sub/2.png"]).to_csv(photos / "1.csv", index=False)
+    with pytest.raises(ValueError, match=f"1 of the 2 images .*do not exist.* There is '{photos}/1.png'"):
+        load(photos / "1.csv")
 
 
 JSONL = TABLE.to_json(orient="records", lines=True, force_ascii=False)
@@ -141,10 +161,19 @@ def test_what_is_called_an_image(tmp_path, image_processor, content, message):
         with_pixel_values(records, image_processor)[0]
 
 
-@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+ENCODERS = {
+    "base64": lambda content: base64.b64encode(content).decode(),
+    "data URI": lambda content: "data:image/png;base64," + base64.b64encode(content).decode(),
+    "for addresses": lambda content: base64.urlsafe_b64encode(content).decode().rstrip("="),
+    "in lines": lambda content: base64.encodebytes(content).decode(),
+    "in percents": lambda content: "data:image/png," + quote_from_bytes(content),
+}
+
+
+@pytest.mark.parametrize("encode", ENCODERS.values(), ids=ENCODERS)
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_images_as_texts_in_a_table(photos, image_processor, prefix, ending):
-    texts = [prefix + base64.b64encode(png(value)).decode() for value in (10, 200)]
+def test_images_as_texts_in_a_table(photos, image_processor, encode, ending):
+    texts = [encode(png(value)) for value in (10, 200)]
     table = TABLE.assign(file_name=texts).rename(columns={"file_name": "image"})
     file = photos / f"1.{ending}"
     lines = {"orient": "records", "lines": True}
@@ -292,3 +321,12 @@ def test_files_of_published_splits_that_were_not_fetched(tmp_path):
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     with pytest.raises(ValueError, match="0.tar' is no tar file: .*git lfs pull"):
         load_image_dataset(webdataset_dir=str(tmp_path))
+
+
+def test_a_folder_of_files_that_were_not_fetched(tmp_path):
+    (tmp_path / "tables").mkdir()
+    for name in ("train.parquet", "train.csv"):
+        (tmp_path / "tables" / name).write_bytes(POINTER)
+        with pytest.raises(ValueError, match=f"{name}.*git lfs pull"):
+            load_image_dataset(str(tmp_path / "tables"))
+        (tmp_path / "tables" / name).unlink()

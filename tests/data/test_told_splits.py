@@ -84,7 +84,7 @@ def table(tmp_path):
     return pd.DataFrame({"file_name": [f"{number}.png" for number in range(8)], "label": ["cat", "dog"] * 4})
 
 
-@pytest.mark.parametrize("column", ["split", "Subset"])
+@pytest.mark.parametrize("column", ["split", "Subset", "what it is for"])
 @pytest.mark.parametrize("file", ["all.csv", "all.parquet", "metadata.csv"])
 def test_a_column_of_splits_divides_a_table(tmp_path, table, caplog, column, file):
     table[column] = ["train", "train ", "VAL", "val", "test", "test", "train", "train"]
