@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, DatasetBuilder, Features, load_dataset_builder
+from datasets import ClassLabel, Dataset, DatasetBuilder, Features, IterableDataset, load_dataset_builder
 
-from .columns import TEXTS, USUAL_LABEL_NAMES
+from .columns import TEXTS, USUAL_LABEL_NAMES, is_text
 from .path_tables import ROWS, TABLES
 
 
 logger = logging.getLogger(__name__)
 
+CHUNK = 10_000  # rows of a csv file whose types `datasets` guesses together
 FOUND_BY_DATASETS = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
 # The settings of `load_dataset` that `load_dataset_builder` does not have.
 LOADING_ONLY = {"split", "streaming", "num_proc", "save_infos", "verification_mode", "keep_in_memory"}
@@ -80,19 +82,29 @@ def tables_of(builder: DatasetBuilder) -> dict[str, list[str]] | None:
     if len(endings) != 1 or not endings <= {*TABLES} or not is_local:
         return None
     usual = {field.name: getattr(type(builder.config)(), field.name) for field in fields(builder.config)}
-    own = sorted(
-        name
-        for name, value in usual.items()
-        if name not in FOUND_BY_DATASETS and getattr(builder.config, name) != value
-    )
-    if own:
-        logger.warning(
-            "%r is read by `datasets`, since there are settings for it (%s). It guesses the types of a csv file for "
-            "each 10,000 rows, so class names such as 007 may lose their zeros.",
-            next(iter(files.values()))[0],
-            ", ".join(own),
-        )
-    return None if own else files
+    own = [name for name, value in usual.items() if getattr(builder.config, name) != value]
+    return None if set(own) - FOUND_BY_DATASETS else files
+
+
+def warn_of_guessed_types(splits: Mapping[str, Dataset | IterableDataset], label_column: str | None) -> None:
+    """Warns of class names like numbers in a long csv file that `datasets` has read: `007` may have become `7`."""
+    for split in splits.values():
+        if isinstance(split, IterableDataset) or split.info.builder_name != "csv" or len(split) <= CHUNK:
+            continue
+        for column in [label_column] if label_column is not None else USUAL_LABEL_NAMES:
+            if not is_text(split.features.get(column)):
+                continue
+            names = split.select_columns(column).with_format("arrow")[:][column].unique().to_pylist()
+            numbers = [name for name in names if name and re.fullmatch(r"[+-]?[\d.]+", name)]
+            if numbers:
+                logger.warning(
+                    "`datasets` has guessed the types of %r for each 10,000 rows of a csv file, so class names such "
+                    "as %r may have lost zeros in some of them. Download the file and give it as files=..., or as "
+                    "parquet.",
+                    column,
+                    numbers[0],
+                )
+                return
 
 
 def check_labels_of_folder(builder: DatasetBuilder, label_column: str | None) -> None:

@@ -29,7 +29,7 @@ from .path_tables import (
     read_files,
     split_by_folder,
 )
-from .row_files import check_labels_of_folder, check_same_labels, find_builder, tables_of
+from .row_files import check_labels_of_folder, check_same_labels, find_builder, tables_of, warn_of_guessed_types
 from .splits import split_by_column, split_folders
 from .standard import standardize
 from .text_tables import unreadable
@@ -189,7 +189,7 @@ def _load_named(
             if tables := tables_of(builder):
                 return _load_files(tables, image_column, label_column, load_kwargs)
             check_labels_of_folder(builder, label_column)
-        return load_dataset(name, config, **load_kwargs)
+        splits = load_dataset(name, config, **load_kwargs)
     except StopIteration as error:  # has no text
         raise ValueError(f"Cannot read {name!r}: a json file in it is empty. Write it again, or remove it.") from error
     except (DatasetGenerationError, BadZipFile, pa.ArrowInvalid) as error:
@@ -198,6 +198,8 @@ def _load_named(
             raise
         others = [path for path in list_images(folder)[1] if foreign_content(path)] if os.path.isdir(folder) else []
         raise unreadable(others[:1] or [name], "data of images", reason) from error
+    warn_of_guessed_types(splits, label_column)
+    return splits
 
 
 def _is_repository(folder: str) -> bool:
