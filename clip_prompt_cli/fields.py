@@ -20,6 +20,7 @@ METHODS = (
     "maple",
     "prograd",
     "promptsrc",
+    "tcp",
     "vpt-deep",
     "vpt-shallow",
 )

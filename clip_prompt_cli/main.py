@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name, *rest = arguments or [""]
     if name in ("", "-h", "--help"):
-        print(overview())
+        print(overview(), end="")
         sys.exit(0 if name else 1)
     if name == "--version":
         print(f"{PROGRAM} {version('clip_prompt_peft')}")
@@ -57,7 +57,9 @@ Tunes the words in front of class names for a frozen CLIP, and uses what was lea
   {PROGRAM} train --train_dir pets/train --test_dir pets/test --output_dir outputs/pets
   {PROGRAM} predict outputs/pets cat.jpg
 
-{PROGRAM} COMMAND --help shows what a command needs first, and {HELP_ALL} everything. --version shows the version."""
+{PROGRAM} COMMAND --help shows what a command needs first, and {HELP_ALL} everything. --version shows the version.
+For completion by Tab, in bash or zsh: pip install argcomplete && eval "$(register-python-argcomplete {PROGRAM})"
+"""
 
 
 def complete() -> None:

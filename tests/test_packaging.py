@@ -1,5 +1,7 @@
 """The source distribution is complete; an editable installation works beside a clone, whatever that is called."""
 
+import email
+import re
 import subprocess
 import sys
 import sysconfig
@@ -64,6 +66,31 @@ def test_the_source_distribution_holds_what_the_clone_holds(tmp_path):
     tracked = subprocess.run(["git", "ls-files"], cwd=clone, check=True, capture_output=True, text=True).stdout
     expected = {name for name in tracked.splitlines() if not name.startswith(".")}
     assert expected - packed == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["", "https://example.org/me/clip_prompt_peft"])
+def test_the_metadata_follow_the_address_of_the_repository(address, tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    for name in ("setup.py", "setup.cfg", "README.md", "docs/hooks.py", "clip_prompt_peft/installing.py"):
+        (clone / name).write_text((ROOT / name).read_text())  # what is tested may not be committed yet
+    installing = clone / "clip_prompt_peft" / "installing.py"
+    installing.write_text(
+        re.sub(r'^REPOSITORY = ".*"$', f'REPOSITORY = "{address}"', installing.read_text(), flags=re.M)
+    )
+    build = "from setuptools.build_meta import prepare_metadata_for_build_wheel as prepare; prepare('metadata')"
+    (clone / "metadata").mkdir()
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)
+
+    (written,) = (clone / "metadata").glob("*.dist-info/METADATA")
+    metadata = email.message_from_string(written.read_text())
+    urls = metadata.get_all("Project-URL") or []
+    assert urls == [] if not address else f"Source, {address}" in urls
+    assert "](docs/" not in metadata.get_payload() and 'src="docs/' not in metadata.get_payload()
+    assert (f"{address}/raw/main/docs/report.png" in metadata.get_payload()) == bool(address)
+    assert metadata["Author"] == "The clip_prompt_peft contributors"
+    assert len(metadata.get_all("License-File")) == 2  # with that of the embedded model and pictures
 
 
 def test_only_one_place_says_how_to_install_the_package():

@@ -51,8 +51,6 @@ def load_class_folders(folders: Mapping[str, str], cache_dir: str | None = None)
     if len(all_names) < 2:
         raise ValueError(f"No classes were found in {', '.join(folders.values())}. {LAYOUT}")
     check_names_differ(all_names)
-    if all(name.isdigit() for name in all_names):
-        logger.warning("All class folders have numbers as names (%s), which CLIP reads as numbers.", all_names[:5])
     for split, of_split in names.items():
         missing = sorted(names.get("train", of_split) - of_split)
         if missing:

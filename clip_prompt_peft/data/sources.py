@@ -29,7 +29,7 @@ from .path_tables import (
     read_files,
     split_by_folder,
 )
-from .row_files import check_labels_of_folder, check_same_labels, find_builder, tables_of, warn_of_guessed_types
+from .row_files import check_labels_of_builder, check_same_labels, find_builder, tables_of, warn_of_guessed_types
 from .splits import split_by_column, split_folders
 from .standard import standardize
 from .text_tables import unreadable
@@ -38,7 +38,6 @@ from .text_tables import unreadable
 logger = logging.getLogger(__name__)
 
 DATASET_STATE, DATASET_DICT = "state.json", "dataset_dict.json"  # what marks a folder of `save_to_disk`
-BUILDERS = {builder for builder, _ in (*ROWS.values(), *TABLES.values())}  # of `datasets`
 OF_ROWS = {*ROWS, ".tar"}  # endings of files that only `datasets` reads
 OF_ROWS_OR_IMAGES = {".zip", ".gz", ".csv", ".json", ".jsonl"}  # they may lie beside images, too
 
@@ -184,11 +183,11 @@ def _load_named(
     if os.path.isfile(folder):
         check_folder(folder)
     try:
-        if os.path.isdir(name) or name in BUILDERS:
+        if name != "imagefolder":
             builder = find_builder(name, config, load_kwargs)
             if tables := tables_of(builder):
                 return _load_files(tables, image_column, label_column, load_kwargs)
-            check_labels_of_folder(builder, label_column)
+            check_labels_of_builder(builder, label_column, load_kwargs)
         splits = load_dataset(name, config, **load_kwargs)
     except StopIteration as error:  # has no text
         raise ValueError(f"Cannot read {name!r}: a json file in it is empty. Write it again, or remove it.") from error

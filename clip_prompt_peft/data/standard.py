@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, Value
 
+from ..templates import warn_of_names_without_words
 from .columns import (
     IMAGE,
     LABEL,
@@ -59,6 +60,7 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
         _check_named(labels)
         label_feature = ClassLabel(names=sorted(trained - {None}))
         _check_names(label_feature.names)
+    _warn_of_names(label_feature.names)
 
     standard = DatasetDict()
     for name, split in splits.items():
@@ -108,10 +110,12 @@ def _check_names(names: list[str]) -> None:
             len(several),
             several[0],
         )
-    if names and all(re.fullmatch(r"[+-]?\d+", name.strip()) for name in names):
-        logger.warning("All class names are numbers (%s), which CLIP reads as numbers.", names[:5])
-    elif "-1" in names:
+    if "-1" in names:
         logger.warning("'-1' is taken for the name of a class; if it stands for no label, leave these rows out.")
+
+
+def _warn_of_names(names: list[str]) -> None:
+    warn_of_names_without_words([clean_class_name(name) for name in names if name != "-1"])
 
 
 def _warn_of_few_classes(feature: ClassLabel, trained: set) -> None:
@@ -150,6 +154,7 @@ def _standardize_streams(
         )
     if feature.num_classes == 1:
         logger.warning("The stream has one class only, %r; a classifier needs two.", feature.names[0])
+    _warn_of_names(feature.names)
     standard = IterableDatasetDict()
     for name, split in splits.items():
         if split.features.get(label_column) != features[label_column]:
