@@ -89,7 +89,10 @@ def check_labels_of_named(name: str, config: str | None, label_column: str | Non
         ValueError: As [`check_same_labels`], or if the card or `features` name the classes of a file in another order.
     """
     settings = {key: value for key, value in settings.items() if key not in LOADING_ONLY}
-    builder = load_dataset_builder(name, config, **settings)
+    try:
+        builder = load_dataset_builder(name, config, **settings)
+    except OSError:  # no such data set, or no answer: `load_dataset` is called next, and says so
+        return
     found = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
     files = [file for file in dict.fromkeys(found) if _ending(file) in ROWS]
     schemas = _read_schemas(files, {**(settings.get("storage_options") or {}), "token": settings.get("token")})
