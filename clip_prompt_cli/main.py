@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         complete()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name, *rest = arguments or [""]
-    if name in ("", "-h", "--help"):
+    if name in ("", "-h", "--help", HELP_ALL):
         print(overview(), end="")
         sys.exit(0 if name else 1)
     if name == "--version":

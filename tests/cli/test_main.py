@@ -46,6 +46,7 @@ MISTAKES = [
     (["train", "--shots", "four"], "argument --shots: invalid int value: 'four'"),
     (["benchmark", "--shots", "1", "x"], "argument --shots: invalid int value: 'x'"),
     (["TRAIN"], "did you mean 'train'?"),
+    (["train", "-shots", "4"], "There is no argument '-shots'; did you mean --shots?"),
     (["train", "gone.yaml"], "The file 'gone.yaml' with arguments does not exist"),
     (["train", "photos"], "'photos' follows no argument"),
     (["report", "out", "--ouput", "x"], "There is no argument '--ouput'; did you mean --output?"),
