@@ -121,3 +121,16 @@ def test_a_command_gets_its_arguments(monkeypatch, name):
 
 def test_a_command_in_a_message_can_be_typed():
     assert command_line("predict", "my out/seed1", "IMAGE ...") == "clip-prompt predict 'my out/seed1' IMAGE ..."
+
+
+def test_a_reader_that_goes_is_no_error():
+    script = (
+        "import sys, types; from clip_prompt_cli.main import main\n"
+        "lines = types.SimpleNamespace(main=lambda arguments: [print('x' * 9999) for _ in range(999)])\n"
+        "sys.modules['clip_prompt_peft.commands.demo'] = lines; main(['demo'])"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes) as program:
+        program.stdout.read(1)
+        program.stdout.close()
+        assert (program.wait(timeout=60), program.stderr.read()) == (141, b"")
