@@ -15,7 +15,13 @@ from .loss import PromptClassifierOutput, check_regularizers, compute_loss
 from .pretrained import PretrainedClassifierMixin
 from .regularizers import Prediction, Regularizer, regularizer_of
 from .regularizers.teacher import ZeroShotTeacher
-from .templates import DEFAULT_TEMPLATE, check_class_names, check_template, name_labels
+from .templates import (
+    DEFAULT_TEMPLATE,
+    check_class_names,
+    check_template,
+    name_labels,
+    warn_of_names_without_words,
+)
 from .text import ClassEncoder, normalize
 from .text.cache import Memo
 from .text.prompts import ClassPrompts, build_class_prompts
@@ -115,6 +121,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         class_names = check_class_names(class_names)
         layout = self.prompt_layout
         self.build_prompts(class_names, self.prompt_template, layout)
+        warn_of_names_without_words(class_names)
         self._fixed_class_embeds = None
         self.config.class_names, self.names_were_given = class_names, True
         if layout is not None:

@@ -19,6 +19,7 @@ from ..templates import (
     count_begin_tokens,
     encode_words,
     pad_template,
+    warn_of_names_without_words,
 )
 from ..towers import (
     Tower,
@@ -144,6 +145,8 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> CLIPPromptTunin
             setattr(resolved, name, None)
     empty = [field.name for field in fields(config) if getattr(resolved, field.name) is None]
     names = _config_value(model, "class_names")
+    if resolved.class_names is not None and resolved.class_names != names and not config.has_weights:
+        warn_of_names_without_words(resolved.class_names)
     if resolved.class_names is None and names is not None:
         resolved.class_names = check_class_names(names)
     if resolved.problem_type is None:
