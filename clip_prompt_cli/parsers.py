@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
@@ -13,7 +14,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from .fields import BenchmarkArguments, DataFields, DataTrainingFields, ModelArguments, PromptFields, TrainerFields
+from .fields import (
+    NO_DEFAULT,
+    BenchmarkArguments,
+    DataFields,
+    DataTrainingFields,
+    ModelArguments,
+    PromptFields,
+    TrainerFields,
+)
 from .messages import PROGRAM, exit_with
 from .texts import EXAMPLES, FIRST, SUMMARIES, USAGES
 
@@ -96,7 +105,7 @@ def add_dataclasses(parser: argparse.ArgumentParser, name: str, show_all: bool) 
 
 
 def add_field(parser, field: Field, of_type: type, is_shown: bool = True) -> None:
-    """Adds a field of a dataclass as `HfArgumentParser` does, but for types, which are checked when a command runs."""
+    """Adds a field of a dataclass as `HfArgumentParser` does, but for booleans, which are read when a command runs."""
     hint = get_type_hints(of_type)[field.name]
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     literals = [hint, *kinds] if get_origin(hint) is Literal else kinds
@@ -109,13 +118,15 @@ def add_field(parser, field: Field, of_type: type, is_shown: bool = True) -> Non
         options |= {"nargs": "?", "const": True, "metavar": "BOOL"}
     elif list in (get_origin(kind) for kind in (hint, *kinds)):
         options["nargs"] = "+"
+    number = next((kind for kind in kinds if kind in (int, float)), None)
+    if number is not None:
+        options["type"] = number
     default = field.default if field.default is not MISSING else " ".join(map(str, field.default_factory()))
-    if default not in (None, False) and "%(default)" not in options["help"]:
-        help = options["help"]
-        options["help"] = f"{help if help.endswith('...') else help.removesuffix('.')} (default: %(default)s)"
-    if not is_shown:
-        options["help"] = argparse.SUPPRESS
-    parser.add_argument(f"--{field.name}", default=default, **options)
+    help = options["help"].replace(NO_DEFAULT, "")
+    if default not in (None, False) and NO_DEFAULT not in options["help"]:
+        help = f"{help if help.endswith('...') else help.removesuffix('.')} (default: {default})"
+    options["help"] = help if is_shown else argparse.SUPPRESS
+    parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
 
 
 def positive(text: str) -> int:
@@ -287,15 +298,17 @@ def check_flags(name: str, arguments: list[str]) -> None:
     if name == "train" and arguments and not arguments[0].startswith("-"):
         if not arguments[0].endswith(SETTINGS_FILES):
             exit_with(follows_no_argument(arguments[0]))
+        if not Path(arguments[0]).is_file():
+            exit_with(f"The file {arguments[0]!r} with arguments does not exist.")
         arguments = arguments[1:]
     if with_underscores([HELP_ALL])[0] in arguments and name in MORE:
         return  # the library's parser shows all of them
     parser = parser_of(name)
     _, unknown = parser.parse_known_args(arguments)
-    unknown = [flag.partition("=")[0] for flag in unknown if flag.startswith("--")]
+    unknown = [flag.partition("=")[0] for flag in unknown if re.match(r"-+[a-zA-Z]", flag)]
     if unknown:
         known = flags_of(name)
-        wrong = [flag for flag in unknown if flag.removeprefix("--").removeprefix("no_") not in known]
+        wrong = [flag for flag in unknown if not flag.startswith("--") or flag[2:].removeprefix("no_") not in known]
         if known and wrong:
             exit_with(no_such_argument(wrong[0], known))
 
@@ -324,12 +337,12 @@ def field_names(package: str, file: str, class_name: str) -> set[str]:
 
 def with_underscores(arguments: Sequence[str]) -> list[str]:
     """Writes flags as they are declared: `--train-dir` is `--train_dir`, as `HfArgumentParser` has it."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is no flag
     written = []
-    for argument in arguments:
+    for argument in arguments[:end]:
         flag, equals, value = argument.partition("=")
-        is_flag = flag.startswith("--") and len(flag) > 2
-        written.append(f"--{flag[2:].replace('-', '_')}{equals}{value}" if is_flag else argument)
-    return written
+        written.append(f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else argument)
+    return [*written, *arguments[end:]]
 
 
 def no_such_argument(flag: str, known: Iterable[str]) -> str:

@@ -1,11 +1,13 @@
 """The source distribution is complete; an editable installation works beside a clone, whatever that is called."""
 
+import configparser
 import email
 import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -96,5 +98,20 @@ def test_the_metadata_follow_the_address_of_the_repository(address, tmp_path):
 def test_only_one_place_says_how_to_install_the_package():
     saying = {file.name for file in (ROOT / "clip_prompt_peft").rglob("*.py") if "pip install" in file.read_text()}
     assert saying == {"installing.py", "prompt_classification_pipeline.py"}  # the second is copied beside classifiers
-    assert how_to_install("report").endswith('pip install -e ".[report]"')
     assert how_to_install().endswith('pip install -e "."')
+
+
+def test_packages_of_an_extra_are_named_one_by_one_wherever_this_one_came_from(monkeypatch):
+    declared = configparser.ConfigParser()
+    declared.read(ROOT / "setup.cfg")
+    for extra in ("report", "serve", "export", "demo"):
+        packages = declared["options.extras_require"][extra].split()
+        assert how_to_install(extra) == "pip install " + " ".join(f'"{package}"' for package in packages)
+
+    def not_installed(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("clip_prompt_peft.installing.requires", not_installed)
+    assert how_to_install("report").endswith('in a clone of clip_prompt_peft: pip install -e ".[report]"')
+    monkeypatch.setattr("clip_prompt_peft.installing.REPOSITORY", "https://hub.example/me/it")
+    assert how_to_install("report") == 'pip install "clip_prompt_peft[report] @ git+https://hub.example/me/it"'

@@ -76,11 +76,16 @@ def _check_schemas(schemas: dict[str, pa.Schema], label_column: str | None) -> N
             _check_same_names(column, first, class_names[first].get(column), other, class_names[other].get(column))
 
 
-def find_builder(name: str, config: str | None, settings: dict) -> DatasetBuilder:
-    """Returns the builder of `datasets` that reads a folder, with the settings of `load_dataset`."""
-    return load_dataset_builder(
-        name, config, **{key: value for key, value in settings.items() if key not in LOADING_ONLY}
-    )
+def find_builder(name: str, config: str | None, settings: dict) -> DatasetBuilder | None:
+    """Returns the builder of `datasets` that reads a data set, with the settings of `load_dataset`.
+
+    It is `None` if the data set is not there or gives no answer, which `load_dataset` then says.
+    """
+    settings = {key: value for key, value in settings.items() if key not in LOADING_ONLY}
+    try:
+        return load_dataset_builder(name, config, **settings)
+    except OSError:
+        return None
 
 
 def tables_of(builder: DatasetBuilder) -> dict[str, list[str]] | None:

@@ -183,8 +183,8 @@ def _load_named(
     if os.path.isfile(folder):
         check_folder(folder)
     try:
-        if name != "imagefolder":
-            builder = find_builder(name, config, load_kwargs)
+        builder = None if name == "imagefolder" else find_builder(name, config, load_kwargs)
+        if builder is not None:
             if tables := tables_of(builder):
                 return _load_files(tables, image_column, label_column, load_kwargs)
             check_labels_of_builder(builder, label_column, load_kwargs)

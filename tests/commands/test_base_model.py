@@ -117,7 +117,7 @@ class TestARevisionOfTheHub:
         ]
         service = subprocess.Popen(command, cwd=home[0], env=environment(home[1]), stderr=subprocess.PIPE, text=True)
         try:
-            for _ in range(600):
+            for _ in range(3000):  # on a busy machine the imports alone may take minutes
                 try:
                     loaded = requests.get(f"http://127.0.0.1:{port}/adapters", timeout=5).json()["loaded"]
                     break
