@@ -87,13 +87,15 @@ class PlainPrompts:
 
     Attributes:
         classes: (K,) indices of the classes.
-        input_ids, attention_mask: (K, L).
+        input_ids: (K, L).
+        attention_mask: (K, L), or `None` if it changes nothing. With a mask, transformers looks in every call whether
+            it masks anything, and the host waits for a device.
         positions: (K, n) positions of the vectors, if these differ between classes.
     """
 
     classes: torch.LongTensor
     input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor
+    attention_mask: torch.LongTensor | None
     positions: torch.LongTensor | None
 
     def encode(
@@ -123,11 +125,9 @@ class PlainPrompts:
         if class_priors is not None:
             layer = class_aware_layer_of(model.text_model)
             of_classes = layer.per_class(layer.class_vectors(class_priors[self.classes]))  # (K, n, D)
+        mask = None if self.attention_mask is None else self.attention_mask.repeat(num_images, 1)
         with context, of_classes:
-            outputs = model.get_text_features(
-                input_ids=self.input_ids.repeat(num_images, 1),
-                attention_mask=self.attention_mask.repeat(num_images, 1),
-            )
+            outputs = model.get_text_features(input_ids=self.input_ids.repeat(num_images, 1), attention_mask=mask)
         return normalize(outputs.pooler_output).view(num_images, len(self.classes), -1)
 
 
@@ -236,6 +236,8 @@ def build_chunk(
     missing = (prompts.full_length if path == PLAIN else 0) - prompts.input_ids.shape[1]
     input_ids = nn.functional.pad(prompts.input_ids[classes], (0, max(0, missing)), value=prompts.pad_token_id)
     attention_mask = nn.functional.pad(prompts.attention_mask[classes], (0, max(0, missing)))  # both (K, L)
+    if path == CUT or attention_mask.all():  # padding is behind the text, where causal attention does not look
+        attention_mask = None
     return PlainPrompts(*_on(device, classes, input_ids, attention_mask, _positions(prompts, classes)))
 
 
