@@ -134,7 +134,7 @@ def test_ctrl_c_in_predict_shows_what_is_classified(tuned, run_here, capsys, tmp
             raise KeyboardInterrupt
         return process_images(*args)
 
-    monkeypatch.setattr("clip_prompt_peft.image_files.process_images", process_images_once)
+    monkeypatch.setattr("clip_prompt_peft.commands.predict.process_images", process_images_once)
     images = write_image_folder(tmp_path / "images", classes=("food", "clock"), num_images=2)
     with pytest.raises(SystemExit) as exit:
         run_here("predict", tuned[0] / "outputs/prompt_tuning/seed1", images, "--batch_size", 3)
