@@ -13,10 +13,12 @@ from typing import Literal
 
 import torch
 import yaml
+from peft import PeftConfig
 from transformers import CLIPModel, TrainingArguments
 
-from .. import PRESETS, CLIPPromptTuningConfig, training_recipe
+from .. import PRESETS, CLIPPromptTuningConfig, method_config, training_recipe
 from ..assets import TINY_CLIP
+from ..training.configs import PEFT_METHODS
 from ..training.recipes import Recipe
 from .common import DataclassParser, argument
 from .data import DataArguments
@@ -26,9 +28,12 @@ DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for the user's own data
 RECIPE_ARGUMENTS = (  # what a recipe sets, unless the user gives it
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "max_steps",
     "num_train_epochs",
     "per_device_train_batch_size",
     "max_grad_norm",
+    "weight_decay",
     "dataloader_drop_last",
 )
 OF_RECIPE = ", by default the recipe's.%(default).0s"  # prints nothing, and keeps argparse from adding the default
@@ -76,7 +81,7 @@ class DataTrainingArguments(DataArguments):
 class PromptArguments:
     """The prompt to learn."""
 
-    method: Literal[tuple(sorted(PRESETS))] | None = argument(
+    method: Literal[tuple(sorted([*PRESETS, *PEFT_METHODS]))] | None = argument(
         None,
         "A published method, with its prompts and its training (optimizer, schedule, learning rate, epochs, batch "
         "size), except for arguments that are given. By default the words in front of {} become vectors, trained with "
@@ -93,12 +98,16 @@ class PromptArguments:
         None, "Other words to start from, with as many tokens as there are vectors."
     )
 
-    def config(self, model: CLIPModel) -> CLIPPromptTuningConfig:
+    def config(self, model: CLIPModel) -> PeftConfig:
         """Returns the configuration for `model`. Raises `ValueError` if the arguments contradict each other."""
         fields = {name: value for name, value in vars(self).items() if value is not None and name != "method"}
         if self.method is None:
             return CLIPPromptTuningConfig(**fields)
-        return CLIPPromptTuningConfig.from_preset(self.method, model=model, **fields)
+        if self.method in PEFT_METHODS:
+            del fields["prompt_template"]  # which the classifier has
+            if fields:
+                raise ValueError(f"{next(iter(fields))} is about vectors, and --method {self.method} learns none.")
+        return method_config(self.method, model, **fields)
 
     def recipe(
         self, model, training_args: TrainingArguments, num_examples: int, shots: int, given_by_user: set[str]

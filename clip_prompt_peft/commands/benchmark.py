@@ -75,7 +75,7 @@ class BenchmarkArguments:
     """The methods to compare, and the data to compare them on."""
 
     methods: list[str] = argument(
-        ["zero-shot", "ensemble", "linear-probe", "lora", "prompt-tuning"],
+        ["zero-shot", "ensemble", "linear-probe", "clip-lora", "prompt-tuning"],
         "Methods or presets, in the order of the tables.",
     )
     shots: list[int] = argument(
