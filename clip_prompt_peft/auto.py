@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from peft.utils import CONFIG_NAME
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation.model_card import is_hub_id
 from .families import classifier_class
@@ -100,7 +100,7 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
         adapter_name: str = "default",
         is_trainable: bool = False,
         base_model_name_or_path: str | None = None,
-        tokenizer=None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | bool | None = None,

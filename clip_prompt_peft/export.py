@@ -19,6 +19,8 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from transformers import BaseImageProcessor
+from transformers.utils import logging as progress
 
 from .image_files import decode_image, process_images
 from .installing import how_to_install
@@ -91,7 +93,7 @@ def export_classifier(
     path: str | os.PathLike,
     images: Sequence[Image.Image] | None = None,
     labels: Sequence[int] | None = None,
-    image_processor=None,
+    image_processor: BaseImageProcessor | None = None,
     int8: bool = False,
 ) -> ExportReport:
     """
@@ -219,7 +221,8 @@ def _write_files(
 
     batches = _pixel_batches(classifier, images, image_processor)
     logits = run_onnx(folder / ONNX_FILE, batches)  # (N, C)
-    expected = torch.cat([classifier(pixel_values=batch.to(classifier.device)).logits for batch in batches])  # (N, C)
+    shown = progress.tqdm(batches, desc="Comparing with the model", leave=False, delay=2)
+    expected = torch.cat([classifier(pixel_values=batch.to(classifier.device)).logits for batch in shown])  # (N, C)
     difference = float(np.abs(logits - expected.cpu().numpy()).max())
     if not difference <= TOLERANCE:  # also true for NaN
         raise RuntimeError(
@@ -309,7 +312,8 @@ def run_onnx(file: Path, batches: list[torch.Tensor]) -> np.ndarray:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run(OUTPUTS[:1], {INPUT: batch.cpu().numpy()})[0] for batch in batches])
+    shown = progress.tqdm(batches, desc=f"Running {file.name}", leave=False, delay=2)
+    return np.concatenate([session.run(OUTPUTS[:1], {INPUT: batch.cpu().numpy()})[0] for batch in shown])
 
 
 def write_int8(

@@ -11,6 +11,7 @@ from transformers import (
     CLIPModel,
     MetaClip2Model,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
     Siglip2Model,
     SiglipModel,
 )
@@ -46,7 +47,7 @@ class CLIPForPromptClassification(PromptClassificationMixin, CLIPModel):
     def from_clip(
         cls,
         clip: CLIPModel,
-        tokenizer=None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         class_names: Sequence[str] | None = None,
         prompt_template: str | None = None,
     ) -> CLIPForPromptClassification:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from .loss import PromptClassifierOutput, check_regularizers, compute_loss
 from .pretrained import PretrainedClassifierMixin
 from .regularizers import Prediction, Regularizer, regularizer_of
 from .regularizers.teacher import ZeroShotTeacher
-from .templates import DEFAULT_TEMPLATE, check_class_names, check_template
+from .templates import DEFAULT_TEMPLATE, check_class_names, check_template, name_labels
 from .text import ClassEncoder, normalize
 from .text.cache import Memo
 from .text.prompts import ClassPrompts, build_class_prompts
@@ -115,9 +116,10 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         layout = self.prompt_layout
         self.build_prompts(class_names, self.prompt_template, layout)
         self._fixed_class_embeds = None
-        self.config.class_names = class_names
+        self.config.class_names, self.names_were_given = class_names, True
         if layout is not None:
-            self.text_embeddings.set_class_names(class_names)
+            self.text_embeddings.check_tokenizer(self._get_tokenizer())  # before the token ids of the new names count
+            self.text_embeddings.set_class_names(class_names, self._get_tokenizer())
         self._class_prompts(self.prompt_layout)
 
     def set_prompt_template(self, prompt_template: str) -> None:
@@ -204,8 +206,9 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
 
         def build() -> ClassPrompts:
             prompts = self.build_prompts(class_names, self.prompt_template, layout)
-            self.config.id2label = dict(enumerate(class_names))
-            self.config.label2id = {name: index for index, name in enumerate(class_names)}
+            name_labels(self.config, class_names)
+            if layout is not None:
+                self.text_embeddings.check_tokenizer(self._get_tokenizer())
             return prompts
 
         return self._prompts.get((tuple(class_names), self.prompt_template, layout), build)
@@ -363,7 +366,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         is_training = self.training and torch.is_grad_enabled()
         return self.label_check(labels, self._class_names(layout), self.config.problem_type, is_training)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         self.label_check.read()
         return super().train(mode)
 

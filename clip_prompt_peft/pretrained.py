@@ -6,12 +6,12 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .assets import PIPELINE_FILE, custom_pipelines
-from .templates import check_class_names, check_template
+from .templates import check_class_names, check_template, name_labels
 from .towers import with_modules_of
 from .tuner.files import check_adapter, check_adapter_folder
 from .tuner.hub import HubSettings, hub_settings_of, locate
@@ -21,7 +21,14 @@ logger = logging.getLogger(__name__)
 PUSH_SETTINGS = ("commit_message", "create_pr", "max_shard_size", "private", "token")
 
 
-class PretrainedClassifierMixin:
+# The mixin goes in front of a model of transformers, which checkers of types must know: `model.to("cuda")`.
+if TYPE_CHECKING:
+    ModelBase = PreTrainedModel
+else:
+    ModelBase = object
+
+
+class PretrainedClassifierMixin(ModelBase):
     """
     What a classifier does with checkpoints. [`~modeling.PromptClassificationMixin`] adds classes and prompts to it.
 
@@ -33,17 +40,18 @@ class PretrainedClassifierMixin:
 
     base_class: type[PreTrainedModel]
     weight_names: dict[str, str] | None = None
+    names_were_given = False  # whether the model has class names that an adapter could take the place of
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path,
+        pretrained_model_name_or_path: str | os.PathLike,
         *model_args,
         class_names: Sequence[str] | None = None,
         prompt_template: str | None = None,
-        tokenizer=None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
-    ):
+    ) -> Self:
         """
         Loads a checkpoint as the family's own `from_pretrained` does, with class names.
 
@@ -98,7 +106,7 @@ class PretrainedClassifierMixin:
     def from_base(
         cls,
         model: PreTrainedModel,
-        tokenizer=None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         class_names: Sequence[str] | None = None,
         prompt_template: str | None = None,
         **hub_arguments,
@@ -153,19 +161,24 @@ class PretrainedClassifierMixin:
         if prompt_template is None:
             saved = getattr(self.config, "prompt_template", None)
             prompt_template = saved or (layout and layout.prompt_template) or self.default_template
-        saved_names = getattr(self.config, "class_names", None) or (layout and layout.class_names)
+        # An adapter's classes come before those of its base model, which may be a saved classifier.
+        saved_names = (layout and layout.class_names) or getattr(self.config, "class_names", None)
         if self.config.problem_type is None and layout is not None:
             self.config.problem_type = layout.problem_type
         self.tokenizer = tokenizer
         self.set_prompt_template(prompt_template)
+        if layout is not None:
+            self.text_embeddings.label_with(self.config)
         if class_names is None and not (tokenizer or self.name_or_path):  # prompts are made once there is a tokenizer
             self.config.class_names = saved_names and check_class_names(saved_names)
+            name_labels(self.config, self.config.class_names)
+            self.names_were_given = saved_names is not None
         elif (class_names or saved_names) is None:
             self.config.class_names = None
         else:
             self.set_class_names(class_names or saved_names)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the model as the family's own `save_pretrained` does, the tokenizer for the class prompts, and code.
 
         The code is a short file by which `transformers.pipeline("image-classification", ..., trust_remote_code=True)`
@@ -174,8 +187,6 @@ class PretrainedClassifierMixin:
         With an adapter from transformers' `add_adapter` in the model, only the adapter is saved.
         """
         self.label_check.read()  # before any file is written
-        if self.class_names is not None:
-            self.class_prompts  # noqa: B018, it updates id2label if an adapter has been switched
         is_main_process, push_to_hub = kwargs.get("is_main_process", True), kwargs.pop("push_to_hub", False)
         saves_all = is_main_process and not self._hf_peft_config_loaded
         tokenizer = None

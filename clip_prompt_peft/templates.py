@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 
+from transformers import PreTrainedTokenizerBase
+
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 CLASS_SLOT = "{}"
@@ -56,13 +58,16 @@ def _check_encodable(what: str, text: str) -> None:
         ) from None
 
 
-def how_to_renumber(label_column: str) -> str:
-    """Returns the call that renumbers the labels of a data set, for error messages.
+def name_labels(config, class_names: Sequence[str] | None) -> None:
+    """Sets `id2label` and `label2id` of a config of transformers; without names, to those of a config without any."""
+    names = ["LABEL_0", "LABEL_1"] if class_names is None else class_names
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: label for label, name in enumerate(names)}
 
-    Not by `model.config.label2id`, which follows another adapter only as soon as it is used.
-    """
-    numbers = "{name: number for number, name in enumerate(model.class_names)}"
-    return f"dataset.align_labels_with_mapping({numbers}, {label_column!r})"
+
+def how_to_renumber(label_column: str) -> str:
+    """Returns the call that renumbers the labels of a data set, for error messages."""
+    return f"dataset.align_labels_with_mapping(model.config.label2id, {label_column!r})"
 
 
 def check_label_names(label_names: Sequence[str], class_names: Sequence[str]) -> None:
@@ -110,7 +115,9 @@ def context_text(template: str) -> str:
     return template.split(CLASS_SLOT)[0].strip()
 
 
-def pad_template(template: str, num_virtual_tokens: int, tokenizer, start_idx: int | None = None) -> str:
+def pad_template(
+    template: str, num_virtual_tokens: int, tokenizer: PreTrainedTokenizerBase, start_idx: int | None = None
+) -> str:
     """Adds placeholder words to a template that has fewer words in front of the class name than virtual tokens.
 
     The placeholders (`X`, as in CoOp) are inserted at `start_idx`, so that the virtual tokens, which replace positions

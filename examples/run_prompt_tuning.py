@@ -4,7 +4,7 @@ r"""Tunes the prompt of a CLIP on 16 images per class, three times, with the Tra
     python run_prompt_tuning.py --train_dir pets/train --test_dir pets/test \
         --model_name_or_path openai/clip-vit-base-patch16
 
-A short script to copy and change. `python -m clip_prompt_peft.commands.train` has arguments for everything.
+A short script to copy and change. `clip-prompt train` has arguments for everything.
 """
 
 import argparse
@@ -91,4 +91,4 @@ for seed in SEEDS:
 print(f"\nPercent of images classified correctly, mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}\n")
 print(results_table(zero_shot, tuned))
 print(f"\nSaved the adapters to {OUTPUT_DIR}. Classify images with")
-print(f"    python -m clip_prompt_peft.commands.predict {OUTPUT_DIR}/seed{SEEDS[0]} IMAGE ...")
+print(f"    clip-prompt predict {OUTPUT_DIR}/seed{SEEDS[0]} IMAGE ...")

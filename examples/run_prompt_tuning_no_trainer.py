@@ -3,7 +3,7 @@
     python run_prompt_tuning_no_trainer.py      # the embedded tiny CLIP, on the embedded pictures
     torchrun --nproc_per_node 2 run_prompt_tuning_no_trainer.py --train_dir pets/train --test_dir pets/test
 
-A short script to copy and change. `python -m clip_prompt_peft.commands.train` has arguments for everything.
+A short script to copy and change. `clip-prompt train` has arguments for everything.
 """
 
 import argparse

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 
@@ -173,8 +174,8 @@ def run_here(monkeypatch, capsys, tmp_path):
             if name.endswith(".py"):
                 sys.argv[0] = str(EXAMPLES / name)
                 runpy.run_path(sys.argv[0], run_name="__main__")
-            else:  # alter_sys sets sys.argv[0] as `python -m` does
-                runpy.run_module(f"clip_prompt_peft.commands.{name}", run_name="__main__", alter_sys=True)
+            else:
+                import_module(f"clip_prompt_peft.commands.{name}").main()
         finally:
             torch.set_num_threads(threads)
         return capsys.readouterr().out

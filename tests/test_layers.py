@@ -1,6 +1,7 @@
 """Modules import from the layers below their own only, and no file outgrows its subject."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import ROOT
 from clip_prompt_peft.assets import PIPELINE_FILE
 
 
-PACKAGE = ROOT / "clip_prompt_peft"
+PACKAGE, CLI = ROOT / "clip_prompt_peft", ROOT / "clip_prompt_cli"
 # one file is no part of the package: it is copied beside saved classifiers and imports the package from there
 FILES = sorted(set(PACKAGE.rglob("*.py")) - {PIPELINE_FILE})
 
@@ -30,6 +31,7 @@ LAYERS = [
     {"pipelines", "protocols", "export"},
     {"__init__"},  # the public names
     {"commands"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -73,6 +75,25 @@ def test_the_peft_method_stands_on_towers_and_templates_alone():
     assert imported <= {"towers", "templates"}
 
 
+def roots_imported_by(file: Path) -> set[str]:
+    """The names of the packages that a file imports by name."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    modules += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    return {module.partition(".")[0] for module in modules}
+
+
+def test_the_command_line_stands_on_the_standard_library_alone():
+    imported = set().union(*(roots_imported_by(file) for file in CLI.rglob("*.py")))
+    assert imported - sys.stdlib_module_names <= {"argcomplete"}  # only to complete
+
+
+def test_only_commands_know_the_command_line():
+    knowing = {part_of(file) for file in FILES if CLI.name in roots_imported_by(file)}
+    assert knowing == {"commands", "__main__"}
+
+
 def test_no_file_has_more_than_500_lines():
-    too_long = [str(file) for file in FILES if len(file.read_text(encoding="utf-8").splitlines()) > 500]
+    files = [*FILES, *CLI.rglob("*.py")]
+    too_long = [str(file) for file in files if len(file.read_text(encoding="utf-8").splitlines()) > 500]
     assert not too_long

@@ -39,12 +39,14 @@ IMPORTED = {
     "peft.tuners.tuners_utils.check_target_module_exists": "target_modules and exclude_modules would not be heeded",
     "peft.utils.other.AuxiliaryTrainingWrapper": "modules_to_save would be missed by cache, mixed batches and unload",
     "torch.autograd.function.once_differentiable": "second derivatives through chunks of classes would be wrong",
+    "torch.autograd.forward_ad": "a captured graph would drop tangents of forward-mode differentiation",
     "torch.nn.modules.module._global_backward_hooks": "hooks for all modules would miss the text model",
     "torch.nn.modules.module._global_backward_pre_hooks": "hooks for all modules would miss the text model",
     "torch.nn.modules.module._global_forward_hooks": "hooks for all modules would miss the text model",
     "torch.nn.modules.module._global_forward_pre_hooks": "hooks for all modules would miss the text model",
     "torch.utils.checkpoint.checkpoint": "chunks of classes for single images would not fit into memory",
     "torch.utils.checkpoint.get_device_states": "dropout would differ when a chunk of classes is computed again",
+    "torch.utils._python_dispatch._get_current_dispatch_mode": "tracers and counters would miss a captured encoder",
     "torch.utils.checkpoint.set_device_states": "dropout would differ when a chunk of classes is computed again",
     "transformers.trainer.OPTIMIZER_NAME": "a half-written checkpoint would be taken for a whole one",
     "transformers.trainer.SCHEDULER_NAME": "a half-written checkpoint would be taken for a whole one",
@@ -267,6 +269,31 @@ def components_of_a_pipeline(clip):
     assert Pipeline._load_tokenizer is None
 
 
+def transforms_of_torch(clip):
+    """`torch._C._are_functorch_transforms_active`, `forward_ad._current_level`: transforms would meet a captured class
+    encoder, which they cannot follow."""
+    from torch.autograd import forward_ad
+
+    seen = []
+    torch.func.vmap(lambda x: seen.append(torch._C._are_functorch_transforms_active()) or x)(torch.ones(2))
+    assert seen == [True] and not torch._C._are_functorch_transforms_active()
+    assert forward_ad._current_level == -1
+    with forward_ad.dual_level():
+        assert forward_ad._current_level == 0
+
+
+def disabled_adapters_of_a_layer(clip):
+    """`BaseTunerLayer._disable_adapters`: a captured class encoder would be captured anew after the first change."""
+    layer = next(
+        module
+        for module in get_peft_model(clip, LoraConfig(target_modules=["q_proj"])).modules()
+        if hasattr(module, "lora_A")
+    )
+    assert layer._disable_adapters is False
+    layer.enable_adapters(False)
+    assert vars(layer)["_disable_adapters"] is True
+
+
 ATTRIBUTES = {
     "_attn_implementation": attention_implementation,
     "_version": tensor_version,
@@ -277,6 +304,9 @@ ATTRIBUTES = {
     "_forward_pre_hooks": hooks_of_a_module,
     "_backward_hooks": hooks_of_a_module,
     "_backward_pre_hooks": hooks_of_a_module,
+    "_are_functorch_transforms_active": transforms_of_torch,
+    "_current_level": transforms_of_torch,
+    "_disable_adapters": disabled_adapters_of_a_layer,
     "_hf_peft_config_loaded": adapter_mark_of_transformers,
     "_raise_exceptions_for_missing_entries": missing_entries,
     "_hf_hook": hooks_of_accelerate,

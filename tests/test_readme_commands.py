@@ -9,10 +9,12 @@ import shlex
 import pytest
 from conftest import ROOT
 
+from clip_prompt_cli.parsers import DATACLASSES, OneLineParser
+
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 COMMAND = re.compile(
-    r"(?:-m clip_prompt_peft\.commands\.(?P<module>[a-z]\w*)"
+    r"(?:(?:-m clip_prompt_peft\.commands\.|clip-prompt )(?P<module>[a-z]\w*)"
     r"|python (?P<script>(?:examples|benchmarks|tests)/[\w/]+\.py))"
     r"(?P<arguments>[^`\n]*)"
 )
@@ -31,6 +33,11 @@ def command_lines(document):
 LINES = sorted({(target, *arguments) for document in DOCUMENTS for target, arguments in command_lines(document)})
 
 
+def is_a_name(line):
+    """Whether a command is only mentioned, where its arguments are not at issue."""
+    return len(line) == 1 and line[0] in ("predict", "report", "export", "convert")
+
+
 class Parsed(BaseException):
     """Ends a command as soon as its arguments are parsed; no command handles it."""
 
@@ -40,8 +47,11 @@ def parse(monkeypatch):
     """Returns a function that lets a command parse a command line, and gives what the parser did not know."""
     parse_known_args = argparse.ArgumentParser.parse_known_args
 
-    def parse_and_end(*args, **kwargs):
-        raise Parsed(parse_known_args(*args, **kwargs)[1])
+    def parse_and_end(parser, *args, **kwargs):
+        parsed = parse_known_args(parser, *args, **kwargs)
+        if type(parser) is OneLineParser and parser.prog.split()[-1] in DATACLASSES:
+            return parsed  # the first look, which does not know all arguments
+        raise Parsed(parsed[1])
 
     def parse(target, *arguments):
         monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_end)
@@ -63,7 +73,9 @@ def test_the_command_lines_are_found():
     assert ("train", "--dataloader_drop_last") in LINES  # in front of a comment
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line[0] not in WITHOUT_A_PARSER], ids=" ".join)
+@pytest.mark.parametrize(
+    "line", [line for line in LINES if line[0] not in WITHOUT_A_PARSER and not is_a_name(line)], ids=" ".join
+)
 def test_a_command_line_is_parsed(line, parse, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.syspath_prepend(ROOT / "tests" / "helpers")
@@ -71,5 +83,6 @@ def test_a_command_line_is_parsed(line, parse, monkeypatch):
 
 
 def test_a_wrong_flag_would_be_noticed(parse):
-    assert parse("train", "--train_dirs", "photos") == ["--train_dirs", "photos"]
+    with pytest.raises(SystemExit, match="no argument '--train_dirs'; did you mean --train_dir"):
+        parse("train", "--train_dirs", "photos")
     assert parse("serve", "--adapter_folder", "photos") == ["--adapter_folder"]

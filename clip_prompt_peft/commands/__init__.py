@@ -1,1 +1,1 @@
-"""The commands of the package, one module each: `python -m clip_prompt_peft.commands.train`."""
+"""The commands of the package, one module with a `main()` each; `clip_prompt_cli` declares their arguments."""

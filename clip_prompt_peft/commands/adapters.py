@@ -19,7 +19,7 @@ from ..training.checkpoints import last_whole_checkpoint
 from ..tuner.files import adapter_folders
 from ..tuner.hub import HubSettings, check_revision, load_image_processor, pin_base_model
 from .checks import check_base_model
-from .common import device, use_one_thread_if_tiny
+from .common import silence_libraries, use_one_thread_if_tiny
 
 
 # Endings of files; a Hub id may have a dot, too, as in "user/pets-v1.5".
@@ -170,30 +170,6 @@ def _what_is_above(path: str) -> str:
     return f"in {parent!r} there {'is' if len(folders) == 1 else 'are'} {shown or 'no folders'}. {hub}"
 
 
-def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of [`load_adapter`]."""
-    parser.add_argument(
-        "adapter",
-        help="folder or Hub id of the adapter; of several, such as those of `train`, the first is used",
-    )
-    add_base_arguments(parser)
-    parser.add_argument("--device", type=device, default="cpu", help="where to compute: cpu, cuda, ...")
-
-
-def add_adapters_arguments(parser: argparse.ArgumentParser, default: str | None, help: str) -> None:
-    """Adds the argument of [`find_adapters`], which may be written with the flag `--adapters` or without it."""
-    group = parser.add_mutually_exclusive_group()
-    # A default here would replace what the flag gives.
-    group.add_argument("adapters", nargs="?", default=argparse.SUPPRESS, help=help)
-    group.add_argument("--adapters", default=default, help="the same")
-
-
-def add_base_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that choose another base model."""
-    parser.add_argument("--base", help="base model to use instead of the one that the adapters name")
-    parser.add_argument("--base_revision", metavar="REVISION", help="its branch, tag or commit on the Hub")
-
-
 def load_adapter(
     adapter: str, args: argparse.Namespace
 ) -> tuple[PeftModelForPromptClassification, BaseImageProcessor]:
@@ -203,7 +179,7 @@ def load_adapter(
         adapter (`str`):
             The folder or Hub id of the adapter, as [`find_adapter`] returns it.
         args (`argparse.Namespace`):
-            The arguments of [`add_adapter_arguments`].
+            The arguments of a command that takes one adapter.
 
     Raises:
         ValueError: If the adapter is damaged or does not fit the base model.
@@ -211,9 +187,11 @@ def load_adapter(
     """
     if args.base is not None:
         check_base_model(args.base, "--base")
+    silence_libraries()  # the bar of loading the weights, but for what comes after it
     model = AutoPeftModelForPromptClassification.from_pretrained(
         adapter, base_model_name_or_path=args.base, base_model_revision=args.base_revision
     )
+    silence_libraries(progress_bars=True)
     classifier = model.get_base_model()
     use_one_thread_if_tiny(classifier.name_or_path)
     return model.eval().to(args.device), load_image_processor(classifier)

@@ -1,23 +1,9 @@
-r"""Compares methods in the protocols of the field, and writes tables and figures.
-
-Without arguments, it runs on the embedded pictures: 1 to 16 shots with three seeds, base and new classes, and two
-other styles as unseen domains. An interrupted benchmark continues where it stopped; a finished one is only drawn.
-
-    python -m clip_prompt_peft.commands.benchmark
-    python -m clip_prompt_peft.commands.benchmark --methods zero-shot ensemble prompt-tuning --shots 1 16
-    python -m clip_prompt_peft.commands.benchmark --model_name_or_path openai/clip-vit-base-patch16 \
-        --data pets=timm/oxford-iiit-pet food=ethz/food101 --when_fewer error
-
-Methods are trained on the first of --data and tested on all. If the others have other classes, that is the
-cross-data-set protocol.
-"""
+"""The command `benchmark`: compares methods in the protocols of the field, and writes tables and figures."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
-from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +12,9 @@ from pathlib import Path
 import datasets
 import transformers
 from datasets import Dataset, DatasetDict
+
+from clip_prompt_cli.fields import METRICS, BenchmarkArguments
+from clip_prompt_cli.parsers import check
 
 from .. import AutoModelForPromptClassification, load_templates
 from ..assets import TINY_CLIP
@@ -55,51 +44,29 @@ from ..tuner.hub import HubSettings, load_image_processor
 from .checks import POSITIVE, check_base_model, check_numbers
 from .common import (
     DataclassParser,
-    argument,
+    check_device,
     check_extra,
-    device,
     errors_in_one_line,
+    progress_bars_of_datasets,
     silence_libraries,
     stopped_in_one_line,
     use_one_thread_if_tiny,
 )
+from .data import warn_of_shared_images
 from .outputs import check_can_be_written
 
 
 MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, configuration and tokenizer
-METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "expected_calibration_error")
 
 
-@dataclass
-class BenchmarkArguments:
-    """The methods to compare, and the data to compare them on."""
-
-    methods: list[str] = argument(
-        ["zero-shot", "ensemble", "linear-probe", "clip-lora", "prompt-tuning"],
-        "Methods or presets, in the order of the tables.",
-    )
-    shots: list[int] = argument(
-        [1, 2, 4, 8, 16], "Training images per class; all protocols but the few-shot curve use the largest number."
-    )
-    seeds: list[int] = argument([1, 2, 3], "Seeds of draw and training.")
-    data: list[str] | None = argument(
-        None,
-        "NAME=SOURCE, where the source is a Hub id or a folder with the sub-folders train and test. The first is "
-        "trained on. By default the embedded pictures.",
-    )
-    model_name_or_path: str = argument(TINY_CLIP, "Hub id or folder of a CLIP.")
-    device: str = argument("cpu", "Where to compute: cpu, cuda, ...")
-    output_dir: str = argument("outputs/few_shot_benchmark", "Folder for results, tables and figures.")
-    metric: str = argument("accuracy", f"Metric of tables and figures, one of {', '.join(METRICS)}.")
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = check("benchmark", arguments)
     silence_libraries(progress_bars=True)
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_warning()
     progress = Progress()
     with stopped_in_one_line(progress.how_to_go_on):
-        run_benchmark(progress)
+        run_benchmark(arguments, progress)
 
 
 @dataclass
@@ -121,11 +88,12 @@ class Progress:
         return f"{self.num_done} of {counted(len(self.runs), 'run')} {verb} done; run the same command again to go on."
 
 
-def run_benchmark(progress: Progress) -> None:
+def run_benchmark(arguments: list[str], progress: Progress) -> None:
     """Does everything, and keeps `progress` up to date."""
     parser = DataclassParser((BenchmarkArguments, TrainingSettings))
     with errors_in_one_line(parser.flags):
-        args, settings = parser.parse(sys.argv[1:])
+        args, settings = parser.parse(arguments)
+        args.model_name_or_path = args.model_name_or_path or TINY_CLIP
         check_extra("report", "matplotlib", *(["sklearn"] if "linear-probe" in args.methods else []))
         check_arguments(args, settings)
         if args.data is None:
@@ -145,7 +113,8 @@ def run_benchmark(progress: Progress) -> None:
         if progress.num_done:
             number = f"{progress.num_done} of {counted(len(progress.runs), 'run')}"
             print(f"The results of {number} were read from {results.path}", flush=True)
-        Benchmark(partial(load_backbone, args, settings, hub), data, results).run(progress.runs)
+        with progress_bars_of_datasets(args.data is not None):  # of the embedded pictures, they come and go
+            Benchmark(partial(load_backbone, args, settings, hub), data, results).run(progress.runs)
     tables = write_tables(results, curve, base_new, others, args)
     print(f"\n{tables}")
     draw_figures(results, curve, base_new, others, args)
@@ -159,10 +128,7 @@ def check_arguments(args: BenchmarkArguments, settings: TrainingSettings) -> Non
     if min(args.shots) < 1 or min(args.seeds) < 0:
         raise ValueError(f"--shots must be 1 or more and --seeds 0 or more, got {args.shots} and {args.seeds}.")
     check_numbers(settings, dict.fromkeys(("num_train_epochs", "learning_rate", "batch_size"), POSITIVE))
-    try:
-        device(args.device)
-    except ArgumentTypeError as error:
-        raise ValueError(f"--device {error}.") from None
+    check_device(args.device)
     load_templates(settings.ensemble)  # raises if the name is unknown
 
 
@@ -197,6 +163,7 @@ def load_data(sources: list[str] | None) -> dict[str, DatasetDict]:
         data[name] = splits = load_image_dataset(path)
         if "test" not in splits and "validation" in splits:
             splits["test"] = splits["validation"]
+        warn_of_shared_images(splits["train"], {f"test of {name}": splits["test"]} if "test" in splits else {})
     return data
 
 

@@ -1,21 +1,22 @@
-"""What the commands share: parsers, errors in one line, a stop by Ctrl-C, optional packages, the table of results."""
+"""What the commands share: a parser, errors in one line, a stop by Ctrl-C, optional packages, the table of results."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
+import datasets
 import torch
 import transformers
 from transformers import HfArgumentParser
+
+from clip_prompt_cli.messages import exit_with, program_name
+from clip_prompt_cli.parsers import HELP_ALL, OneLineParser, follows_no_argument, no_such_argument, with_underscores
 
 from ..assets import TINY_CLIP
 from ..evaluation.tables import aligned, percent
@@ -29,16 +30,6 @@ FLAG_OF = {"image_column": "image_column_name", "label_column": "label_column_na
 STOPPED = 130  # the exit code of a shell for a program that was stopped by Ctrl-C
 
 Results = Mapping[str, Mapping[str, float]]  # test set -> metric -> value from 0 to 1
-
-
-def program_name() -> str:
-    """The running command as the user types it."""
-    return f"python -m {__package__}.{Path(sys.argv[0]).stem}"
-
-
-def exit_with(error: Exception | str) -> NoReturn:
-    """Ends the command with an error message of one line instead of a traceback."""
-    sys.exit(f"{program_name()}: error: {' '.join(str(error).split())}")
 
 
 @contextlib.contextmanager
@@ -91,19 +82,13 @@ def stopped_in_one_line(how_to_go_on: Callable[[], str] = str) -> Iterator[None]
         sys.exit(STOPPED)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage, which is longer than a screen for some commands."""
-
-    def error(self, message: str) -> NoReturn:
-        exit_with(message)
-
-
 class DataclassParser(OneLineParser, HfArgumentParser):
     """The same for arguments that are fields of dataclasses."""
 
     def __init__(self, dataclasses: Iterable[type], **kwargs) -> None:
         # abbreviations would not be noticed as given by the user
         super().__init__(dataclasses, prog=program_name(), allow_abbrev=False, **kwargs)
+        self.add_argument(HELP_ALL, "--help_all", action="help", help="show all arguments")
 
     @property
     def flags(self) -> list[str]:
@@ -116,52 +101,22 @@ class DataclassParser(OneLineParser, HfArgumentParser):
         Raises:
             ValueError: If there are unknown arguments. The message names flags of a similar name.
         """
-        *parsed, unknown = self.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
+        *parsed, unknown = self.parse_args_into_dataclasses(
+            with_underscores(arguments), return_remaining_strings=True, look_for_args_file=False
+        )
         if unknown:
             name = unknown[0].partition("=")[0]
-            if not name.startswith("-"):
-                raise ValueError(f"{name!r} follows no argument; --help lists those that take a value.")
-            similar = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.flags, n=1)
-            hint = f"did you mean --{similar[0]}?" if similar else "--help lists those that there are."
-            raise ValueError(f"There is no argument {name!r}; {hint}")
+            raise ValueError(no_such_argument(name, self.flags) if name.startswith("-") else follows_no_argument(name))
         return tuple(parsed)
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows the command's module docstring as it is."""
-    return OneLineParser(program_name(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def argument(default, help: str):
-    """Returns the field of a dataclass that `HfArgumentParser` turns into an argument."""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-def positive(text: str) -> int:
-    """Returns the number that an argument gives, for `add_argument(type=positive)`."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
-    return int(text)
-
-
-def port(text: str) -> int:
-    """Returns the port that an argument gives, for `add_argument(type=port)`."""
-    if not text.isdecimal() or not 0 <= int(text) < 2**16:
-        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
-    return int(text)
-
-
-def device(name: str) -> str:
-    """Returns the name of a device that can be used, for `add_argument(type=device)`."""
+def check_device(name: str) -> None:
+    """Raises `ValueError` if a device cannot be used, for `--device`."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{name!r} cannot be used on this machine ({str(error).splitlines()[0]}); 'cpu' can"
-        ) from None
-    return name
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name!r} cannot be used on this machine ({reason}); 'cpu' can.") from None
 
 
 def check_extra(extra: str, *modules: str) -> None:
@@ -184,9 +139,22 @@ def check_output_file(path: str) -> None:
 
 
 def silence_libraries(progress_bars: bool = False) -> None:
-    """Hides, unless `progress_bars`, the loading bars of transformers."""
-    if not progress_bars:
+    """Hides or, with `progress_bars`, shows the bars of transformers."""
+    if progress_bars:
+        transformers.utils.logging.enable_progress_bar()
+    else:
         transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def progress_bars_of_datasets(are_shown: bool) -> Iterator[None]:
+    """Shows the progress of `datasets`, which commands hide elsewhere: reading files would show one for each file."""
+    if are_shown:
+        datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.disable_progress_bars()
 
 
 def use_one_thread_if_tiny(model_name_or_path: str) -> None:

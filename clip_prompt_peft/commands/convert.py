@@ -1,16 +1,7 @@
-r"""Converts checkpoints of the original authors' code to adapters.
-
-    clip-prompt-convert model.pth.tar-5 maple-caltech --base_model_name_or_path openai/clip-vit-base-patch16 \
-        --class_names face leopard ...
-
-The code of CoOp, CoCoOp, KgCoOp, ProGrad, MaPLe, IVLP, VPT (in MaPLe's repository) and PromptSRC saves a pickle
-`model.pth.tar-N`: the `state_dict` of the prompt learner or of the whole model, with epoch, optimizer and scheduler.
-That of CLIP-LoRA saves `lora_weights.pt`, which becomes a LoRA of peft.
-"""
+"""The command `convert`: checkpoints of the original authors' code become adapters."""
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import re
 from collections.abc import Sequence
@@ -19,10 +10,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 
+from clip_prompt_cli.parsers import parse
+
 from ..families import CLIPForPromptClassification
 from ..peft_model import without_warning_of_renamed_property
 from ..text.prompts import build_class_prompts
 from ..tuner import CLIPPromptTuningConfig
+from .common import errors_in_one_line, stopped_in_one_line
 from .convert_lora import check_metadata, is_lora_file, read_lora
 
 
@@ -257,31 +251,10 @@ def check_class_prompts(model: CLIPForPromptClassification, saved: torch.Tensor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command `clip-prompt-convert`."""
-    parser = argparse.ArgumentParser(
-        "clip-prompt-convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("path", metavar="checkpoint", help="model.pth.tar-N, or lora_weights.pt of CLIP-LoRA")
-    parser.add_argument("output_dir", help="folder for the adapter")
-    parser.add_argument("--base_model_name_or_path", required=True, help="Hub id or folder of the same CLIP")
-    parser.add_argument(
-        "--model_revision", dest="revision", metavar="REVISION", help="branch, tag or commit of the CLIP on the Hub"
-    )
-    parser.add_argument("--class_names", nargs="+", help="the class names of the training, in its order")
-    parser.add_argument("--prompt_template", default="a photo of a {}.", help="the template of the training")
-    parser.add_argument("--class_token_position", default="end", choices=["end", "middle", "front"])
-    parser.add_argument(
-        "--no_check",
-        dest="check_prompts",
-        action="store_false",
-        help="do not compare texts with those of the training",
-    )
-    options = vars(parser.parse_args(arguments))
+    options = vars(parse("convert", arguments))
     output_dir = options.pop("output_dir")
-    try:
+    with stopped_in_one_line(), errors_in_one_line():
         model = convert_checkpoint(**options)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
     model.save_pretrained(output_dir)
     print(f"Saved {output_dir}: {model.get_nb_trainable_parameters()[0]} learned numbers")
     if not isinstance(model.active_peft_config, CLIPPromptTuningConfig):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from datasets import Dataset, DatasetDict
 
-from ..data import class_names_of, hold_out, load_image_dataset
-from ..data.folders import SPLIT_OF
+from clip_prompt_cli.fields import DataFields
+
+from ..data import class_names_of, hold_out, load_image_dataset, shared_images, split_by_list
 from ..data.known_datasets import STYLES, load_style
-from .common import argument
+from ..data.splits import SPLIT_OF
 
 
 logger = logging.getLogger(__name__)
@@ -22,32 +24,17 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 HELD_OUT = "held out of train"
 # Arguments that belong to a source: without it they would be ignored.
-BELONGS_TO = {"dataset_config_name": "dataset_name", "image_dir": "zhou_split", "zhou_split": "image_dir"}
+BELONGS_TO = {
+    "dataset_config_name": "dataset_name",
+    "image_dir": "zhou_split",
+    "zhou_split": "image_dir",
+    "test_list": "train_dir",
+}
 
 
 @dataclass
-class DataArguments:
+class DataArguments(DataFields):
     """The images; by default the embedded pictures."""
-
-    style: Literal[STYLES] = argument(STYLES[0], "Style of the embedded pictures to tune on.")
-    dataset_name: str | None = argument(None, "Hub id of an image classification data set.")
-    dataset_config_name: str | None = argument(None, "Name of its configuration.")
-    train_dir: str | None = argument(None, "Folder of training images, with one sub-folder for each class.")
-    validation_dir: str | None = argument(None, "The same for validation.")
-    test_dir: str | None = argument(None, "The same for the final table.")
-    train_file: str | None = argument(
-        None, "Parquet file of training images and labels, or a csv, tsv or jsonl file of paths and labels."
-    )
-    validation_file: str | None = argument(None, "The same for validation.")
-    test_file: str | None = argument(None, "The same for the final table.")
-    zhou_split: str | None = argument(None, "Published split split_zhou_NAME.json, together with --image_dir.")
-    image_dir: str | None = argument(None, "Folder that the paths in --zhou_split are relative to.")
-    webdataset_dir: str | None = argument(None, "Folder in the layout of CLIP_benchmark: tar files, classnames.txt.")
-    image_column_name: str | None = argument(None, "Column of the images; found by default.")
-    label_column_name: str | None = argument(None, "Column of the labels; found by default.")
-    train_val_split: float = argument(
-        0.2, "Share of the training images to test on, if there are neither test nor validation images."
-    )
 
     def source(self, kind: Literal["dir", "file"]) -> dict[str, str]:
         """Returns the given folders or files by split."""
@@ -83,7 +70,7 @@ class DataArguments:
         """Returns the arguments that are not `None` as JSON, with paths that are valid in any working directory."""
         record = {field.name: getattr(self, field.name) for field in fields(DataArguments)}
         for name, value in record.items():
-            is_path = name.rpartition("_")[2] in ("dir", "file") or name in ("zhou_split", "dataset_name")
+            is_path = name.rpartition("_")[2] in ("dir", "file", "list") or name in ("zhou_split", "dataset_name")
             if is_path and value is not None and os.path.exists(value):
                 record[name] = os.path.abspath(value)
         if not self.is_embedded:
@@ -118,6 +105,10 @@ class DataArguments:
             raise ValueError(f"--style is of the embedded pictures; leave it out, or leave out {self.name!r}.")
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"--train_val_split must lie between 0 and 1, got {self.train_val_split}.")
+        if self.test_list is not None and self.test_dir is not None:
+            raise ValueError("--test_list and --test_dir both say what to test on; give one of them.")
+        if self.test_list is not None and not os.path.isfile(self.test_list):
+            raise ValueError(f"--test_list: The file {self.test_list!r} does not exist.")
         for kind in ("dir", "file"):
             self._check_paths(kind, needs_train)
 
@@ -190,6 +181,8 @@ def load_data(
         cache_dir=cache_dir,
         token=token,
     )
+    if data_args.test_list is not None:
+        splits["train"], splits["test"] = split_by_list(splits["train"], data_args.train_dir, data_args.test_list)
     return splits, choose_test_set(splits, data_args.train_val_split)
 
 
@@ -203,7 +196,8 @@ def choose_test_set(splits: DatasetDict, train_val_split: float) -> dict[str, Da
     if few:
         raise ValueError(
             f"There are no test images, and the classes with a single training image ({', '.join(few[:10])}) have "
-            "none to spare. Give images to test on (--test_dir, --test_file), or two images of every class."
+            "none to spare. Give images to test on (--test_dir, --test_list or --test_file), or two images of every "
+            "class."
         )
     try:
         splits["train"], held_out = hold_out(splits["train"], train_val_split)
@@ -213,6 +207,30 @@ def choose_test_set(splits: DatasetDict, train_val_split: float) -> dict[str, Da
             f"{error} A larger --train_val_split, or --test_dir or --test_file, does."
         ) from error
     return {HELD_OUT: held_out}
+
+
+def warn_of_shared_images(train: Dataset, others: Mapping[str, Dataset]) -> None:
+    """Warns of test and validation images that equal training images, and of those that were not compared."""
+    for name, dataset in others.items():
+        shared = shared_images(train, dataset)
+        if shared.rows:
+            pairs = ", ".join(f"{of_test} (equal to {of_train})" for of_test, of_train in shared.names[:3])
+            logger.warning(
+                "%d of the %d images of %r equal training images, so its accuracy says little about new ones: %s%s. "
+                "Leave them out of one of the two.",
+                len({row for row, _ in shared.rows}),
+                len(dataset),
+                name,
+                pairs,
+                ", ..." if len(shared.rows) > 3 else "",
+            )
+        if shared.num_skipped:
+            logger.warning(
+                "%d images of 'train' and %r were not compared: they are remote, or too large together. "
+                "clip_prompt_peft.data.shared_images compares more.",
+                shared.num_skipped,
+                name,
+            )
 
 
 def images_per_class(dataset: Dataset) -> dict[str, int]:

@@ -1,17 +1,10 @@
-"""Shows zero-shot and tuned CLIP side by side in the browser, for an image and class names that can be edited.
-
-    python -m clip_prompt_peft.commands.demo      # first tunes on the embedded pictures, which takes a minute
-    python -m clip_prompt_peft.commands.demo outputs/prompt_tuning
-
-Needs the packages of the extra `demo`.
-"""
+"""The command `demo`: shows zero-shot and tuned CLIP side by side in the browser."""
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING
@@ -20,16 +13,16 @@ import torch
 from peft import PeftConfig
 from PIL import Image
 
+from clip_prompt_cli.parsers import parse
+
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
 from ..data.known_datasets import STYLES, load_style
 from ..image_files import decode_image, process_images
 from ..tuner.hub import HubSettings, load_image_processor
-from .adapters import add_adapters_arguments, add_base_arguments, base_model_of, find_adapters
+from .adapters import base_model_of, find_adapters
 from .common import (
-    argument_parser,
     check_extra,
     errors_in_one_line,
-    port,
     silence_libraries,
     stopped_in_one_line,
     use_one_thread_if_tiny,
@@ -160,8 +153,8 @@ def tuned_on_embedded_pictures(folder: Path) -> dict[str, str]:
     return adapters
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse("demo", arguments)
     silence_libraries(progress_bars=True)
     with stopped_in_one_line(), errors_in_one_line():
         check_extra("demo", "gradio")
@@ -180,18 +173,6 @@ def main() -> None:
             prevent_thread_lock=True,
         )
         Event().wait()  # until Ctrl-C
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argument_parser(__doc__)
-    add_base_arguments(parser)
-    add_adapters_arguments(
-        parser,
-        default=None,
-        help="an adapter, or a folder whose sub-folders are adapters; by default two are tuned first",
-    )
-    parser.add_argument("--port", type=port, default=7860)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

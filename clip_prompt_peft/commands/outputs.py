@@ -158,7 +158,7 @@ def remove_earlier(output_dir: str) -> None:
             shutil.rmtree(folder)
 
 
-def check_can_be_written(folder: str) -> None:
+def check_can_be_written(folder: str, name: str = "--output_dir") -> None:
     """Raises `ValueError` if files cannot be written into a folder. It is not left behind if it did not exist."""
     missing = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     try:
@@ -166,7 +166,7 @@ def check_can_be_written(folder: str) -> None:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"--output_dir {folder!r} cannot be written ({error.strerror}); choose another.") from None
+        raise ValueError(f"{name} {folder!r} cannot be written ({error.strerror}); choose another.") from None
     finally:
         remove_if_empty(*missing)
 

@@ -1,43 +1,41 @@
-"""Classifies image files with a tuned prompt.
-
-    python -m clip_prompt_peft.commands.predict outputs/prompt_tuning cat.jpg pictures/
-    python -m clip_prompt_peft.commands.predict user/pets-prompts cat.jpg --top_k 5
-
-A folder stands for the images in it and in its sub-folders. Files that cannot be read are listed at the end, and the
-exit code is then 1; all other files are classified nevertheless.
-"""
+"""The command `predict`: classifies image files with a tuned prompt."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers.utils import logging
+
+from clip_prompt_cli.parsers import parse
 
 from ..evaluation.tables import aligned, counted
 from ..image_files import UnreadableImageError, decode_image, list_images, process_images, skipped_files
-from .adapters import add_adapter_arguments, find_adapter, load_adapter
-from .common import argument_parser, errors_in_one_line, positive, silence_libraries, stopped_in_one_line
+from .adapters import find_adapter, load_adapter
+from .common import check_device, errors_in_one_line, stopped_in_one_line
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse("predict", arguments)
     lines: list[list[str]] = []
     with stopped_in_one_line(lambda: show(lines)):
-        predict(lines)
+        predict(args, lines)
 
 
-def predict(lines: list[list[str]]) -> None:
+def predict(args: argparse.Namespace, lines: list[list[str]]) -> None:
     """Does everything; the lines of the table are added to `lines`."""
-    args = parse_arguments()
-    silence_libraries()
     with errors_in_one_line():
+        check_device(args.device)
         adapter = find_adapter(args.adapter)
         paths = [file for path in args.images for file in find_images(path)]
         model, image_processor = load_adapter(adapter, args)
     unreadable = []
-    for start in range(0, len(paths), args.batch_size):
+    starts = range(0, len(paths), args.batch_size)
+    for start in logging.tqdm(starts, desc="Classifying", delay=2, leave=False, disable=None):  # None: no terminal
         images = {}
         for path in paths[start : start + args.batch_size]:
             try:
@@ -57,15 +55,6 @@ def show(lines: list[list[str]]) -> str:
     if lines:
         print(aligned([["image"] + ["label", "probability"] * (len(lines[0]) // 2), *lines]))
     return f"{counted(len(lines), 'image')} {'is' if len(lines) == 1 else 'are'} classified."
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argument_parser(__doc__)
-    add_adapter_arguments(parser)
-    parser.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
-    parser.add_argument("--top_k", type=positive, default=1, help="how many labels to show for each image")
-    parser.add_argument("--batch_size", type=positive, default=32, help="images at a time")
-    return parser.parse_args()
 
 
 def find_images(path: Path) -> list[Path]:

@@ -1,56 +1,54 @@
-"""Writes what an adapter learned, and how accurate it is, into one HTML file.
-
-    python -m clip_prompt_peft.commands.report outputs/prompt_tuning
-    python -m clip_prompt_peft.commands.report outputs/prompt_tuning/seed2 --test_dir other/pictures
-    python -m clip_prompt_peft.commands.report user/pets-prompts --dataset_name timm/oxford-iiit-pet --output pets.html
-
-It tests on the test images of the command `train` that made the adapter. Other images are named by the same arguments
-as there; for an adapter of another origin, such as the Hub, they have to be.
-"""
+"""The command `report`: writes what an adapter learned, and how accurate it is, into one HTML file."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
+import datasets
 from datasets import Dataset
+
+from clip_prompt_cli.parsers import add_to_report, check
 
 from ..data import content_hash
 from ..evaluation.comparison import compare_with_zero_shot
 from ..evaluation.interpret import describe_words, nearest_words
 from ..evaluation.report import write_report
 from ..evaluation.tables import counted
-from .adapters import add_adapter_arguments, find_adapter, load_adapter
+from .adapters import find_adapter, load_adapter
 from .arguments import names_in
 from .common import (
     DataclassParser,
+    check_device,
     check_extra,
     check_output_file,
     errors_in_one_line,
-    silence_libraries,
     stopped_in_one_line,
 )
 from .data import DataArguments, load_data
 from .outputs import read_record
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = check("report", arguments)
     with stopped_in_one_line():
-        report()
+        report(arguments)
 
 
-def report() -> None:
+def report(arguments: list[str]) -> None:
+    """Does everything."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    silence_libraries()
-    parser = make_parser()
+    datasets.disable_progress_bars()
+    parser = DataclassParser((DataArguments,))
+    add_to_report(parser)
     with errors_in_one_line([*parser.flags, "split"]):
-        data_args, args = parser.parse(sys.argv[1:])
+        data_args, args = parser.parse(arguments)
+        check_device(args.device)
         check_extra("report", "matplotlib", "jinja2")
         check_output_file(args.output)
         adapter = find_adapter(args.adapter)
-        data_args, expected = choose_data(adapter, data_args, names_in(sys.argv[1:]))
+        data_args, expected = choose_data(adapter, data_args, names_in(arguments))
         name, dataset = find_test_set(data_args, args.split)
         if expected is not None and args.split is None and content_hash(dataset) != expected["content_hash"]:
             raise ValueError(
@@ -135,16 +133,6 @@ def find_test_set(data_args: DataArguments, split: str | None) -> tuple[str, Dat
     if name not in available:
         raise ValueError(f"There is no --split {name!r} in the data; there are {', '.join(available)}.")
     return name, available[name]
-
-
-def make_parser() -> DataclassParser:
-    parser = DataclassParser(
-        (DataArguments,), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_adapter_arguments(parser)
-    parser.add_argument("--split", help="the split of the data to test on; by default that of the command `train`")
-    parser.add_argument("--output", default="report.html", help="the file to write (default: report.html)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import TrainingArguments
 
+from clip_prompt_cli.messages import exit_with
+
 from ..data import UnreadableImageError
 from ..evaluation.tables import counted
 from ..training.checkpoints import checkpoint_damage, checkpoints_in, last_whole_checkpoint
 from ..tuner.files import WEIGHTS_NAME
-from .common import exit_with
 
 
 logger = logging.getLogger(__name__)

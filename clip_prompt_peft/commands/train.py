@@ -1,16 +1,4 @@
-r"""Tunes the prompt of a CLIP on a few images per class, with the Trainer of transformers.
-
-Without arguments, it tunes the embedded tiny CLIP on the embedded pictures with three seeds, and prints the accuracy
-beside that of the zero-shot model. Adapters are saved to outputs/prompt_tuning/seed1, seed2, ... With your own data:
-
-    python -m clip_prompt_peft.commands.train --train_dir pets/train --test_dir pets/test
-    python -m clip_prompt_peft.commands.train --train_file pets.parquet --label_column_name breed --shots 4
-    python -m clip_prompt_peft.commands.train --dataset_name user/pets \
-        --model_name_or_path openai/clip-vit-base-patch16 --shots 16 --push_to_hub
-    python -m clip_prompt_peft.commands.train --method maple
-    python -m clip_prompt_peft.commands.train settings.yaml
-    accelerate launch -m clip_prompt_peft.commands.train --dataset_name user/pets --augment
-"""
+"""The command `train`: tunes the prompt of a CLIP on a few images per class, with the Trainer of transformers."""
 
 from __future__ import annotations
 
@@ -27,6 +15,9 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import create_repo
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
+
+from clip_prompt_cli.messages import command_line
+from clip_prompt_cli.parsers import check
 
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig
 from ..data import (
@@ -54,12 +45,13 @@ from .common import (
     COLUMNS,
     Results,
     errors_in_one_line,
+    progress_bars_of_datasets,
     results_table,
     silence_libraries,
     stopped_in_one_line,
     use_one_thread_if_tiny,
 )
-from .data import load_data
+from .data import load_data, warn_of_shared_images
 from .outputs import (
     check_can_be_written,
     check_nothing_is_replaced,
@@ -73,16 +65,17 @@ from .outputs import (
 from .resume import find_checkpoint, hint_at_checkpoint, what_is_done
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = check("train", arguments)
     runs: list[TrainingArguments] = []
     with stopped_in_one_line(lambda: what_is_done(runs)):
-        train(runs)
+        train(arguments, runs)
 
 
-def train(runs: list[TrainingArguments]) -> None:
+def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
     """Does everything; the arguments of every seed are added to `runs`."""
     with errors_in_one_line(parser().flags):
-        model_args, data_args, prompt_args, training_args, given = parse_arguments()
+        model_args, data_args, prompt_args, training_args, given = parse_arguments(arguments)
         set_up_logging(training_args)
         check_training(training_args)
         check_runs(model_args, data_args, training_args)
@@ -102,6 +95,10 @@ def train(runs: list[TrainingArguments]) -> None:
             raise ValueError("--eval_strategy needs validation images besides the test images, and there are none.")
         validation = splits.get("validation") if training_args.eval_strategy != "no" else None
         check_shots(splits["train"], validation, test_sets, data_args)
+        if is_main_process and not data_args.is_embedded:
+            warn_of_shared_images(
+                splits["train"], test_sets | ({} if validation is None else {"validation": validation})
+            )
         drawn, _ = draw(splits, data_args, training_args)
         name = model_args.model_name_or_path
         hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
@@ -132,7 +129,8 @@ def train(runs: list[TrainingArguments]) -> None:
         batch_size = training_args.per_device_eval_batch_size
         description = f"Embedding images ({description})"
         settings = {"description": description, "num_workers": training_args.dataloader_num_workers}
-        return cache_image_embeds(dataset, model, image_processor, batch_size, **settings)
+        with progress_bars_of_datasets(is_main_process and not training_args.disable_tqdm):
+            return cache_image_embeds(dataset, model, image_processor, batch_size, **settings)
 
     runs += planned
     if is_main_process:
@@ -236,9 +234,10 @@ def make_trainer(
 
 def classify(model, test_sets: dict[str, Dataset], training_args: TrainingArguments) -> dict[str, Answers]:
     """Returns the model's answers to the images of every test set."""
+    are_embedded = all("image_embeds" in dataset.column_names for dataset in test_sets.values())
     args = replace(
         training_args,
-        disable_tqdm=True,
+        disable_tqdm=training_args.disable_tqdm or are_embedded,  # without the image tower, it takes no time
         push_to_hub=False,
         dataloader_drop_last=False,  # True would drop test images
         eval_strategy="no",
@@ -326,7 +325,7 @@ def report(runs: list[TrainingArguments], zero_shot: Results, tuned: list[Result
         return
     print("\nLoad it with\n    from clip_prompt_peft import AutoPeftModelForPromptClassification")
     print(f'    model = AutoPeftModelForPromptClassification.from_pretrained("{folder}")')
-    print(f"or classify images with\n    python -m {__package__}.predict {folder} IMAGE ...")
+    print(f"or classify images with\n    {command_line('predict', folder, 'IMAGE ...')}")
 
 
 def push(trainer: Trainer) -> None:

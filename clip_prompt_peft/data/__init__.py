@@ -1,17 +1,21 @@
 """Loading, sampling and preprocessing of the image datasets that the classifier is trained and evaluated on."""
 
+from ..image_files import UnreadableImageError
 from .columns import class_names_of, clean_class_name
+from .duplicates import SharedImages, shared_images
 from .few_shot import base_new_names, hold_out, keep_classes, sample_few_shot, sample_few_shot_splits, split_base_new
 from .formats import load_clip_benchmark, load_zhou_split, read_clip_benchmark_templates
 from .image_embeds import cache_image_embeds
-from .images import RandomResizedCropFlip, UnreadableImageError, content_hash, with_pixel_values
+from .images import RandomResizedCropFlip, content_hash, with_pixel_values
 from .known_datasets import KnownDataset, known_datasets, load_known_dataset
+from .path_lists import split_by_list
 from .sources import load_image_dataset, standardize
 
 
 __all__ = [
     "KnownDataset",
     "RandomResizedCropFlip",
+    "SharedImages",
     "UnreadableImageError",
     "base_new_names",
     "cache_image_embeds",
@@ -28,7 +32,9 @@ __all__ = [
     "read_clip_benchmark_templates",
     "sample_few_shot",
     "sample_few_shot_splits",
+    "shared_images",
     "split_base_new",
+    "split_by_list",
     "standardize",
     "with_pixel_values",
 ]

@@ -103,7 +103,10 @@ def as_image_column(dataset: Dataset) -> Dataset:
     if isinstance(feature, dict):  # in any order, with further fields, with or without a path
         records = Features({IMAGE: {"bytes": Value("binary"), "path": Value("string")}})
         others = {name: kept for name, kept in dataset.features.items() if name != IMAGE}
+        form = dataset.format  # with a transform, `map` would write what it returns
+        dataset = dataset.with_format(None)
         dataset = dataset.map(_bytes_and_path, input_columns=IMAGE, features=Features({**others, **records}))
+        dataset.set_format(form["type"], **form["format_kwargs"])
     else:
         dataset = dataset.cast_column(IMAGE, Value("string" if is_text(feature) else "binary"))
     return dataset.cast_column(IMAGE, Image())

@@ -85,7 +85,7 @@ def _draw_from_stream(
     types = stream.features.copy()
     for name, feature in types.items():  # images stay files until they are used
         if isinstance(feature, Image):
-            types[name] = Image(decode=False)
+            types[name] = Image(mode=feature.mode, decode=False)
             stream = stream.cast_column(name, types[name])
     kept: dict[Hashable, list[dict]] = {}
     counts: Counter = Counter()
@@ -109,7 +109,7 @@ def _draw_from_stream(
 
 def _decoded(types: Features) -> Features:
     """Returns the types with images that are decoded when they are used."""
-    return Features({name: Image() if isinstance(kind, Image) else kind for name, kind in types.items()})
+    return Features({name: Image(mode=kind.mode) if isinstance(kind, Image) else kind for name, kind in types.items()})
 
 
 def sample_few_shot_splits(

@@ -5,21 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from ..image_files import SYSTEM_FOLDERS, list_images, skipped_files
 from .columns import IMAGE, LABEL
+from .splits import SPLIT_OF, how_to_name_splits, splits_among
 
 
 logger = logging.getLogger(__name__)
 
-SPLIT_OF = {  # name of a folder to split, as `datasets` has it
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
 LAYOUT = (
     "Expected at least two classes, each with a sub-folder that holds its images directly: FOLDER/cat/1.jpg, "
     "FOLDER/dog/1.jpg, ..."
@@ -27,29 +23,6 @@ LAYOUT = (
 
 
 TABLE_NAMES = "metadata.csv, metadata.jsonl or metadata.parquet"
-
-
-def split_folders(folder: str) -> dict[str, str]:
-    """
-    Returns the folders of the splits in a folder, or the folder itself as `train`.
-
-    Raises:
-        ValueError: If two folders are of one split.
-    """
-    images = list_images(folder)[0]
-    top = sorted({os.path.relpath(path, folder).split(os.sep)[0] for path in images})
-    if not top or not {name.lower() for name in top} <= set(SPLIT_OF):
-        return {"train": folder}
-    splits: dict[str, str] = {}
-    for name in top:
-        split = SPLIT_OF[name.lower()]
-        if split in splits:
-            raise ValueError(
-                f"{folder!r} has two folders for the split {split!r}, {os.path.basename(splits[split])} and {name}. "
-                "Name the one to use: folders={...}, or --train_dir, --validation_dir, --test_dir."
-            )
-        splits[split] = os.path.join(folder, name)
-    return splits
 
 
 def load_class_folders(folders: Mapping[str, str], cache_dir: str | None = None) -> DatasetDict:
@@ -123,6 +96,8 @@ def _find_images(folder: str) -> list[tuple[str, str]]:
 
 def _check_depths(folder: str, parts: Mapping[str, list[str]], others: list[str]) -> None:
     """Raises a `ValueError` if images are at the top, at different depths, or in folders of splits."""
+    if splits := splits_among(parts.values()):
+        raise ValueError(how_to_name_splits(folder, splits, {names[0] for names in parts.values()} - set(splits)))
     depths: dict[int, str] = {}
     for path, names in parts.items():
         depths.setdefault(len(names), path)
@@ -137,15 +112,37 @@ def _check_depths(folder: str, parts: Mapping[str, list[str]], others: list[str]
         return
     top = sorted({names[0] for names in parts.values()})
     if {name.lower() for name in top} <= set(SPLIT_OF):
-        raise ValueError(
-            f"{folder!r} holds the folders of splits, {', '.join(top)}, and not of classes. Give each of them: "
-            f"folders={{{top[0]!r}: {os.path.join(folder, top[0])!r}, ...}}, or --train_dir, --test_dir."
+        raise ValueError(how_to_name_splits(folder, {name: SPLIT_OF[name.lower()] for name in top}))
+    repeated = _repeated_classes(parts.values())
+    if repeated:
+        name, (first, second, *_) = next(iter(repeated.items()))
+        logger.warning(
+            "Folders in %r hold the same classes, such as %r and %r the class %r (%d classes of %d folders): their "
+            "images are read together. If they are splits, name them: folders={'train': %r, 'test': %r}, or "
+            "--train_dir, --test_dir.",
+            folder,
+            first,
+            second,
+            name,
+            len(repeated),
+            len(top),
+            os.path.join(folder, first),
+            os.path.join(folder, second),
         )
+        return
     logger.warning(
         "The images in %r lie deeper than its sub-folders, such as %r. Their class is the folder that holds them.",
         folder,
         depths.popitem()[1],
     )
+
+
+def _repeated_classes(images: Iterable[list[str]]) -> dict[str, list[str]]:
+    """Returns the classes that are in several folders at the top, with these folders."""
+    folders: dict[str, set[str]] = {}
+    for names in images:
+        folders.setdefault(names[-2], set()).add(names[0])
+    return {name: sorted(of_class) for name, of_class in sorted(folders.items()) if len(of_class) > 1}
 
 
 def _check_class_folders(folder: str, with_images: set[str], others: list[str]) -> None:

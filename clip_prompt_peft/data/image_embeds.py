@@ -6,21 +6,24 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
+from datasets import Image as ImageFeature
 from datasets import Sequence as SequenceFeature
 from datasets.fingerprint import Hasher
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..image_files import UnreadableImageError
 from ..text.casts import keep_casts
 from ..towers import adapter_settings, embed_width, eval_mode, execution_device, hooks_of, image_side
 from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
-from .images import PixelTransform, decode, paths_without_content, undecoded
+from .images import PixelTransform
+from .reading import Reader, TransformReader, name_of, paths_without_content, readable, transform_of
 
 
 logger = logging.getLogger(__name__)
@@ -63,8 +66,8 @@ class EmbeddedImages(Dataset):
 
 def cache_image_embeds(
     dataset: Dataset,
-    model: PreTrainedModel,
-    image_processor,
+    model: PreTrainedModel | PeftModel,
+    image_processor: BaseImageProcessor,
     batch_size: int = 64,
     num_views: int | None = None,
     dtype: str = "float32",
@@ -85,7 +88,8 @@ def cache_image_embeds(
     same as long as their size and time of change are. A stream is read once, and the embeddings of all its
     images are kept in memory. Hooks in the image tower, or another `forward` of one of its modules, can change the
     embeddings in ways that nobody can compare. With them, the embeddings are computed anew and kept in memory, and a
-    warning is logged.
+    warning is logged. A transform of the dataset is applied as in [`with_pixel_values`], but once to each image, which
+    a warning tells.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -146,10 +150,17 @@ def cache_image_embeds(
     feature = SequenceFeature(Value(dtype), length=embed_width(model.config))
     if num_views is not None:
         feature = SequenceFeature(feature, length=num_views)
-    images = undecoded(dataset.select_columns([IMAGE, LABEL]))
+    images, read = readable(dataset)
+    if (transform := transform_of(dataset)) is not None:
+        logger.warning(
+            "The transform %s of the dataset is applied to each image once, and not anew in each epoch. If it is "
+            "random, train on with_pixel_values(dataset, image_processor) instead; to leave it out, use "
+            "dataset.with_format(None).",
+            name_of(transform),
+        )
     features = Features(image_embeds=feature, labels=dataset.features[LABEL])
     batch_size = max(1, batch_size // (num_views or 1))
-    inputs = _ModelInputs(images, image_processor, batch_size, num_views, seed)
+    inputs = _ModelInputs(images, read, image_processor, batch_size, num_views, seed)
     embed = _EmbedImages(model, inputs, num_workers, compute_dtype)
     with eval_mode(model), contextlib.closing(embed.batches):  # which ends the workers, also after an error
         if isinstance(images, IterableDataset):
@@ -195,9 +206,11 @@ class _ModelInputs(TorchDataset):
     The index of a batch is its rows, as a range or, of a stream, as they are, together with a seed for each image.
     """
 
-    def __init__(self, images, image_processor, batch_size: int, num_views: int | None, seed: int) -> None:
+    def __init__(
+        self, images, read: Reader, image_processor, batch_size: int, num_views: int | None, seed: int
+    ) -> None:
         self.images, self.batch_size, self.num_views, self.seed = images, batch_size, num_views, seed
-        self.transform = PixelTransform(image_processor, augment=num_views is not None)
+        self.transform = PixelTransform(image_processor, num_views is not None, read)
 
     def __getstate__(self) -> dict:
         # For workers that are not forked. Of a stream, which need not have a pickle, they get the rows.
@@ -217,18 +230,18 @@ class _ModelInputs(TorchDataset):
             for start in range(0, len(self.images), self.batch_size):
                 yield range(start, min(start + self.batch_size, len(self.images)))
 
-    def __getitem__(self, index: tuple[range | dict, list[int]]) -> tuple[dict, list] | UnreadableImageError:
+    def __getitem__(self, index: tuple[range | dict, list[int]]) -> tuple[dict, Sequence] | UnreadableImageError:
         """Returns inputs and labels, or the error: raised in a worker, its message would become a traceback."""
         rows, seeds = index
         batch = self.images[rows.start : rows.stop] if isinstance(rows, range) else rows
         try:
-            images = [decode(image) for image in batch[IMAGE]]
+            images, labels = self.transform.read(batch[IMAGE], batch[LABEL])
         except UnreadableImageError as error:
             return error
         if self.num_views is None:
-            return dict(self.transform.model_inputs(images)), batch[LABEL]
+            return dict(self.transform.model_inputs(images)), labels
         views = [view for image, seed in zip(images, seeds) for view in self._views(image, seed)]
-        return dict(self.transform.inputs_of_views(views)), batch[LABEL]
+        return dict(self.transform.inputs_of_views(views)), labels
 
     def _views(self, image, seed: int) -> list:
         self.transform.augmentation.generator = torch.Generator().manual_seed(seed)
@@ -257,7 +270,7 @@ class _EmbedImages:
             "processor": inputs.transform.image_processor.to_dict(),
             "views": None if inputs.num_views is None else (inputs.num_views, inputs.seed, DRAWING),
             "decoding": DECODING,
-            "files": _states_of_files(inputs.images),
+            "files": _states_of_files(inputs),
             **({} if self.hooked is None else {"hooks": self.token}),  # equal to no other one's
         }
         return state if self.compute_dtype is None else state | {"compute_dtype": self.compute_dtype}
@@ -303,10 +316,14 @@ class _EmbedImages:
         return embeds if num_views is None else embeds.unflatten(0, (-1, num_views))  # (B, K, E)
 
 
-def _states_of_files(images: Dataset | IterableDataset) -> list[tuple]:
+def _states_of_files(inputs: _ModelInputs) -> list[tuple]:
     """Returns path, size and time of change of the files of rows without bytes, which may have been replaced."""
+    read = inputs.transform.read
+    images = read.dataset if isinstance(read, TransformReader) else inputs.images
     if isinstance(images, IterableDataset):
         return []  # its embeddings are not kept
+    if not isinstance(images.features.get(IMAGE), ImageFeature):  # of another type, which a transform reads
+        return []
     states = []
     for path in paths_without_content(images).unique().to_pylist():
         with contextlib.suppress(OSError):  # remote, or gone, which is told when it is decoded

@@ -6,25 +6,14 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-import fsspec
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
-from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import BatchFeature
+from transformers import BaseImageProcessor, BatchFeature
 
-from ..image_files import UnreadableImageError, decode_image, process_images
-from .columns import (
-    IMAGE,
-    LABEL,
-    check_is_one_split,
-    check_label_order,
-    check_labels_are_numbers,
-    type_name,
-    with_known_types,
-)
+from ..image_files import process_images
+from .columns import IMAGE, LABEL, check_is_one_split, check_label_order, check_labels_are_numbers, with_known_types
+from .reading import Reader, content_of, readable, undecoded
 
 
 NUM_TRIES = 10
@@ -102,7 +91,7 @@ class RandomResizedCropFlip:
 
 def with_pixel_values(
     dataset: Dataset | IterableDataset,
-    image_processor,
+    image_processor: BaseImageProcessor,
     augment: bool = False,
     class_names: Sequence[str] | None = None,
 ) -> Dataset | IterableDataset:
@@ -111,6 +100,12 @@ def with_pixel_values(
 
     The columns have these names, too, so that the Trainer, which removes columns that the model does not take, keeps
     them.
+
+    A transform of the dataset (`dataset.with_transform(f)`, `set_transform`) comes first, at each access: what it
+    returns under `image` is prepared for the model, and what it returns under `label`, if anything, is the label. It
+    may return images of Pillow, arrays, or tensors with the values of an image (0 to 1, or 0 to 255). Other formats,
+    such as `with_format("torch")`, have no effect. A mode of the column, such as `datasets.Image(mode="L")`, is what
+    images are converted to before they become RGB.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -127,95 +122,26 @@ def with_pixel_values(
         whose image is damaged raises `UnreadableImageError`.
 
     Raises:
-        TypeError: If the column of images is not of the type `Image`.
+        TypeError: If the column of images is not of the type `Image`, which a transform may have instead.
         ValueError: If the labels are no numbers, or number the classes in another order than `class_names`.
     """
     if isinstance(dataset, IterableDataset):
         dataset = with_known_types(dataset)
     check_labels_are_numbers(dataset)
     check_label_order(dataset, class_names)
-    columns = undecoded(dataset.select_columns([IMAGE, LABEL])).rename_columns({IMAGE: PIXELS, LABEL: LABELS})
-    transform = PixelTransform(image_processor, augment)
+    columns, read = readable(dataset)
+    columns = columns.rename_columns({IMAGE: PIXELS, LABEL: LABELS})
+    transform = PixelTransform(image_processor, augment, read)
     if isinstance(columns, IterableDataset):
         return columns.map(transform, batched=True, batch_size=STREAM_BATCH)
     return columns.with_transform(transform)
 
 
-def undecoded(dataset: Dataset) -> Dataset:
-    """
-    Returns the dataset with its images as path and bytes, for [`decode`].
-
-    Raises:
-        TypeError: If the column is not of the type `Image`.
-        UnreadableImageError: If rows hold no image.
-    """
-    feature = (dataset.features or {}).get(IMAGE)
-    if feature is not None and not isinstance(feature, ImageFeature):
-        raise TypeError(
-            f"The column {IMAGE!r} holds {type_name(feature)}, but must have the type Image of datasets. If it holds "
-            f"paths or the bytes of files: dataset.cast_column({IMAGE!r}, datasets.Image())."
-        )
-    check_rows(dataset)
-    return dataset.cast_column(IMAGE, ImageFeature(decode=False))
-
-
-def check_rows(dataset: Dataset) -> None:
-    """Raises an `UnreadableImageError` if rows hold no image: neither bytes nor a path. Images are not read."""
-    if isinstance(dataset, IterableDataset):  # told by `decode`, when such a row comes
-        return
-    if not paths_without_content(dataset).null_count:
-        return
-    rows = dataset.select_columns(IMAGE).cast_column(IMAGE, ImageFeature(decode=False))
-    empty = [str(number) for number, row in enumerate(rows) if _is_empty(row[IMAGE])]
-    if empty:
-        split = f" of the split {str(dataset.split)!r}" if dataset.split else ""
-        raise UnreadableImageError(
-            f"{len(empty)} of {len(dataset)} rows{split} hold no image, neither bytes nor a path; counted from 0: "
-            f"{', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}. Remove these rows, or add their images."
-        )
-
-
-def paths_without_content(dataset: Dataset) -> pa.ChunkedArray:
-    """Returns the path, or null, of each image without bytes: of all rows, also of those that were not selected."""
-    images = dataset.data.column(IMAGE)
-    length = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), 0)
-    return pc.struct_field(images, "path").filter(pc.equal(length, 0))
-
-
-def _is_empty(image: dict | None) -> bool:
-    return not image or not (image["bytes"] or image["path"])
-
-
-def decode(image: dict | Image.Image | None) -> Image.Image:
-    """
-    Decodes a row of an image column with [`decode_image`], from its `bytes` or from a `path` that may be remote.
-
-    Some operations on a stream, such as its `filter`, have opened the image already.
-
-    Raises:
-        UnreadableImageError: If that fails. The message names the file.
-    """
-    if isinstance(image, Image.Image):
-        return decode_image(image)
-    if _is_empty(image):
-        raise UnreadableImageError("A row holds no image, neither bytes nor a path. Remove it, or add its image.")
-    content, path = image["bytes"], image["path"]
-    if content is None and "://" in path:
-        try:
-            with fsspec.open(path, "rb") as file:
-                content = file.read()
-        except Exception as error:  # each file system has its own
-            raise UnreadableImageError(
-                f"Cannot read {path!r}: it cannot be fetched ({type(error).__name__}: {error}). Download it first."
-            ) from error
-    return decode_image(path if content is None else content, name=repr(path) if path else None)
-
-
 class PixelTransform:
-    """Turns a batch of images in `pixel_values` into (3, H, W) each, and keeps `labels`, see [`with_pixel_values`]."""
+    """Turns a batch of images in `pixel_values` into (3, H, W) each, see [`with_pixel_values`] and [`readable`]."""
 
-    def __init__(self, image_processor, augment: bool = False) -> None:
-        self.image_processor, self.augmentation = image_processor, None
+    def __init__(self, image_processor, augment: bool, read: Reader) -> None:
+        self.image_processor, self.augmentation, self.read = image_processor, None, read
         if augment:
             size = getattr(image_processor, "crop_size", None) or getattr(image_processor, "size", None)
             if size is None:
@@ -226,8 +152,10 @@ class PixelTransform:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         if PIXELS not in batch:  # `datasets` reads some columns alone, for example to filter by them
             return batch
-        inputs = self.model_inputs([decode(image) for image in batch[PIXELS]])
-        return batch | {name: list(values) for name, values in inputs.items()}
+        images, labels = self.read(batch[PIXELS], batch.get(LABELS))
+        if labels is not None:
+            batch = batch | {LABELS: list(labels)}
+        return batch | {name: list(values) for name, values in self.model_inputs(images).items()}
 
     def model_inputs(self, images: list[Image.Image]) -> BatchFeature:
         """Returns `pixel_values` (B, 3, H, W) and any further outputs of the processor."""
@@ -246,7 +174,8 @@ def content_hash(dataset: Dataset) -> str:
 
     Args:
         dataset (`datasets.Dataset`):
-            A dataset with the columns `image` and `label`. Images are read but not decoded.
+            A dataset with the columns `image` and `label`. Images are read but not decoded, and a transform of the
+            dataset does not count.
 
     Returns:
         `str`: The first 16 hexadecimal digits of a SHA-256. Two datasets have the same hash if and only if their
@@ -256,9 +185,9 @@ def content_hash(dataset: Dataset) -> str:
     names = dataset.features[LABEL].names
     digest = hashlib.sha256()
     for example in undecoded(dataset.select_columns([IMAGE, LABEL])):
-        content = example[IMAGE]["bytes"]
-        if content is None:
-            with open(example[IMAGE]["path"], "rb") as file:
+        content = content_of(example[IMAGE])
+        if isinstance(content, str):
+            with open(content, "rb") as file:
                 content = file.read()
         for part in (content, names[example[LABEL]].encode()):  # with lengths, so that the boundary counts
             digest.update(len(part).to_bytes(8, "big") + part)

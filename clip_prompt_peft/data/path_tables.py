@@ -275,7 +275,9 @@ def with_found_paths(table: Dataset, file: str, column: str) -> Dataset:
     for row, path in zip(listed, find_beside([row["path"] for row in listed], file)):
         row["path"] = path
     kept = [row and {"bytes": row["bytes"], "path": row["path"]} for row in rows]
-    found = Dataset.from_dict({column: kept}, features=records).cast_column(column, Image())
+    feature = table.features[column]
+    found = Dataset.from_dict({column: kept}, features=records)
+    found = found.cast_column(column, feature if isinstance(feature, Image) else Image())
     return concatenate_datasets([table.remove_columns(column), found], axis=1) if table.num_columns > 1 else found
 
 

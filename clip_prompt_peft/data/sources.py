@@ -36,9 +36,8 @@ from .columns import (
     type_name,
     unlabeled_rows,
 )
-from .folders import load_class_folders, split_folders
+from .folders import load_class_folders
 from .formats import check_file, load_clip_benchmark, load_zhou_split
-from .images import check_rows
 from .path_tables import (
     ROWS,
     TABLES,
@@ -51,7 +50,9 @@ from .path_tables import (
     split_by_folder,
     with_found_paths,
 )
+from .reading import check_rows
 from .row_files import check_labels_of_folder, check_same_labels
+from .splits import split_by_column, split_folders
 
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def load_image_dataset(
 
     Returns:
         `datasets.DatasetDict`: The splits with the columns `image` and `label` (a `ClassLabel`), except those without
-        labels.
+        labels. If there is `train` only, a column `split` whose values are names of splits divides it.
 
     Raises:
         ValueError: If there is not exactly one source, if a folder or file is missing or empty, if a column cannot be
@@ -133,6 +134,7 @@ def load_image_dataset(
         splits = load_clip_benchmark(webdataset_dir, **load_kwargs)
     else:
         splits = _load_named(os.fspath(dataset_name), dataset_config_name, label_column, load_kwargs)
+    splits = split_by_column(splits, (image_column, label_column))
     splits = standardize(splits, image_column, label_column)
     if load_kwargs.get("streaming") and isinstance(splits, DatasetDict):  # only the paths have been read
         return IterableDatasetDict({split: dataset.to_iterable_dataset() for split, dataset in splits.items()})
@@ -398,7 +400,8 @@ def _standardize_streams(
         split = split.select_columns(list(chosen)).rename_columns(
             {old: new for old, new in chosen.items() if old != new}
         )
-        standard[name] = split.cast_column(IMAGE, Image())
+        is_typed = isinstance(split.features[IMAGE], Image)  # perhaps with a mode
+        standard[name] = split if is_typed else split.cast_column(IMAGE, Image())
     return standard
 
 

@@ -9,8 +9,9 @@ from functools import cached_property
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import BatchFeature, EvalPrediction, default_data_collator
+from transformers import BaseImageProcessor, BatchFeature, EvalPrediction, default_data_collator
 from transformers.utils import logging
 
 from ..data import class_names_of, with_pixel_values
@@ -153,7 +154,9 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare_with_zero_shot(model, dataset: Dataset, image_processor, batch_size: int = 64) -> Comparison:
+def compare_with_zero_shot(
+    model: PeftModel, dataset: Dataset, image_processor: BaseImageProcessor, batch_size: int = 64
+) -> Comparison:
     """Classifies images with an adapter and without it.
 
     The image tower runs only once per image if the adapter does not change it.

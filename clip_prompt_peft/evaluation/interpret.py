@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..towers import entry_of, like_table, num_rows
 from ..tuner import CLIPTextLearnableEmbeddings
@@ -58,7 +59,10 @@ class NearestWords:
 
 @torch.no_grad()
 def nearest_words(
-    model: torch.nn.Module, tokenizer=None, num_words: int = 5, adapter_name: str | None = None
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    num_words: int = 5,
+    adapter_name: str | None = None,
 ) -> list[NearestWords]:
     """Finds the vocabulary words nearest to each vector of a prompt adapter.
 

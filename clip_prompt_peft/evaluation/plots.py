@@ -17,6 +17,7 @@ from .tables import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # the palette of Okabe and Ito, which color-blind readers can distinguish (https://jfly.uni-koeln.de/color/)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -158,7 +159,7 @@ def plot_reliability(
     return axes
 
 
-def plot_image_grid(images: Sequence, titles: Sequence[str], num_columns: int = 6):
+def plot_image_grid(images: Sequence, titles: Sequence[str], num_columns: int = 6) -> Figure:
     """Plots images in a grid and returns the figure.
 
     Args:

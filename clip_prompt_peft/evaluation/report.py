@@ -10,8 +10,9 @@ from importlib.resources import files
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 
-from ..data.images import decode, undecoded
+from ..data.reading import readable
 from ..installing import how_to_install
 from . import plots
 from .comparison import Answers, Comparison
@@ -27,7 +28,7 @@ THUMBNAIL = (128, 128)
 
 def write_report(
     path: str | os.PathLike,
-    model,
+    model: PeftModel,
     comparison: Comparison,
     dataset: Dataset,
     title: str,
@@ -138,7 +139,8 @@ def _pairs(comparison: Comparison, dataset: Dataset) -> list[tuple[str, str, int
 def _grid(indices: np.ndarray, comparison: Comparison, dataset: Dataset, answers: Answers):
     """Draws images with their class and the wrong class of the answers."""
     wrong = answers.predicted
-    images = [decode(image) for image in undecoded(dataset.select(indices.tolist()))["image"]]
+    columns, read = readable(dataset.select(indices.tolist()))
+    images, _ = read(columns["image"], None)
     for image in images:
         image.thumbnail(THUMBNAIL)
     names, labels = comparison.class_names, comparison.tuned.labels

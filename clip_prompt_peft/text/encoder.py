@@ -17,7 +17,8 @@ from .chunks import (
     num_processes,
     share_of_classes,
 )
-from .memory import CHUNK, MANY_CLASSES, PROMPTS_AT_ONCE, TowerSize, classes_that_fit, free_bytes
+from .graph import AUTO, GraphedEncoder, Plan
+from .memory import CHUNK, MANY_CLASSES, PROMPTS_AT_ONCE, TowerSize, bytes_of_class, classes_that_fit, free_bytes
 from .packing import (
     PATHS,
     PLAIN,
@@ -30,9 +31,6 @@ from .packing import (
     tokens_of_class,
 )
 from .prompts import ClassPrompts
-
-
-AUTO = "auto"
 
 
 class ClassEncoder:
@@ -59,18 +57,34 @@ class ClassEncoder:
             training with more than 256 classes. Gradients have to be averaged over the processes, as
             DistributedDataParallel does. It has to be `False` if processes can have different numbers of batches
             (`join_uneven_inputs`): the others would wait for a process that has no more.
+        cuda_graph (`bool` or `str`, *optional*, defaults to `False`):
+            Whether, in training on a CUDA device, forward and backward pass are captured once as CUDA graphs and
+            replayed in every step, which takes the launches of their kernels off the host. It is off by default,
+            since it has not been run on a card yet. Values and gradients are those of the ordinary way. The memory of
+            one step is kept from step to step. Where a capture is not possible (dropout, gradient checkpointing,
+            hooks, several chunks of classes or shares of processes, vectors that depend on the image, too little
+            memory, `torch.compile`, ...), the ordinary way is taken: with `"auto"` a debug message says why, with
+            `True` a warning does.
     """
 
-    def __init__(self, path: str = AUTO, batch_size: int | str | None = AUTO, across_processes: bool | str = AUTO):
+    def __init__(
+        self,
+        path: str = AUTO,
+        batch_size: int | str | None = AUTO,
+        across_processes: bool | str = AUTO,
+        cuda_graph: bool | str = False,
+    ):
         self.path = path
         self.batch_size = batch_size
         self.across_processes = across_processes
+        self.cuda_graph = cuda_graph
+        self._graphs = GraphedEncoder()
         self._embeds = ClassEmbedsMemo()
         self._chunks = Memo()
 
     def __getstate__(self) -> dict:
-        # Copies and pickles start without kept results.
-        return {"path": self.path, "batch_size": self.batch_size, "across_processes": self.across_processes}
+        # Copies and pickles start without kept results and graphs.
+        return {name: getattr(self, name) for name in ("path", "batch_size", "across_processes", "cuda_graph")}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -103,20 +117,31 @@ class ClassEncoder:
         """
         self._check_settings()
         if image_embeds is not None:
+            if self._wants_graph(model):
+                self._graphs.tell("every image has class embeddings of its own", self.cuda_graph)
             return self._encode_for_images(model, prompts, layout, image_embeds)
         if torch.compiler.is_compiling():  # the state of the model cannot be compared in a compiled graph
             return self._encode(model, prompts, layout)
         if model.training or (torch.is_grad_enabled() and trainable_parameters(text_side(model))):
             self._embeds.clear()
-            return self._encode(model, prompts, layout)
-        settings = attention_of(model.text_model), autocast_state(execution_device(model.text_model))
+            if not self.cuda_graph:
+                self._graphs.clear()
+            embeds = self._replay(model, prompts, layout) if self._wants_graph(model) else None
+            return self._encode(model, prompts, layout) if embeds is None else embeds
+        device = execution_device(model.text_model)
+        self._graphs.clear_elsewhere(device)
+        settings = attention_of(model.text_model), autocast_state(device)
         return self._embeds.get(
             (WeightsState(text_side(model)), prompts, settings), lambda: self._encode(model, prompts, layout)
         )
 
     def clear(self) -> None:
-        """Drops the kept embeddings. It is only needed after a write to a large frozen weight through its `.data`."""
+        """Drops the kept embeddings, and the captured graph with its memory.
+
+        It is only needed to free memory, and after a write to a large frozen weight through its `.data`.
+        """
         self._embeds.clear()
+        self._graphs.clear()
 
     def prepare(self, model: CLIPModel, prompts: ClassPrompts, layout: PromptLayout | None = None) -> None:
         """Makes the inputs of the text tower in advance, for a trace that cannot make them."""
@@ -130,6 +155,28 @@ class ClassEncoder:
             raise ValueError(f"batch_size must be a positive integer, None or {AUTO!r}, got {size!r}.")
         if self.across_processes not in (AUTO, True, False):
             raise ValueError(f"across_processes must be True, False or {AUTO!r}, got {self.across_processes!r}.")
+        if self.cuda_graph not in (AUTO, True, False):
+            raise ValueError(f"cuda_graph must be True, False or {AUTO!r}, got {self.cuda_graph!r}.")
+
+    def _wants_graph(self, model) -> bool:
+        if not self.cuda_graph or torch.compiler.is_compiling():
+            return False
+        return model.training and torch.is_grad_enabled()
+
+    def _replay(self, model, prompts, layout) -> torch.Tensor | None:
+        """Returns what `_encode` would from a captured graph, or `None` where there is none."""
+
+        def make_plan() -> Plan:
+            is_shared = self._is_shared(model, len(prompts.texts))
+            classes = share_of_classes(len(prompts.texts)) if is_shared else range(len(prompts.texts))
+            chunks, _ = self._chunks_of(model, prompts, layout, classes)
+            tokens = tokens_of_class(self._resolved_path(model), prompts, num_shared_positions(prompts, layout))
+            needed_bytes = len(classes) * bytes_of_class(*tokens, self._tower_size(model), with_gradients=True)
+            first = chunks[0]
+            return Plan(lambda model: first.encode(model, layout)[0], len(chunks), is_shared, int(needed_bytes))
+
+        settings = self.path, self.batch_size, self.across_processes, num_processes()
+        return self._graphs.encode(model, (prompts, layout, settings), make_plan, self.cuda_graph)
 
     def _encode(self, model, prompts, layout) -> torch.Tensor:
         num_classes = len(prompts.texts)
@@ -200,6 +247,9 @@ class ClassEncoder:
         # same number of chunks, and their free memory differs. Such a tower is run along the plain path.
         if path == PLAIN and num_processes() > 1:
             return None
+        return self._tower_size(model)
+
+    def _tower_size(self, model) -> TowerSize:
         vectors = {id(tensor) for tensor in text_embeddings_of(model.text_model).parameters()}
         is_trained = any(id(tensor) not in vectors for tensor in trainable_parameters(text_side(model)))
         return TowerSize.of(model, is_trained)

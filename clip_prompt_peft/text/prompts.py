@@ -11,10 +11,12 @@ from dataclasses import dataclass, fields
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..templates import CLASS_SLOT, check_class_names, check_template
 from ..tuner.config import CLIPPromptTuningConfig
 from ..tuner.layout import PromptLayout
+from ..tuner.token_ids import check_token_ids
 from .tokenization import IGNORED, EncodedTexts, count_special_tokens, encode_texts, structural_ids
 
 
@@ -65,7 +67,7 @@ def _same(one, another) -> bool:
 def build_class_prompts(
     class_names: Sequence[str],
     template: str,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     layout: PromptLayout | CLIPPromptTuningConfig | None = None,
     padding: str = IGNORED,
@@ -93,6 +95,7 @@ def build_class_prompts(
     """
     class_names = check_class_names(class_names)
     if isinstance(layout, CLIPPromptTuningConfig):
+        check_token_ids(layout, tokenizer)  # of a plain model, which does not know its tokenizer
         layout = PromptLayout.of(layout)
     if layout is not None:
         _check_class_specific(class_names, layout)

@@ -4,13 +4,15 @@
 |---|---|
 | `config.py`, `presets.py` | the configuration, and the published methods as presets of it |
 | `layout.py` | from the configuration and a model to the positions of the vectors |
-| `layer.py` | vectors in the text (CoOp), conditioned on the image (CoCoOp), and the base class of all layers |
+| `base_layer.py` | the base class of all layers |
+| `layer.py` | vectors in the text (CoOp), also conditioned on the image (CoCoOp) |
 | `vectors.py` | vectors in deeper layers and in the image tower (VPT, IVLP), mapped from text vectors (MaPLe) |
 | `tensors.py` | new tensors of an adapter |
 | `model.py` | injecting, merging, and fitting saved tensors to the model |
 | `files.py` | reading and checking the files of an adapter |
 | `hub.py` | where the base model came from, and with which token, revision, cache, ... |
 | `fingerprint.py` | some values of the base model, to tell another one of the same shape |
+| `token_ids.py` | the token ids of the adapter's texts, to tell another tokenizer |
 """
 
 from .config import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig

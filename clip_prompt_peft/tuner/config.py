@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import os
 from dataclasses import dataclass, field
+from typing import Self
 
 from peft import PeftConfig, PromptTuningInit
 from torch import nn
@@ -146,6 +148,8 @@ class CLIPPromptTuningConfig(PeftConfig):
             Set at injection: the folder of the base model in its repository. Its commit is set as `revision`.
         base_model_fingerprint (`dict`, *optional*):
             Set at injection: some values of the base model, see `fingerprint.py`.
+        tokenizer_fingerprint (`dict`, *optional*):
+            Set at injection: the token ids of the adapter's texts, see `token_ids.py`.
         format_version (`int`, *optional*, defaults to 1):
             The version of the file format.
 
@@ -182,6 +186,7 @@ class CLIPPromptTuningConfig(PeftConfig):
     init_token_ids: list[int] | None = _option(None, "Set at injection: the token ids that TEXT started from.")
     base_model_subfolder: str | None = _option(None, "Set at injection: folder of the base model in its repository.")
     base_model_fingerprint: dict | None = _option(None, "Set at injection: some values of the base model.")
+    tokenizer_fingerprint: dict | None = _option(None, "Set at injection: the token ids of the adapter's texts.")
     format_version: int = _option(FORMAT_VERSION, "Version of the file format.")
 
     def __post_init__(self):
@@ -197,6 +202,7 @@ class CLIPPromptTuningConfig(PeftConfig):
             check(self)
         _check_regularizer(self)
         self.source: str | None = None  # the folder or Hub id that it was read from
+        self.checked_tokenizer: int | None = None  # the id() of the tokenizer that `tokenizer_fingerprint` fits
         self.set_at_injection: dict[str, object] = {}  # field to value, of a configuration that `resolve` has made
         if self.has_weights:
             _check_resolved(self)
@@ -227,7 +233,7 @@ class CLIPPromptTuningConfig(PeftConfig):
         return cls(**{**preset_settings(name, *num_layers), **overrides})
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Self:
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except TypeError as error:  # a field that cannot be one, such as "self"
@@ -235,6 +241,11 @@ class CLIPPromptTuningConfig(PeftConfig):
             raise ValueError(f"The configuration of {name!r} is damaged: {error}") from error
         config.source = str(pretrained_model_name_or_path)
         return config
+
+    @property
+    def described(self) -> str:
+        """What messages call the adapter: the folder or Hub id that it was read from, if that is known."""
+        return repr(self.source) if self.source else "of this configuration"
 
     @property
     def has_weights(self) -> bool:
@@ -269,7 +280,7 @@ def _check_types(config) -> None:
     # The values may come from a file; of a wrong type, they would fail somewhere deep inside of other libraries.
     strings = ("base_model_name_or_path", "base_model_subfolder", "peft_version", "regularizer", "revision")
     strings = (*strings, "tokenizer_name_or_path")
-    dictionaries = ("auto_mapping", "base_model_fingerprint", "regularizer_weights")
+    dictionaries = ("auto_mapping", "base_model_fingerprint", "regularizer_weights", "tokenizer_fingerprint")
     flags = ("class_specific", "image_conditioned", "inference_mode", "vision_prompts_from_text")
     for names, kind, is_of_kind in (
         (strings, "a string", lambda value: value is None or isinstance(value, str)),

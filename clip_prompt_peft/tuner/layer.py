@@ -1,19 +1,18 @@
-"""The layers that hold learnable vectors: their base class, and the text embeddings of a CLIP or a related model."""
+"""The layer that holds learnable vectors of the text: the text embeddings of a CLIP or a related model."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils import has_offloaded_params
 from peft import PromptTuningInit
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ..templates import name_labels
 from ..towers import (
     entry_of,
     execution_device,
@@ -23,110 +22,16 @@ from ..towers import (
     position_table_name,
     token_table_name,
 )
+from .base_layer import CLIPPromptLayer
 from .config import CLIPPromptTuningConfig
-from .files import check_values
 from .layout import PromptLayout
 from .tensors import empty_linear, empty_vectors
+from .token_ids import check_token_ids, record_token_ids
 
 
 RANDOM_STD = 0.02  # of randomly initialized vectors, in CoOp, MaPLe, IVLP and PromptSRC alike
 BOTTLENECK = 16  # CoCoOp, trainers/cocoop.py: the hidden width is that of the image embedding // 16
 TABLE_NAMES = ("token_embedding", "word_embeddings", "position_embedding", "position_embeddings", "position_ids")
-
-
-class CLIPPromptLayer(nn.Module, BaseTunerLayer):
-    """
-    The base class of all layers of the method: a module of CLIP and the learnable tensors that act on it.
-
-    The tensors are held in containers named `learnable_*`, with the names of adapters as keys. The layer itself knows
-    which adapters are active, disabled or merged: a `PeftModel` calls the base model directly, and transformers' own
-    `add_adapter` keeps no tuner object at all.
-
-    **Attributes**:
-        - **prompt_layouts** (`dict[str, PromptLayout]`): The layout of each adapter.
-    """
-
-    other_param_names = ("prompt_layouts", "_awaited")
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.prompt_layouts: dict[str, PromptLayout] = {}
-        # By adapter and tensor name, the parameters that saved weights have to replace before the adapter is used.
-        self._awaited: dict[str, dict[str, nn.Parameter]] = {}
-        self.merged_adapters = []
-        self._active_adapter = adapter_name
-
-    def _active_here(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.prompt_layouts]
-
-    def _begin(self, adapter_name: str, layout: PromptLayout) -> None:
-        """Sets the layout of an adapter, and removes the tensors of an older adapter of the same name."""
-        self.prompt_layouts[adapter_name] = layout
-        self._awaited.pop(adapter_name, None)
-        for container in (getattr(self, name) for name in self.adapter_layer_names):
-            if adapter_name in container:
-                del container[adapter_name]
-
-    def parameters_of(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields the tensors of an adapter with their names relative to this layer."""
-        for container_name in self.adapter_layer_names:
-            for name, parameter in getattr(self, container_name).named_parameters(prefix=container_name):
-                if name.split(".")[1] == adapter_name:
-                    yield name, parameter
-
-    def await_weights(self, adapter_name: str) -> None:
-        """Marks the tensors of an adapter as not initialized: it cannot be used before saved weights are loaded."""
-        self._awaited[adapter_name] = dict(self.parameters_of(adapter_name))
-
-    def _check_weights(self, adapter_name: str) -> None:
-        """Raises `ValueError` if saved weights were not loaded, which transformers only warns about, or hold NaN."""
-        awaited = self._awaited.get(adapter_name)
-        if not awaited:
-            return
-        tensors = dict(self.parameters_of(adapter_name))
-        if any(awaited.get(key) is value for key, value in tensors.items()):
-            raise ValueError(
-                f"The configuration of adapter {adapter_name!r} belongs to saved weights, but none were loaded: the "
-                "file is damaged, belongs to another model, or has the text tower at another path (then "
-                "PeftModel.from_pretrained finds it). To start a new adapter, make a CLIPPromptTuningConfig without "
-                "replaced_token_ids."
-            )
-        if not torch.compiler.is_compiling():  # values are unknown while compiling
-            with ExitStack() as stack:
-                for part in (part for name in self.adapter_layer_names for part in getattr(self, name).modules()):
-                    stack.enter_context(align_module_device(part))  # if accelerate has offloaded it
-                check_values(dict(self.parameters_of(adapter_name)))
-            self._awaited.pop(adapter_name, None)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for awaited in self._awaited.values():
-            for key in [key for key in awaited if f"{prefix}{key}" in state_dict]:
-                del awaited[key]
-
-    def _adapters_to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        """Returns the adapters that act here; raises `ValueError` if one of them cannot be merged."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.prompt_layouts]
-        for name in names:
-            obstacle = self.prompt_layouts[name].merge_obstacle
-            if obstacle is not None:
-                raise ValueError(
-                    f"Adapter {name!r} cannot be merged: {obstacle}. Only vectors that are the same for every class "
-                    "and image, at fixed positions of the text, can be folded into CLIP's position embeddings. Keep "
-                    "the adapter, or export the image tower together with the class embeddings."
-                )
-        return names
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuses what cannot be merged. Only [`CLIPTextLearnableEmbeddings`] has something to merge."""
-        self._adapters_to_merge(adapter_names)
-
-    def unmerge(self) -> None:
-        """Does nothing, since nothing is ever merged here."""
-
-    def __repr__(self) -> str:
-        return "clip_prompt_tuning." + super().__repr__()
 
 
 @dataclass(frozen=True)
@@ -186,6 +91,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         self.learnable_meta_in, self.learnable_meta_out = nn.ModuleDict({}), nn.ModuleDict({})
         self.prompt_configs: dict[str, CLIPPromptTuningConfig] = {}  # what is saved; class names are kept up to date
         self._unmerged_rows: list[tuple[int, torch.Tensor]] = []  # (first row, saved rows), in the order of merging
+        self._labeled_config = None  # of the classifier, whose labels are those of the classes in use
         self.update_layer(adapter_name, layout, image_width)
 
     # transformers looks for the tables of the wrapped module here, and may replace them.
@@ -236,12 +142,42 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             )
         return layouts[0]
 
-    def set_class_names(self, class_names: list[str]) -> None:
+    def set_class_names(self, class_names: list[str], tokenizer) -> None:
         """Changes the class names of the adapter in effect, in its layout and in the configuration that is saved."""
         name = self._in_effect()[0]
         self.prompt_layouts[name] = replace(self.prompt_layouts[name], class_names=class_names)
-        if name in self.prompt_configs:
-            self.prompt_configs[name].class_names = class_names
+        config = self.prompt_configs.get(name)
+        if config is not None:
+            config.class_names = class_names
+            record_token_ids(config, tokenizer)
+        self._name_labels()
+
+    def check_tokenizer(self, tokenizer) -> None:
+        """Warns, once, if a tokenizer is another one than that of the training of the adapter in effect."""
+        for name in self._in_effect()[:1]:
+            if name in self.prompt_configs:
+                check_token_ids(self.prompt_configs[name], tokenizer)
+
+    # Every way to switch adapters, of peft and of transformers, and to delete one, calls these two.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._name_labels()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._name_labels()
+
+    def label_with(self, config) -> None:
+        """Keeps `id2label` and `label2id` in the config of a classifier those of its classes in use, from now on."""
+        self._labeled_config = config
+        self._name_labels()
+
+    def _name_labels(self) -> None:
+        config = self._labeled_config
+        if config is not None:
+            of_adapter = [self.prompt_layouts[name].class_names for name in self._in_effect()[:1]]
+            name_labels(config, (of_adapter and of_adapter[0]) or config.class_names)
 
     def update_layer(self, adapter_name: str, layout: PromptLayout, image_width: int | None = None) -> None:
         """Adds the tensors of an adapter, not initialized. An older adapter of that name is replaced."""
@@ -470,6 +406,7 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             self._unmerged_rows.append((place.start, table[place].clone()))
             table[place] = rows
             self.merged_adapters.append(name)
+        self._name_labels()
 
     def _table_rows(self, name: str) -> slice:
         """Returns the rows of the position table that belong to the positions of an adapter."""
@@ -492,3 +429,4 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             start, rows = self._unmerged_rows.pop()
             table = self.position_table.weight.data
             table[start : start + len(rows)] = rows.to(table)
+        self._name_labels()

@@ -11,10 +11,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..towers import Tower, has_adapters
+from .base_layer import CLIPPromptLayer
 from .config import CLIPPromptTuningConfig
 from .files import check_values
-from .layer import CLIPPromptLayer, CLIPTextLearnableEmbeddings
-from .layout import PromptLayout, chosen_towers, image_width_of, resolve
+from .layer import CLIPTextLearnableEmbeddings
+from .layout import PromptLayout, chosen_towers, image_width_of, resolve, warn_of_other_classes
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 
 
@@ -62,7 +63,8 @@ class CLIPPromptTuningModel(BaseTuner):
                 f"An adapter cannot be named {adapter_name!r}: a module and a folder are named after it, so it must "
                 "not be empty nor hold '.', '/' or a backslash."
             )
-        self._injected = adapter_name
+        # peft activates the first adapter of a tuner, and transformers makes a new tuner for each adapter.
+        self._becomes_active, self._injected = not hasattr(self, "_injected"), adapter_name
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._wrap_without_tensors(adapter_name)
         if self.peft_config[adapter_name].vision_prompts_from_text:
@@ -82,6 +84,8 @@ class CLIPPromptTuningModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: CLIPPromptTuningConfig, model_config: dict):
         resolved = resolve(peft_config, self.model)
+        if self._becomes_active and peft_config.has_weights:
+            warn_of_other_classes(resolved, self.model)
         self.peft_config[self._injected] = resolved  # a copy: the user may use the same object for another model
         self._is_new = not peft_config.has_weights
         self._layout = PromptLayout.of(resolved)
@@ -156,6 +160,9 @@ class CLIPPromptTuningModel(BaseTuner):
         else:
             target = CLIPTextLearnableEmbeddings(target, adapter_name, self._layout, image_width)
         target.prompt_configs[adapter_name] = peft_config
+        classifier = next((part for part in self.model.modules() if hasattr(part, "adopt_prompt_layout")), None)
+        if classifier is not None:
+            target.label_with(classifier.config)
         return target
 
     def _text_width(self) -> int:
@@ -198,12 +205,15 @@ class CLIPPromptTuningModel(BaseTuner):
             layout = PromptLayout.of(self.peft_config[names[0]]) if names else None
         else:
             self._restore_base_weights()
+        text_layers = [part for part in self.model.modules() if isinstance(part, CLIPTextLearnableEmbeddings)]
         options = {"progressbar": progressbar, "safe_merge": safe_merge, "adapter_names": adapter_names}
         model = super()._unload_and_optionally_merge(merge=merge, **options)
         if has_adapters([model]):
             # peft does not look inside of the layers that it unloads. Those of deep prompts hold whole layers of CLIP,
             # which may hold layers of other methods.
             model = super()._unload_and_optionally_merge(merge=merge, **options)
+        for layer in text_layers:  # no longer in the model; the labels are those of its own classes again
+            layer.set_adapter([])
         if layout is not None and hasattr(model, "adopt_prompt_layout"):
             model.adopt_prompt_layout(layout)  # the merged rows belong to its texts
         return model

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..towers import entry_of, execution_device
-from .layer import RANDOM_STD, CLIPPromptLayer
+from .base_layer import CLIPPromptLayer
+from .layer import RANDOM_STD
 from .layout import PromptLayout
 from .tensors import empty_linear, empty_vectors
 

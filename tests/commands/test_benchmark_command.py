@@ -68,7 +68,7 @@ def test_takes_data_of_ones_own(run_here, tmp_path):
 def test_a_mistake_is_told_in_one_line_before_any_work(run_here, tmp_path, arguments, message):
     with pytest.raises(SystemExit) as exit:
         run_here("benchmark", *arguments)
-    assert exit.value.code.startswith("python -m clip_prompt_peft.commands.benchmark: error: ")
+    assert exit.value.code.startswith("clip-prompt benchmark: error: ")
     assert re.search(message, exit.value.code)
     assert not (tmp_path / "outputs").exists()
 

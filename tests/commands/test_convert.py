@@ -13,7 +13,7 @@ from running_commands import run_command
 from transformers import CLIPModel
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification
-from clip_prompt_peft.commands.convert import convert_checkpoint, main, read_checkpoint
+from clip_prompt_peft.commands.convert import convert_checkpoint, read_checkpoint
 
 
 BASE = str(GOLDEN / "base")
@@ -118,7 +118,7 @@ def test_half_precision_and_several_devices_leave_their_traces_and_are_read_as_w
     )
 
 
-def test_the_command_writes_an_adapter_folder(base, tmp_path, capsys):
+def test_the_command_writes_an_adapter_folder(base, run_here, tmp_path):
     case = GoldenCase("maple_n2_depth3")
     path = save(tmp_path / "model.pth.tar-5", state_dict(case, base))
     options = [
@@ -129,8 +129,7 @@ def test_the_command_writes_an_adapter_folder(base, tmp_path, capsys):
         "--class_names",
         *case.info["classnames"],
     ]
-    main([str(path), str(tmp_path / "adapter"), *options])
-    assert "learned numbers" in capsys.readouterr().out
+    assert "learned numbers" in run_here("convert", path, "adapter", *options)
     model = AutoPeftModelForPromptClassification.from_pretrained(tmp_path / "adapter").eval()
     logits = model(pixel_values=case.pixel_values).logits.detach()
     torch.testing.assert_close(logits, case["logits"], atol=case.info["tolerances"]["logits_atol"], rtol=0)
@@ -153,12 +152,10 @@ def test_the_commit_of_a_revision_is_recorded(base, tmp_path):
         assert (config["base_model_name_or_path"], config["revision"]) == ("me/clip", hub.commit_id("me/clip", "v2"))
 
 
-def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, capsys):
+def test_the_command_says_what_is_wrong_without_a_traceback(run_here, tmp_path):
     torch.save({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "model.pth.tar-5")
-    with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path / "model.pth.tar-5"), str(tmp_path / "adapter"), "--base_model_name_or_path", BASE])
-    assert stopped.value.code == 1
-    assert "holds no prompts that are known here" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="^clip-prompt convert: error: .* holds no prompts that are known here"):
+        run_here("convert", "model.pth.tar-5", "adapter", "--base_model_name_or_path", BASE)
     assert not (tmp_path / "adapter").exists()
 
 

@@ -32,6 +32,18 @@ def test_a_folder_of_images_is_enough(run_here, tmp_path):
     assert config["class_names"] == ["clock emoji", "food emoji", "hand emoji"]
 
 
+def test_a_list_of_paths_says_what_is_tested_on(run_here, tmp_path):
+    write_image_folder(tmp_path / "images", classes=("food", "clock"), num_images=5)
+    listed = [path.relative_to(tmp_path / "images") for path in sorted((tmp_path / "images").glob("*/*"))[::2]]
+    (tmp_path / "test.txt").write_text("\n".join(map(str, listed)))
+    printed = tune_folder(run_here, "images", "out", "--test_list", "test.txt", "--shots", 2, "--max_steps", 1)
+    assert "Tested on  test (5 images)" in printed and "Seed 1: 4 training images" in printed
+    with pytest.raises(SystemExit, match="'out/seed1' holds an adapter of another training .--test_list .*test.txt"):
+        tune_folder(run_here, "images", "out", "--shots", 2, "--max_steps", 1)
+    record = json.loads((tmp_path / "out/seed1/_training.json").read_text())
+    assert record["data"]["test_list"] == str(tmp_path / "test.txt")  # valid in any working directory
+
+
 def test_a_published_split_trains_by_the_same_command(run_here, tmp_path):
     write_image_folder(tmp_path / "images", classes=("food", "clock"), num_images=6)
     files = sorted((tmp_path / "images").glob("*/*.png"))
@@ -146,6 +158,9 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
         ("train", ["--output_dir", "/proc/none/out"], "--output_dir '/proc/none/out/seed1' cannot be written"),
         ("train", ["--output_dir", ""], "--output_dir must be the name of a folder"),
         ("train", ["--test_dir", "."], "--test_dir needs --train_dir beside it"),
+        ("train", ["--test_list", "."], "--test_list goes together with --train_dir"),
+        ("train", ["--train_dir", ".", "--test_list", "gone.txt"], "--test_list: The file 'gone.txt' does not exist"),
+        ("train", ["--train_dir", ".", "--test_list", "a", "--test_dir", "."], "--test_list and --test_dir both say"),
         ("train", ["--image_dir", "."], "--image_dir goes together with --zhou_split"),
         ("train", ["--image_column_name", "x"], "--image_column_name is for data of your own"),
         ("train", ["--train_val_split", "2"], "--train_val_split must lie between 0 and 1|is for data of your own"),
@@ -162,7 +177,7 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
         ("predict", ["./gone", "."], "There is no folder './gone'"),
         ("predict", ["ADAPTER", "ADAPTER"], "no images in ADAPTER"),
         ("serve", ["./gone"], "There is no folder './gone'"),
-        ("serve", ["a", "--adapters", "b"], "argument --adapters: not allowed with argument adapters"),
+        ("serve", ["a", "--adapters", "b"], "argument --adapters: not allowed with argument ADAPTERS"),
         ("predict", ["x", "y", "--device", "cuda:99"], "'cuda:99' cannot be used on this machine"),
         ("report", ["./gone"], "There is no folder './gone'"),
         ("report", ["./gone", "--output", "no/where.html"], "--output 'no/where.html' lies in 'no'"),
@@ -178,7 +193,7 @@ def test_a_mistake_is_told_in_one_line_before_any_work(run_here, tmp_path, comma
         (tmp_path / "cat.jpg").touch()
     with pytest.raises(SystemExit) as exit:
         run_here(command, *arguments)
-    assert exit.value.code.startswith(f"python -m clip_prompt_peft.commands.{command}: error: ")
+    assert exit.value.code.startswith(f"clip-prompt {command}: error: ")
     assert re.search(message, exit.value.code.replace("\n", " "))
     assert "\n" not in exit.value.code.strip()
     assert not (tmp_path / "outputs").exists()

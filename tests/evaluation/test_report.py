@@ -87,6 +87,6 @@ def test_the_example_writes_a_report_on_an_adapter(parts, run_here, tmp_path):
     assert "<td>noto</td>" in (tmp_path / "mine.html").read_text()
     with pytest.raises(
         SystemExit,
-        match="commands.report: error: There is no --split 'val' in the data; there are noto, fluenthc, fluent3d",
+        match="clip-prompt report: error: There is no --split 'val' in the data; there are noto, fluenthc, fluent3d",
     ):
         run_here("report", "adapter", "--style", "noto", "--split", "val")

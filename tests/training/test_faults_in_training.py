@@ -19,7 +19,7 @@ from clip_prompt_peft.training.callbacks import StopAtNonFinite
 from clip_prompt_peft.training.checkpoints import checkpoints_in, last_whole_checkpoint
 
 
-COMMAND, PROGRAM = "train", "python -m clip_prompt_peft.commands.train"
+COMMAND, PROGRAM = "train", "clip-prompt train"
 SMALL = ["--num_seeds", "1", "--shots", "2", "--num_train_epochs", "3", "--disable_tqdm", "true"]
 CHECKPOINTS = [*SMALL, "--save_strategy", "epoch", "--save_total_limit", "3"]
 RESUME = ["--resume_from_checkpoint", "true"]

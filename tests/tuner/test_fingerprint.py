@@ -2,16 +2,23 @@
 
 import copy
 import json
+import re
 import warnings
 
 import pytest
 import torch
-from adapters import change_config, tuned
-from conftest import CLASS_NAMES, TINY_CLIP
+from adapters import as_if_trained, change_config, tuned
+from conftest import CLASS_NAMES, GOLDEN, TINY_CLIP
+from families import FAMILIES
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CLIPModel, CLIPTextModel
 
-from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification
+from clip_prompt_peft import (
+    AutoPeftModelForPromptClassification,
+    CLIPForPromptClassification,
+    CLIPPromptTuningConfig,
+)
+from clip_prompt_peft.tuner.fingerprint import check_fingerprint
 from clip_prompt_peft.tuner.hub import HubSettings
 
 
@@ -111,6 +118,36 @@ class TestTheSameModel:
             setattr(clip.get_submodule(path), attribute, torch.nn.Parameter(tensor))
         assert warnings_with(clip, adapter) == []
 
+    @pytest.mark.parametrize("num_rows", [3072 + 64, 3072 - 500])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_with_rows_added_to_or_taken_from_the_end_of_the_token_table(self, clip, adapter, num_rows, dtype):
+        embeddings = clip.text_model.embeddings
+        rows = torch.cat([embeddings.token_embedding.weight, torch.randn(64, 128)])[:num_rows]
+        embeddings.token_embedding = torch.nn.Embedding.from_pretrained(rows)
+        assert warnings_with(clip.to(dtype), adapter) == []
+
+    @pytest.mark.parametrize("method", ["prompts", "lora"])
+    def test_while_another_adapter_is_merged(self, classifier, adapter, method):
+        lora = LoraConfig(target_modules=["q_proj", "token_embedding"])
+        config = CLIPPromptTuningConfig() if method == "prompts" else lora
+        model = as_if_trained(get_peft_model(classifier, config, adapter_name="other"))
+        model.merge_adapter()
+        classifier = model.get_base_model()
+        assert warnings_of(lambda: classifier.load_adapter(str(adapter), "beside")) == []
+
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_of_each_family(self, name, tmp_path):
+        family = FAMILIES[name]
+        as_if_trained(get_peft_model(family.classifier(), CLIPPromptTuningConfig())).save_pretrained(tmp_path)
+        assert warnings_with(family.classifier(), tmp_path) == []
+        assert warnings_with(family.classifier().bfloat16(), tmp_path) == []
+        other = family.classifier()
+        table = other.get_input_embeddings().weight
+        with torch.no_grad():
+            table[len(table) // 2 :] *= 1.1
+        (message,) = warnings_with(other, tmp_path)
+        assert re.search(r"text_model.(token|word)_embeddings? differs in \d", message)
+
 
 class TestAnotherModel:
     @pytest.mark.parametrize(
@@ -129,6 +166,42 @@ class TestAnotherModel:
         model = changed(clip, lambda name: name.startswith(part), std=0.02).to(dtype)
         (message,) = warnings_with(model, adapter)
         assert str(adapter) in message and TINY_CLIP in message
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("table", "rows"),
+        [
+            ("text_model.embeddings.token_embedding", slice(None)),
+            ("text_model.embeddings.token_embedding", slice(-60, None)),
+            ("text_model.embeddings.position_embedding", slice(None)),
+            ("text_model.embeddings.position_embedding", slice(-4, None)),
+            ("vision_model.embeddings.position_embedding", slice(5, 7)),
+        ],
+    )
+    def test_of_which_only_rows_of_a_table_were_trained(self, clip, adapter, table, rows, dtype):
+        with torch.no_grad():
+            clip.get_submodule(table).weight[rows] *= 1.05
+        (message,) = warnings_with(clip.to(dtype), adapter)
+        tower, _, name = table.partition(".embeddings.")
+        assert re.search(rf"compared, {tower}.{name} differs in \d+\. Its predictions", message)
+
+    @pytest.mark.parametrize("word", ["photo", "vehicle"])
+    def test_of_which_only_a_token_of_the_adapter_was_trained(self, clip, adapter, tokenizer, word):
+        (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            clip.text_model.embeddings.token_embedding.weight[token] *= 1.05
+        assert warnings_with(clip, adapter)
+
+    def test_of_which_one_tensor_was_trained(self, clip, adapter):
+        config = CLIPPromptTuningConfig.from_pretrained(adapter)
+        unnoticed = []
+        for name, parameter in clip.named_parameters():
+            before = parameter.data.clone()
+            parameter.data *= 1.05
+            if not warnings_of(lambda: check_fingerprint(config.base_model_fingerprint, clip, "'a'", "'b'")):
+                unnoticed.append(name)
+            parameter.data = before
+        assert unnoticed == []
 
     def test_of_random_weights(self, clip, adapter):
         assert warnings_with(CLIPModel(clip.config), adapter)
@@ -158,6 +231,44 @@ class TestAnotherModel:
                 if name.startswith(part):
                     parameter *= 1 + 1e-3 * factor * torch.randn(parameter.shape, generator=generator)
         assert warnings_with(clip.to(dtype), adapter)
+
+
+class TestVersions:
+    """Adapters of an earlier version are compared as they were then, and those of a later one are not compared."""
+
+    @pytest.fixture
+    def of_version_1(self, adapter):
+        fingerprint = json.loads((GOLDEN / "fingerprint_of_version_1.json").read_text())
+        assert "version" not in fingerprint
+        change_config(adapter, base_model_fingerprint=fingerprint)
+        return adapter
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_the_first_one(self, clip, of_version_1, dtype):
+        assert warnings_with(clip.to(dtype), of_version_1) == []
+        assert warnings_with(changed(clip, lambda name: "layers.1" in name, std=0.02), of_version_1)
+
+    def test_the_first_one_takes_the_first_rows_of_tables_only(self, clip, of_version_1):
+        with torch.no_grad():
+            clip.text_model.embeddings.token_embedding.weight[256:] *= 1.05
+        assert warnings_with(clip, of_version_1) == []
+
+    @pytest.mark.parametrize("content", [{}, {"values": 3}])
+    @pytest.mark.parametrize("field", ["base_model_fingerprint", "tokenizer_fingerprint"])
+    def test_a_later_one_is_skipped_with_a_warning(self, classifier, adapter, field, content):
+        change_config(adapter, **{field: {"version": 7, **content}})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = PeftModel.from_pretrained(classifier, adapter)
+        (message,) = [str(w.message) for w in caught if "not checked" in str(w.message)]
+        assert f"not checked: the adapter {str(adapter)!r} holds a {field} of version 7" in message
+        assert model.peft_config["default"].to_dict()[field]["version"] == 7
+
+    @pytest.mark.parametrize("version", ["2", 0, -1, 1.5, None, True])
+    def test_what_is_no_version_is_refused(self, clip, adapter, version):
+        change_config(adapter, base_model_fingerprint={"version": version, "values": {}, "per_tensor": 1})
+        with pytest.raises(ValueError, match="base_model_fingerprint is damaged .version is"):
+            PeftModel.from_pretrained(clip, adapter)
 
 
 class TestAnAdapterWithoutAFingerprint:
@@ -190,7 +301,18 @@ class TestAnAdapterWithoutAFingerprint:
         assert f"trained on 'me/clip' at revision '{'a' * 40}', and is loaded into 'me/clip' at revision" in message
 
 
-@pytest.mark.parametrize("fingerprint", [{}, {"values": 3}, {"values": {"a": "?"}, "per_tensor": 1}, 7])
+@pytest.mark.parametrize(
+    "fingerprint",
+    [
+        {},
+        {"values": 3},
+        {"values": {"a": "?"}, "per_tensor": 1},
+        {"version": 2, "values": {}, "per_tensor": 1, "rows": {"text_model.token_embedding": -1}},
+        {"version": 2, "values": {}, "per_tensor": 1, "tokens": [-7]},
+        {"version": 2, "values": {}, "per_tensor": 1, "tokens": "abc"},
+        7,
+    ],
+)
 def test_a_damaged_fingerprint_is_refused(clip, adapter, fingerprint):
     change_config(adapter, base_model_fingerprint=fingerprint)
     with pytest.raises(ValueError, match="base_model_fingerprint"):

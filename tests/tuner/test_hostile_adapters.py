@@ -207,10 +207,7 @@ def test_the_example_refuses_a_hostile_adapter_in_one_line(adapter, run_here, tm
     change_tensors(adapter, lambda tensor: tensor.fill_(float("nan")))
     with pytest.raises(SystemExit) as exit:
         run_here(script, adapter, tmp_path / "cat.png")
-    assert (
-        exit.value.code.startswith("python -m clip_prompt_peft.commands.predict: error: The adapter's")
-        and "\n" not in exit.value.code
-    )
+    assert exit.value.code.startswith("clip-prompt predict: error: The adapter's") and "\n" not in exit.value.code
 
 
 def test_the_service_refuses_a_hostile_adapter_and_goes_on(adapter, monkeypatch, tmp_path):

@@ -1,0 +1,190 @@
+"""Splits that the names of folders, or a column of a table, tell apart."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Collection
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from ..image_files import list_images
+from .columns import is_text
+
+
+logger = logging.getLogger(__name__)
+
+SPLIT_OF = {  # word to split, as `datasets` has it
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+SEPARATORS = re.compile("[-._ 0-9]+")  # between the words of a name, as `datasets` has them
+SPLIT_COLUMNS = ("split", "splits", "subset", "partition", "set")
+MAYBE_SPLIT_COLUMNS = (  # their values do not say by themselves what is trained on
+    *("fold", "folds", "kfold", "is_train", "is_training", "is_training_image", "is_valid", "is_val"),
+    *("is_validation", "is_test"),
+)
+MAX_SHOWN = 5
+
+
+def split_of(name: str) -> str | None:
+    """Returns the split that a folder is of, such as `"train"` for `seg_train`, or `None`."""
+    splits = {SPLIT_OF[word] for word in SEPARATORS.split(name.lower()) if word in SPLIT_OF}
+    return splits.pop() if len(splits) == 1 else None
+
+
+def split_folders(folder: str) -> dict[str, str]:
+    """
+    Returns the folders of the splits in a folder, or the folder itself as `train`.
+
+    Raises:
+        ValueError: If two folders are of one split, or if some are of splits and others are not.
+    """
+    images = [os.path.relpath(path, folder).split(os.sep) for path in list_images(folder)[0]]
+    top = sorted({parts[0] for parts in images})
+    if top and {name.lower() for name in top} <= set(SPLIT_OF):
+        return _one_folder_each(folder, {name: SPLIT_OF[name.lower()] for name in top})
+    splits = splits_among(images)
+    if not splits:
+        return {"train": folder}
+    if set(splits) == set(top):
+        found = _one_folder_each(folder, splits)
+        logger.warning("%r is read as splits: %s.", folder, ", ".join(f"{found[name]!r} is {name}" for name in found))
+        return found
+    raise ValueError(how_to_name_splits(folder, splits, sorted(set(top) - set(splits))))
+
+
+def splits_among(images: Collection[list[str]]) -> dict[str, str]:
+    """Returns which folders at the top are splits, by name: they hold folders of classes, and one is to train on.
+
+    Args:
+        images (`Collection[list[str]]`):
+            The parts of the path of each image. Two parts are a class called `test tube` and its image.
+    """
+    flat = {parts[0] for parts in images if len(parts) < 3}
+    splits = {name: split for name in {parts[0] for parts in images} - flat if (split := split_of(name))}
+    return dict(sorted(splits.items())) if "train" in splits.values() and len(set(splits.values())) > 1 else {}
+
+
+def how_to_name_splits(folder: str, splits: dict[str, str], others: Collection[str] = ()) -> str:
+    """Returns an error message about a folder that holds the folders of splits."""
+    order = list(dict.fromkeys(SPLIT_OF.values()))
+    named = {
+        splits[name]: os.path.join(folder, name) for name in sorted(splits, key=lambda one: order.index(splits[one]))
+    }
+    flags = " ".join(f"--{split}_dir {path!r}" for split, path in named.items())
+    beside = f" beside {', '.join(sorted(others)[:MAX_SHOWN])}," if others else ""
+    return (
+        f"{folder!r} holds the folders of splits, {', '.join(sorted(splits))},{beside} and not of classes. Name the "
+        f"folder of each split: folders={named!r}, or {flags}."
+    )
+
+
+def _one_folder_each(folder: str, splits: dict[str, str]) -> dict[str, str]:
+    folders: dict[str, str] = {}
+    for name, split in splits.items():
+        if split in folders:
+            raise ValueError(
+                f"{folder!r} has two folders for the split {split!r}, {os.path.basename(folders[split])} and {name}. "
+                "Name the one to use: folders={...}, or --train_dir, --validation_dir, --test_dir."
+            )
+        folders[split] = os.path.join(folder, name)
+    return folders
+
+
+def split_by_column(splits: DatasetDict, other_columns: Collection[str | None]) -> DatasetDict:
+    """
+    Divides images that are all in `train` by a column called `split`, `subset`, `partition` or `set`.
+
+    That is done if each of its values is the name of a split, `train` among them, with a warning. What looks like such
+    a column otherwise is named in a warning that says how to use it.
+
+    Args:
+        splits (`DatasetDict`):
+            The data, with all its columns.
+        other_columns (`Collection[str]`):
+            The columns that are known to hold images or labels.
+    """
+    features = splits["train"].features if "train" in splits else None
+    columns = [name for name in features or () if name.lower() in SPLIT_COLUMNS + MAYBE_SPLIT_COLUMNS]
+    for column in columns:
+        if column in other_columns or not _may_divide(features, column):
+            continue
+        if not all(isinstance(split, Dataset) for split in splits.values()):
+            logger.warning("The column %r of a stream is not used; %s", column, _ADVICE)
+        elif set(splits) != {"train"}:
+            _compare_splits(splits, column)
+        elif column.lower() in MAYBE_SPLIT_COLUMNS:
+            _warn_of_unused(column, _values(splits["train"], column))
+        elif divided := _divide(splits["train"], column):
+            return divided
+    return splits
+
+
+_ADVICE = (
+    "to train on a part of the images only, give each split a file (--train_file, --test_file) or a folder "
+    "(--train_dir, --test_dir) of its own."
+)
+
+
+def _may_divide(features: Features, column: str) -> bool:
+    feature = features[column]
+    is_number = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "bool"))
+    return is_text(feature) or isinstance(feature, ClassLabel) or is_number
+
+
+def _values(dataset: Dataset, column: str) -> list[str | None]:
+    feature = dataset.features[column]
+    values = dataset.select_columns(column).with_format("arrow")[:][column].to_pylist()
+    if isinstance(feature, ClassLabel):
+        values = [None if value is None or value < 0 else feature.names[value] for value in values]
+    return [None if value is None else str(value).strip() for value in values]
+
+
+def _divide(train: Dataset, column: str) -> DatasetDict | None:
+    """Returns the splits that a column names, or `None`, with a warning if it names others than those known."""
+    values = _values(train, column)
+    rows: dict[str | None, list[int]] = {}
+    for row, value in enumerate(values):
+        rows.setdefault(SPLIT_OF.get((value or "").lower()), []).append(row)
+    if set(rows) == {"train"}:
+        return None
+    if None in rows or "train" not in rows:
+        _warn_of_unused(column, values)
+        return None
+    counts = ", ".join(f"{split} ({len(of_split)})" for split, of_split in rows.items())
+    logger.warning("The column %r divides the images: %s.", column, counts)
+    without = train.remove_columns(column)
+    return DatasetDict({split: without.select(of_split) for split, of_split in rows.items() if split is not None})
+
+
+def _warn_of_unused(column: str, values: list[str | None]) -> None:
+    shown = ", ".join(repr(value) for value in list(dict.fromkeys(values))[:MAX_SHOWN])
+    logger.warning(
+        "The column %r is not used. It holds %s, and only the names train, validation and test, in all rows, divide "
+        "the images by themselves. Put them there, or %s",
+        column,
+        shown,
+        _ADVICE,
+    )
+
+
+def _compare_splits(splits: DatasetDict, column: str) -> None:
+    """Warns if a column says that an image of one split is of another one."""
+    for name, split in splits.items():
+        if column not in split.column_names or not _may_divide(split.features, column):
+            continue
+        named = [SPLIT_OF.get((value or "").lower()) for value in _values(split, column)]
+        others = [other for other in named if other not in (None, SPLIT_OF.get(name.lower(), name))]
+        if others:
+            logger.warning(
+                "The column %r says that %d of the %d images of %r are of the split %r. It is not used, since the "
+                "splits are given. Leave these rows out, if they are not meant.",
+                column,
+                len(others),
+                len(named),
+                name,
+                others[0],
+            )

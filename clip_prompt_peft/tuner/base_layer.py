@@ -1,0 +1,109 @@
+"""The base class of the layers that hold learnable vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import torch
+from accelerate.utils import align_module_device
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from .files import check_values
+from .layout import PromptLayout
+
+
+class CLIPPromptLayer(nn.Module, BaseTunerLayer):
+    """
+    The base class of all layers of the method: a module of CLIP and the learnable tensors that act on it.
+
+    The tensors are held in containers named `learnable_*`, with the names of adapters as keys. The layer itself knows
+    which adapters are active, disabled or merged: a `PeftModel` calls the base model directly, and transformers' own
+    `add_adapter` keeps no tuner object at all.
+
+    **Attributes**:
+        - **prompt_layouts** (`dict[str, PromptLayout]`): The layout of each adapter.
+    """
+
+    other_param_names = ("prompt_layouts", "_awaited")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.prompt_layouts: dict[str, PromptLayout] = {}
+        # By adapter and tensor name, the parameters that saved weights have to replace before the adapter is used.
+        self._awaited: dict[str, dict[str, nn.Parameter]] = {}
+        self.merged_adapters = []
+        self._active_adapter = adapter_name
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.prompt_layouts]
+
+    def _begin(self, adapter_name: str, layout: PromptLayout) -> None:
+        """Sets the layout of an adapter, and removes the tensors of an older adapter of the same name."""
+        self.prompt_layouts[adapter_name] = layout
+        self._awaited.pop(adapter_name, None)
+        for container in (getattr(self, name) for name in self.adapter_layer_names):
+            if adapter_name in container:
+                del container[adapter_name]
+
+    def parameters_of(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields the tensors of an adapter with their names relative to this layer."""
+        for container_name in self.adapter_layer_names:
+            for name, parameter in getattr(self, container_name).named_parameters(prefix=container_name):
+                if name.split(".")[1] == adapter_name:
+                    yield name, parameter
+
+    def await_weights(self, adapter_name: str) -> None:
+        """Marks the tensors of an adapter as not initialized: it cannot be used before saved weights are loaded."""
+        self._awaited[adapter_name] = dict(self.parameters_of(adapter_name))
+
+    def _check_weights(self, adapter_name: str) -> None:
+        """Raises `ValueError` if saved weights were not loaded, which transformers only warns about, or hold NaN."""
+        awaited = self._awaited.get(adapter_name)
+        if not awaited:
+            return
+        tensors = dict(self.parameters_of(adapter_name))
+        if any(awaited.get(key) is value for key, value in tensors.items()):
+            raise ValueError(
+                f"The configuration of adapter {adapter_name!r} belongs to saved weights, but none were loaded: the "
+                "file is damaged, belongs to another model, or has the text tower at another path (then "
+                "PeftModel.from_pretrained finds it). To start a new adapter, make a CLIPPromptTuningConfig without "
+                "replaced_token_ids."
+            )
+        if not torch.compiler.is_compiling():  # values are unknown while compiling
+            with ExitStack() as stack:
+                for part in (part for name in self.adapter_layer_names for part in getattr(self, name).modules()):
+                    stack.enter_context(align_module_device(part))  # if accelerate has offloaded it
+                check_values(dict(self.parameters_of(adapter_name)))
+            self._awaited.pop(adapter_name, None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for awaited in self._awaited.values():
+            for key in [key for key in awaited if f"{prefix}{key}" in state_dict]:
+                del awaited[key]
+
+    def _adapters_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """Returns the adapters that act here; raises `ValueError` if one of them cannot be merged."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.prompt_layouts]
+        for name in names:
+            obstacle = self.prompt_layouts[name].merge_obstacle
+            if obstacle is not None:
+                raise ValueError(
+                    f"Adapter {name!r} cannot be merged: {obstacle}. Only vectors that are the same for every class "
+                    "and image, at fixed positions of the text, can be folded into CLIP's position embeddings. Keep "
+                    "the adapter, or export the image tower together with the class embeddings."
+                )
+        return names
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuses what cannot be merged. Only [`CLIPTextLearnableEmbeddings`] has something to merge."""
+        self._adapters_to_merge(adapter_names)
+
+    def unmerge(self) -> None:
+        """Does nothing, since nothing is ever merged here."""
+
+    def __repr__(self) -> str:
+        return "clip_prompt_tuning." + super().__repr__()
