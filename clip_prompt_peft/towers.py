@@ -199,6 +199,12 @@ def is_intercepted(module: nn.Module) -> bool:
     return "forward" in vars(module) or bool(hooks_of(module))
 
 
+def drops_out(module: nn.Module) -> bool:
+    """Returns whether a module is a dropout in effect, or hands a rate of dropout to a function, as attention does."""
+    rates = (getattr(module, name, 0) for name in ("p", "dropout", "attention_dropout", "dropout_p"))
+    return module.training and any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Returns the device on which a module computes. accelerate keeps offloaded weights elsewhere between calls."""
     device = next(module.parameters()).device
