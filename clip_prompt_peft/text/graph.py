@@ -45,32 +45,32 @@ class CudaEngine:
 
     device_type = "cuda"
 
-    def capture(self, device: torch.device, *functions: Callable[[], Sequence[torch.Tensor]]) -> list[Replayable]:
-        """Captures functions that are called in this order, and that may use each other's intermediate results."""
+    def capture(
+        self,
+        device: torch.device,
+        functions: Sequence[Callable[[], Sequence[torch.Tensor]]],
+        forget: Callable[[], None],
+    ) -> list[Replayable]:
+        """Captures functions. Later ones use intermediate results of earlier ones, until `forget` is called."""
         stream, pool = _side_stream(device), torch.cuda.graph_pool_handle()
-        replayables = []
+        replayables: list[Replayable] = []
         # If a capture fails, `torch.cuda.graph` leaves its own stream behind as the current one. This does not.
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            try:
-                self._warm_up(stream, functions)
-                for function in functions:
-                    graph = torch.cuda.CUDAGraph()
-                    # Other threads may allocate meanwhile, such as the one of a data loader that pins memory.
-                    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                        results = list(function())
-                    replayables.append((results, _InOrder(graph, device)))
-            except Exception:
-                del replayables[:]
-                raise
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(NUM_WARM_UPS):
+                    for function in functions:
+                        function()
+                forget()
+            torch.cuda.current_stream().wait_stream(stream)
+            for function in functions:
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may allocate meanwhile, such as the one of a data loader that pins memory.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    results = list(function())
+                replayables.append((results, _InOrder(graph, device)))
+        forget()  # a replay finds what it needs where it was, in the memory of the graphs
         return replayables
-
-    def _warm_up(self, stream: torch.cuda.Stream, functions) -> None:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(NUM_WARM_UPS):
-                for function in functions:
-                    function()
-        torch.cuda.current_stream().wait_stream(stream)
 
     def give_back(self) -> None:
         """Returns the memory of graphs that nobody holds any more."""
@@ -163,8 +163,12 @@ class CapturedEncoding:
             with self.autocast(is_on=False):
                 return torch.autograd.grad(output, used_inputs, self._gradient, retain_graph=True)
 
+        def forget() -> None:
+            nonlocal output
+            output = torch.empty(0)
+
         ((self._embeds,), self._replay_forward), (self._gradients, self._replay_backward) = engine.capture(
-            self.device, forward, backward
+            self.device, (forward, backward), forget
         )
 
     def autocast(self, is_on: bool = True) -> ExitStack:

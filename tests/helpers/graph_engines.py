@@ -1,6 +1,7 @@
 """Engines for captured class encoders, and models that use them."""
 
 import copy
+import time
 
 import torch
 from adapters import base_of
@@ -18,10 +19,12 @@ class StandIn:
 
     def __init__(self):
         self.num_replays, self.num_given_back = 0, 0
+        self.delay = 0.0  # seconds of a replay in which other threads run
 
-    def capture(self, device, *functions):
+    def capture(self, device, functions, forget):
         for function in functions:
             function()
+        forget()
         return [self._replayable(function) for function in functions]
 
     def _replayable(self, function):
@@ -29,9 +32,11 @@ class StandIn:
 
         def replay():
             self.num_replays += 1
+            time.sleep(self.delay)
             with torch.enable_grad():
-                for old, new in zip(results, function()):
-                    old.data.copy_(new)
+                values = function()
+            for old, new in zip(results, values):
+                old.data.copy_(new)
 
         return results, replay
 
@@ -46,10 +51,10 @@ class Watched:
         self.engine, self.device_type = engine, engine.device_type
         self.num_captures, self.error, self.num_given_back = 0, None, 0
 
-    def capture(self, device, *functions):
+    def capture(self, device, functions, forget):
         self.num_captures += 1
         if self.error is None:
-            return self.engine.capture(device, *functions)
+            return self.engine.capture(device, functions, forget)
 
         num_calls = 0
 
@@ -60,7 +65,7 @@ class Watched:
                 raise self.error
             return functions[1]()
 
-        return self.engine.capture(device, functions[0], failing)
+        return self.engine.capture(device, (functions[0], failing), forget)
 
     def give_back(self):
         self.num_given_back += 1

@@ -367,7 +367,7 @@ class TestEffort:
 
     def test_the_stand_in_would_notice_results_that_are_not_copied(self):
         engine, value = StandIn(), torch.zeros(2)
-        (((result,), replay),) = engine.capture(torch.device("cpu"), lambda: [value + 1])
+        (((result,), replay),) = engine.capture(torch.device("cpu"), [lambda: [value + 1]], list)
         kept = result
         value += 1
         replay()
