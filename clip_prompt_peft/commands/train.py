@@ -100,9 +100,10 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         validation = splits.get("validation") if training_args.eval_strategy != "no" else None
         check_shots(splits["train"], validation, test_sets, data_args)
         if is_main_process and not data_args.is_embedded:
-            warn_of_shared_images(
-                splits["train"], test_sets | ({} if validation is None else {"validation": validation})
-            )
+            warn_of_shared_images(splits["train"], test_sets)
+            if validation is not None:
+                warn_of_shared_images(splits["train"], {"validation": validation})
+                warn_of_shared_images(validation, test_sets, "validation")
         drawn, _ = draw(splits, data_args, training_args)
         name = model_args.model_name_or_path
         hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}

@@ -9,7 +9,7 @@ from transformers import CLIPModel
 
 from ..tuner.layout import PromptLayout
 from ..tuner.vectors import PerClass
-from .packing import PREFIX, PackedPrompts, class_aware_layer_of, pack_prompts
+from .packing import PREFIX, PackedPrompts, class_aware_layer_of, num_shared_positions, pack_prompts
 from .prompts import ClassPrompts
 
 
@@ -61,6 +61,19 @@ class ClassAwarePrompts:
         for layer in layers[self.layer + 1 :]:
             states = layer(states, mask)
         return self.own.pool(model, states)
+
+
+def class_aware_places(layout: PromptLayout | None) -> tuple[int, int, int] | None:
+    """Returns where vectors of the classes come in: the layer, the first position, and the one after the last."""
+    if layout is None or layout.class_aware_layer is None:
+        return None
+    return layout.class_aware_layer, layout.start_idx, layout.end_idx
+
+
+def fewest_shared_positions(prompts: ClassPrompts, layout: PromptLayout | None) -> int:
+    """Returns [`~packing.num_shared_positions`] of the layers where classes have the least in common."""
+    num_shared, places = num_shared_positions(prompts, layout), class_aware_places(layout)
+    return num_shared if places is None else min(num_shared, places[1])
 
 
 def pack_class_aware(

@@ -17,7 +17,7 @@ from .chunks import (
     num_processes,
     share_of_classes,
 )
-from .class_aware import ClassAwarePrompts, pack_class_aware
+from .class_aware import ClassAwarePrompts, class_aware_places, fewest_shared_positions, pack_class_aware
 from .graph import AUTO, GraphedEncoder, Plan
 from .memory import CHUNK, MANY_CLASSES, PROMPTS_AT_ONCE, TowerSize, bytes_of_class, classes_that_fit, free_bytes
 from .packing import (
@@ -181,7 +181,7 @@ class ClassEncoder:
             is_shared = self._is_shared(model, len(prompts.texts))
             classes = share_of_classes(len(prompts.texts)) if is_shared else range(len(prompts.texts))
             chunks, _ = self._chunks_of(model, prompts, layout, classes)
-            tokens = tokens_of_class(self._resolved_path(model), prompts, num_shared_positions(prompts, layout))
+            tokens = tokens_of_class(self._resolved_path(model), prompts, fewest_shared_positions(prompts, layout))
             needed_bytes = len(classes) * bytes_of_class(*tokens, self._tower_size(model), with_gradients=True)
             first = chunks[0]
             return Plan(
@@ -232,8 +232,8 @@ class ClassEncoder:
         attention = attention_of(model.text_model)
         # Bounds instead of the range: once their number varies, a compiled graph compares integers, but no ranges.
         bounds = (classes.start, classes.stop)
-        class_aware = None if layout is None else layout.class_aware_layer
-        settings = (self.path, self.batch_size, bounds, at_most, class_aware, model.text_model.device, attention)
+        settings = (self.path, self.batch_size, bounds, at_most, class_aware_places(layout))
+        settings = (*settings, model.text_model.device, attention)
         if torch.compiler.is_compiling() and self._chunks.latest is not None:
             # A graph without breaks can neither look at all modules of the tower nor compare prompts by value.
             (kept_prompts, kept_settings, *_), chunks = self._chunks.latest
@@ -244,18 +244,17 @@ class ClassEncoder:
     @torch.compiler.disable
     def _kept_chunks(self, model, prompts, layout, classes, settings):
         path, device = self._resolved_path(model), execution_device(model.text_model)
-        class_aware = None if layout is None else layout.class_aware_layer
         size = self._size_to_fit(model, path)
 
         def build() -> tuple[list[Chunk], int]:
             num_shared = num_shared_positions(prompts, layout)
             fitting = None
             if size is not None and (free := free_bytes(device)) is not None:
-                fewest = num_shared if class_aware is None else min(num_shared, layout.start_idx)  # of all layers
-                fitting = classes_that_fit(*tokens_of_class(path, prompts, fewest), size, free)
+                tokens = tokens_of_class(path, prompts, fewest_shared_positions(prompts, layout))
+                fitting = classes_that_fit(*tokens, size, free)
             num_chunks = -(-len(classes) // self._chunk_size(len(classes), fitting))
             parts = torch.tensor(classes).tensor_split(num_chunks)
-            if class_aware is not None and path == PACKED:
+            if path == PACKED and class_aware_places(layout) is not None:
                 chunks = [pack_class_aware(part, prompts, num_shared, layout, device) for part in parts]
             else:
                 chunks = [build_chunk(path, part, prompts, num_shared, device) for part in parts]

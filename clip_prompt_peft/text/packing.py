@@ -90,7 +90,8 @@ class PlainPrompts:
     Attributes:
         classes: (K,) indices of the classes.
         input_ids: (K, L).
-        attention_mask: (K, L), or `None` where no token attends to those after it, and so to padding.
+        attention_mask: (K, L), or `None` if it changes nothing. With a mask, transformers looks in every call whether
+            it masks anything, and the host waits for a device.
         positions: (K, n) positions of the vectors, if these differ between classes.
     """
 
@@ -118,7 +119,7 @@ class PlainPrompts:
             class_priors (`torch.Tensor`, *optional*):
                 (C, E), the zero-shot embeddings of all classes, for an adapter with a `class_aware_layer`.
         """
-        num_images, mask = 1 if image_vectors is None else len(image_vectors), self.attention_mask
+        num_images = 1 if image_vectors is None else len(image_vectors)
         per_text = _per_text(model, layout, self, image_vectors)
         embeddings = text_embeddings_of(model.text_model)
         context = nullcontext() if per_text is None else embeddings.per_text(per_text.vectors, per_text.positions)
@@ -126,11 +127,9 @@ class PlainPrompts:
         if class_priors is not None:
             layer = class_aware_layer_of(model.text_model)
             of_classes = layer.per_class(layer.class_vectors(class_priors[self.classes]))  # (K, n, D)
+        mask = None if self.attention_mask is None else self.attention_mask.repeat(num_images, 1)
         with context, of_classes:
-            outputs = model.get_text_features(
-                input_ids=self.input_ids.repeat(num_images, 1),
-                attention_mask=None if mask is None else mask.repeat(num_images, 1),
-            )
+            outputs = model.get_text_features(input_ids=self.input_ids.repeat(num_images, 1), attention_mask=mask)
         return normalize(outputs.pooler_output).view(num_images, len(self.classes), -1)
 
 
@@ -239,7 +238,7 @@ def build_chunk(
     missing = (prompts.full_length if path == PLAIN else 0) - prompts.input_ids.shape[1]
     input_ids = nn.functional.pad(prompts.input_ids[classes], (0, max(0, missing)), value=prompts.pad_token_id)
     attention_mask = nn.functional.pad(prompts.attention_mask[classes], (0, max(0, missing)))  # both (K, L)
-    if path == CUT:  # transformers would read the values of the mask, for which the host waits for the device
+    if path == CUT or attention_mask.all():  # padding is behind the text, where causal attention does not look
         attention_mask = None
     return PlainPrompts(*_on(device, classes, input_ids, attention_mask, _positions(prompts, classes)))
 

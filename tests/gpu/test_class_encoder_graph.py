@@ -430,28 +430,31 @@ def eager_embeds(model):
         encoder.cuda_graph = setting
 
 
+CHANGES = {
+    "classes": lambda model: base_of(model).set_class_names(OTHER_NAMES),
+    "fewer classes": lambda model: base_of(model).set_class_names(NAMES[:2]),
+    "adapter": lambda model: model.set_adapter("other"),
+    "disabled adapter": lambda model: model.base_model.disable_adapter_layers(),
+    "merged adapter": lambda model: model.merge_adapter(),
+    "dtype": lambda model: base_of(model).to(torch.bfloat16),
+    "values of a weight": lambda model: base_of(model).text_projection.weight.data.mul_(2),
+    "other memory of a weight": lambda model: swap(base_of(model).text_projection.weight),
+    "other parameter": lambda model: replace_weight(base_of(model).text_projection),
+    "more that is trained": lambda model: base_of(model).text_projection.weight.requires_grad_(True),
+    "attention": lambda model: base_of(model).set_attn_implementation("eager"),
+    "path": lambda model: setattr(base_of(model).class_encoder, "path", "plain"),
+    "a scale of a module": lambda model: setattr(first_layer(model).layer_norm1, "eps", 0.1),
+    "a module": lambda model: setattr(first_layer(model), "mlp", copy.deepcopy(first_layer(model).mlp)),
+    "new vectors": lambda model: swap(next(p for p in model.parameters() if p.requires_grad)),
+}
+
+RARE = ("fewer classes", "disabled adapter", "dtype", "attention", "path", "a scale of a module")
+
+
 class TestChanges:
     """What a captured graph depends on is noticed when it changes."""
 
-    CHANGES = {
-        "classes": lambda model: base_of(model).set_class_names(OTHER_NAMES),
-        "fewer classes": lambda model: base_of(model).set_class_names(NAMES[:2]),
-        "adapter": lambda model: model.set_adapter("other"),
-        "disabled adapter": lambda model: model.base_model.disable_adapter_layers(),
-        "merged adapter": lambda model: model.merge_adapter(),
-        "dtype": lambda model: base_of(model).to(torch.bfloat16),
-        "values of a weight": lambda model: base_of(model).text_projection.weight.data.mul_(2),
-        "other memory of a weight": lambda model: swap(base_of(model).text_projection.weight),
-        "other parameter": lambda model: replace_weight(base_of(model).text_projection),
-        "more that is trained": lambda model: base_of(model).text_projection.weight.requires_grad_(True),
-        "attention": lambda model: base_of(model).set_attn_implementation("eager"),
-        "path": lambda model: setattr(base_of(model).class_encoder, "path", "plain"),
-        "a scale of a module": lambda model: setattr(first_layer(model).layer_norm1, "eps", 0.1),
-        "a module": lambda model: setattr(first_layer(model), "mlp", copy.deepcopy(first_layer(model).mlp)),
-        "new vectors": lambda model: swap(next(p for p in model.parameters() if p.requires_grad)),
-    }
-
-    @pytest.mark.parametrize("change", CHANGES)
+    @pytest.mark.parametrize("change", [slow_param(name) if name in RARE else name for name in CHANGES])
     def test_a_step_afterwards_is_that_of_the_ordinary_way(self, place, change):
         model = prompts_on(place)
         model.add_adapter("other", other_adapter())
@@ -460,7 +463,7 @@ class TestChanges:
         assert_as_eager(model, twin)
         with torch.no_grad():
             for m in (model, twin):
-                self.CHANGES[change](m)
+                CHANGES[change](m)
         if change in ("disabled adapter", "merged adapter"):  # so that nothing in effect is trained
             return self.check_logits(model, twin)
         for _ in range(2):
