@@ -17,3 +17,4 @@ test_all:
 
 docs:
 	python tests/helpers/readme_snippets.py
+	mkdocs build --strict

@@ -20,12 +20,14 @@ METHODS = (
     "maple",
     "prograd",
     "promptsrc",
+    "tcp",
     "vpt-deep",
     "vpt-shallow",
 )
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "expected_calibration_error")
 DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for the user's own data
-OF_RECIPE = ", by default the recipe's.%(default).0s"  # prints nothing, and keeps argparse from adding the default
+NO_DEFAULT = "%(default).0s"  # prints nothing, and keeps argparse from adding the default
+OF_RECIPE = f", by default the recipe's.{NO_DEFAULT}"
 
 
 def argument(default: Any, help: str, metavar: str | None = None) -> Any:

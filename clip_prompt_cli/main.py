@@ -23,18 +23,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name, *rest = arguments or [""]
     if name in ("", "-h", "--help"):
-        print(overview())
+        print(overview(), end="")
         sys.exit(0 if name else 1)
     if name == "--version":
         print(f"{PROGRAM} {version('clip_prompt_peft')}")
         return
     if name not in COMMANDS:
-        similar = difflib.get_close_matches(name, COMMANDS, n=1)
+        similar = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
         exit_with(
             f"There is no command {name!r}; "
             + (f"did you mean {similar[0]!r}?" if similar else f"there are {', '.join(COMMANDS)}.")
         )
     check(name, rest)
+    os.environ.setdefault("TQDM_DELAY", "2")  # seconds: no bars of what takes less; read when tqdm is imported
     try:
         command = import_module(f"clip_prompt_peft.commands.{name}")
     except KeyboardInterrupt:
@@ -57,7 +58,9 @@ Tunes the words in front of class names for a frozen CLIP, and uses what was lea
   {PROGRAM} train --train_dir pets/train --test_dir pets/test --output_dir outputs/pets
   {PROGRAM} predict outputs/pets cat.jpg
 
-{PROGRAM} COMMAND --help shows what a command needs first, and {HELP_ALL} everything. --version shows the version."""
+{PROGRAM} COMMAND --help shows what a command needs first, and {HELP_ALL} everything. --version shows the version.
+For completion by Tab, in bash or zsh: pip install argcomplete && eval "$(register-python-argcomplete {PROGRAM})"
+"""
 
 
 def complete() -> None:

@@ -13,7 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from .fields import BenchmarkArguments, DataFields, DataTrainingFields, ModelArguments, PromptFields, TrainerFields
+from .fields import (
+    NO_DEFAULT,
+    BenchmarkArguments,
+    DataFields,
+    DataTrainingFields,
+    ModelArguments,
+    PromptFields,
+    TrainerFields,
+)
 from .messages import PROGRAM, exit_with
 from .texts import EXAMPLES, FIRST, SUMMARIES, USAGES
 
@@ -96,7 +104,7 @@ def add_dataclasses(parser: argparse.ArgumentParser, name: str, show_all: bool) 
 
 
 def add_field(parser, field: Field, of_type: type, is_shown: bool = True) -> None:
-    """Adds a field of a dataclass as `HfArgumentParser` does, but for types, which are checked when a command runs."""
+    """Adds a field of a dataclass as `HfArgumentParser` does, but for booleans, which are read when a command runs."""
     hint = get_type_hints(of_type)[field.name]
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     literals = [hint, *kinds] if get_origin(hint) is Literal else kinds
@@ -109,13 +117,15 @@ def add_field(parser, field: Field, of_type: type, is_shown: bool = True) -> Non
         options |= {"nargs": "?", "const": True, "metavar": "BOOL"}
     elif list in (get_origin(kind) for kind in (hint, *kinds)):
         options["nargs"] = "+"
+    number = next((kind for kind in kinds if kind in (int, float)), None)
+    if number is not None:
+        options["type"] = number
     default = field.default if field.default is not MISSING else " ".join(map(str, field.default_factory()))
-    if default not in (None, False) and "%(default)" not in options["help"]:
-        help = options["help"]
-        options["help"] = f"{help if help.endswith('...') else help.removesuffix('.')} (default: %(default)s)"
-    if not is_shown:
-        options["help"] = argparse.SUPPRESS
-    parser.add_argument(f"--{field.name}", default=default, **options)
+    help = options["help"].replace(NO_DEFAULT, "")
+    if default not in (None, False) and NO_DEFAULT not in options["help"]:
+        help = f"{help if help.endswith('...') else help.removesuffix('.')} (default: {default})"
+    options["help"] = help if is_shown else argparse.SUPPRESS
+    parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
 
 
 def positive(text: str) -> int:
@@ -287,6 +297,8 @@ def check_flags(name: str, arguments: list[str]) -> None:
     if name == "train" and arguments and not arguments[0].startswith("-"):
         if not arguments[0].endswith(SETTINGS_FILES):
             exit_with(follows_no_argument(arguments[0]))
+        if not Path(arguments[0]).is_file():
+            exit_with(f"The file {arguments[0]!r} with arguments does not exist.")
         arguments = arguments[1:]
     if with_underscores([HELP_ALL])[0] in arguments and name in MORE:
         return  # the library's parser shows all of them

@@ -15,7 +15,13 @@ from .loss import PromptClassifierOutput, check_regularizers, compute_loss
 from .pretrained import PretrainedClassifierMixin
 from .regularizers import Prediction, Regularizer, regularizer_of
 from .regularizers.teacher import ZeroShotTeacher
-from .templates import DEFAULT_TEMPLATE, check_class_names, check_template, name_labels
+from .templates import (
+    DEFAULT_TEMPLATE,
+    check_class_names,
+    check_template,
+    name_labels,
+    warn_of_names_without_words,
+)
 from .text import ClassEncoder, normalize
 from .text.cache import Memo
 from .text.prompts import ClassPrompts, build_class_prompts
@@ -115,6 +121,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         class_names = check_class_names(class_names)
         layout = self.prompt_layout
         self.build_prompts(class_names, self.prompt_template, layout)
+        warn_of_names_without_words(class_names)
         self._fixed_class_embeds = None
         self.config.class_names, self.names_were_given = class_names, True
         if layout is not None:
@@ -177,7 +184,8 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         if torch.compiler.is_exporting():
             self._prepare_to_export()
         if layout is None or not layout.image_conditioned:
-            return self.class_encoder(self, self._class_prompts(layout), layout)
+            priors = self._class_priors(layout)
+            return self.class_encoder(self, self._class_prompts(layout), layout, class_priors=priors)
         if image_embeds is None:
             raise ValueError(
                 "The active adapter makes its class embeddings for each image; pass image_embeds, (B, "
@@ -185,13 +193,27 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
             )
         return self.class_encoder(self, self._class_prompts(layout), layout, normalize(image_embeds))
 
+    def _class_priors(self, layout: PromptLayout | None) -> torch.Tensor | None:
+        """Returns the zero-shot class embeddings (C, E) that an adapter with a `class_aware_layer` starts from."""
+        if layout is None or layout.class_prior_templates is None:
+            return None
+        if self._class_names(layout) is None:
+            self._class_prompts(layout)  # raises
+        return self.teacher.class_embeds(self, layout.class_prior_templates)
+
     @torch.compiler.assume_constant_result
     def _prepare_to_export(self) -> bool:
         # torch.export would record how the prompts are made, which depends on their values. Modes belong to a thread,
         # and this is the public way out of them.
         with ThreadPoolExecutor(1) as outside:
-            outside.submit(lambda: self.class_encoder.prepare(self, self.class_prompts, self.prompt_layout)).result()
+            outside.submit(self._prepare_inputs).result()
         return True
+
+    def _prepare_inputs(self) -> None:
+        layout = self.prompt_layout
+        self.class_encoder.prepare(self, self._class_prompts(layout), layout)
+        if layout is not None and layout.class_prior_templates is not None:
+            self.teacher.prepare_to_export(self, layout.class_prior_templates)
 
     @property
     def class_prompts(self) -> ClassPrompts:

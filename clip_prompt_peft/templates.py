@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 
@@ -11,6 +13,17 @@ from transformers import PreTrainedTokenizerBase
 DEFAULT_TEMPLATE = "a photo of a {}."
 CLASS_SLOT = "{}"
 PLACEHOLDER = "X"  # CoOp's placeholder for a virtual token
+NO_WORDS = re.compile(
+    r"[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?"  # "7", "1.0"
+    r"|n\d{8}([ -].*)?"  # of WordNet: "n01440764", also in front of a name
+    r"|\d+\.[^\d\s].*"  # "001.Black footed Albatross"
+    r"|(class|label|category|cls|cat|target|cluster|id|idx|index)[ .#-]*\d+"
+    r"|[0-9a-f]{8}-?[0-9a-f-]{8,}"  # of data bases
+    r"|nan|none|null|n/?a|<na>|nat|true|false|yes|no|[?.*-]+"
+    r"|unknown|unlabell?ed|unnamed|untitled|undefined|no label|no class|placeholder|dummy|todo|tbd",
+    re.IGNORECASE,
+)
+COUNTED = re.compile(r"[a-zA-Z][ _-]?(\d+)")
 PROBE = "a photo of a cat"  # a text that shows which special tokens a tokenizer adds
 
 
@@ -47,6 +60,29 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     if repeated:
         raise ValueError(f"class_names must differ from each other, but these stand there twice: {repeated[:5]}.")
     return class_names
+
+
+def warn_of_names_without_words(class_names: Sequence[str]) -> None:
+    """Warns (`UserWarning`) if class names look like numbers, ids or placeholders.
+
+    It is called where names come from: when a data set is loaded, and when a classifier or a new adapter gets names.
+    Python shows a warning of the same text once.
+    """
+    found = [name for name in class_names if NO_WORDS.fullmatch(name.strip().replace("_", " "))]
+    if not found and len(class_names) > 1:
+        numbered = [COUNTED.fullmatch(name.strip()) for name in class_names]  # "c0", "c1", ...
+        numbers = {int(match[1]) for match in numbered if match}
+        if len(numbers) == len(class_names) and numbers in (set(range(len(numbers))), set(range(1, len(numbers) + 1))):
+            found = list(class_names)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        warnings.warn(
+            f"These of the {len(class_names)} class names look like numbers, ids or placeholders: "
+            f"{', '.join(map(repr, found[:3]))}{more}. CLIP reads class names as text, so give each class the words "
+            "for what its images show, such as 'golden retriever'.",
+            UserWarning,
+            stacklevel=1,
+        )
 
 
 def _check_encodable(what: str, text: str) -> None:

@@ -1,9 +1,13 @@
 """The source distribution is complete; an editable installation works beside a clone, whatever that is called."""
 
+import configparser
+import email
+import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -66,8 +70,48 @@ def test_the_source_distribution_holds_what_the_clone_holds(tmp_path):
     assert expected - packed == set()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["", "https://example.org/me/clip_prompt_peft"])
+def test_the_metadata_follow_the_address_of_the_repository(address, tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    for name in ("setup.py", "setup.cfg", "README.md", "docs/hooks.py", "clip_prompt_peft/installing.py"):
+        (clone / name).write_text((ROOT / name).read_text())  # what is tested may not be committed yet
+    installing = clone / "clip_prompt_peft" / "installing.py"
+    installing.write_text(
+        re.sub(r'^REPOSITORY = ".*"$', f'REPOSITORY = "{address}"', installing.read_text(), flags=re.M)
+    )
+    build = "from setuptools.build_meta import prepare_metadata_for_build_wheel as prepare; prepare('metadata')"
+    (clone / "metadata").mkdir()
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)
+
+    (written,) = (clone / "metadata").glob("*.dist-info/METADATA")
+    metadata = email.message_from_string(written.read_text())
+    urls = metadata.get_all("Project-URL") or []
+    assert urls == [] if not address else f"Source, {address}" in urls
+    assert "](docs/" not in metadata.get_payload() and 'src="docs/' not in metadata.get_payload()
+    assert (f"{address}/raw/main/docs/report.png" in metadata.get_payload()) == bool(address)
+    assert metadata["Author"] == "The clip_prompt_peft contributors"
+    assert len(metadata.get_all("License-File")) == 2  # with that of the embedded model and pictures
+
+
 def test_only_one_place_says_how_to_install_the_package():
     saying = {file.name for file in (ROOT / "clip_prompt_peft").rglob("*.py") if "pip install" in file.read_text()}
     assert saying == {"installing.py", "prompt_classification_pipeline.py"}  # the second is copied beside classifiers
-    assert how_to_install("report").endswith('pip install -e ".[report]"')
     assert how_to_install().endswith('pip install -e "."')
+
+
+def test_packages_of_an_extra_are_named_one_by_one_wherever_this_one_came_from(monkeypatch):
+    declared = configparser.ConfigParser()
+    declared.read(ROOT / "setup.cfg")
+    for extra in ("report", "serve", "export", "demo"):
+        packages = declared["options.extras_require"][extra].split()
+        assert how_to_install(extra) == "pip install " + " ".join(f'"{package}"' for package in packages)
+
+    def not_installed(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("clip_prompt_peft.installing.requires", not_installed)
+    assert how_to_install("report").endswith('in a clone of clip_prompt_peft: pip install -e ".[report]"')
+    monkeypatch.setattr("clip_prompt_peft.installing.REPOSITORY", "https://hub.example/me/it")
+    assert how_to_install("report") == 'pip install "clip_prompt_peft[report] @ git+https://hub.example/me/it"'

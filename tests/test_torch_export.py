@@ -17,6 +17,7 @@ KINDS = {
     "middle": {"class_token_position": "middle"},
     "coupled": {**DEEP, "vision_prompts_from_text": True},
     "image_conditioned": {"image_conditioned": True},
+    "class_aware": {"class_aware_layer": 1},
 }
 
 

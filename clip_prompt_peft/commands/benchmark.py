@@ -98,7 +98,8 @@ def run_benchmark(arguments: list[str], progress: Progress) -> None:
         check_arguments(args, settings)
         if args.data is None:
             settings = replace(settings, when_fewer="all")  # some classes have 13 pictures
-        data = load_data(args.data)
+        with progress_bars_of_datasets(args.data is not None):
+            data = load_data(args.data)
         source, *targets = data
         shots = [max(args.shots)]
         curve = few_shot_curve(source, args.methods, args.shots, args.seeds)

@@ -16,7 +16,7 @@ from ..evaluation.tables import counted
 from ..export import NEEDED_PACKAGES, ExportReport, export_classifier
 from ..templates import check_label_names
 from .adapters import find_adapter, load_adapter
-from .common import check_device, check_extra, errors_in_one_line, stopped_in_one_line
+from .common import check_device, check_extra, errors_in_one_line, progress_bars_of_datasets, stopped_in_one_line
 from .data import DataArguments
 from .outputs import check_can_be_written
 from .report import find_test_set
@@ -52,7 +52,8 @@ def load_images(folder: str) -> Dataset:
     """Returns the images of a folder with one sub-folder for each class."""
     data_args = DataArguments(test_dir=folder)
     data_args.check({"test_dir"}, needs_train=False)
-    return find_test_set(data_args, split=None)[1]
+    with progress_bars_of_datasets(True):
+        return find_test_set(data_args, split=None)[1]
 
 
 def told(report: ExportReport, folder: str) -> str:

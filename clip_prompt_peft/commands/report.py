@@ -24,6 +24,7 @@ from .common import (
     check_extra,
     check_output_file,
     errors_in_one_line,
+    progress_bars_of_datasets,
     stopped_in_one_line,
 )
 from .data import DataArguments, load_data
@@ -49,7 +50,8 @@ def report(arguments: list[str]) -> None:
         check_output_file(args.output)
         adapter = find_adapter(args.adapter)
         data_args, expected = choose_data(adapter, data_args, names_in(arguments))
-        name, dataset = find_test_set(data_args, args.split)
+        with progress_bars_of_datasets(not data_args.is_embedded):
+            name, dataset = find_test_set(data_args, args.split)
         if expected is not None and args.split is None and content_hash(dataset) != expected["content_hash"]:
             raise ValueError(
                 f"The test images of {adapter!r} in {data_args.name!r} have changed since the training. Name the "

@@ -87,7 +87,11 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
                 find_checkpoint(run_args)
         if is_main_process:
             check_can_be_written(planned[0].output_dir)
-        with training_args.main_process_first(desc="loading the data"):
+        shows_bars = is_main_process and not training_args.disable_tqdm
+        with (
+            training_args.main_process_first(desc="loading the data"),
+            progress_bars_of_datasets(shows_bars and not data_args.is_embedded),
+        ):
             splits, test_sets = load_data(data_args, model_args.cache_dir, model_args.token)
         if training_args.eval_strategy != "no" and "validation" not in splits:
             raise ValueError("--eval_strategy needs validation images besides the test images, and there are none.")
@@ -126,7 +130,7 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         batch_size = training_args.per_device_eval_batch_size
         description = f"Embedding images ({description})"
         settings = {"description": description, "num_workers": training_args.dataloader_num_workers}
-        with progress_bars_of_datasets(is_main_process and not training_args.disable_tqdm):
+        with progress_bars_of_datasets(shows_bars):
             return cache_image_embeds(dataset, model, image_processor, batch_size, **settings)
 
     runs += planned

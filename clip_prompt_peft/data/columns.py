@@ -57,7 +57,8 @@ def find_label_column(features: Features, name: str | None = None) -> str:
         name (`str`, *optional*):
             The column to use. By default, the only `ClassLabel` column or, without one, a string column. Among several
             candidates, and for string columns always, the name must be `label`, `labels`, `class` or `target`. If
-            several columns have such a name, `label` is taken, with a warning that names the others.
+            several columns have such a name, `label` is taken, with a warning that names the others. So does a
+            `ClassLabel` of another name beside a column of such a name.
 
     Raises:
         ValueError: If the named column is missing or has no class names, or if no label column can be determined, as
@@ -73,7 +74,18 @@ def find_label_column(features: Features, name: str | None = None) -> str:
             others,
         )
         usual = [LABEL]
-    return _choose(features, "label", name, usual or labels, _has_class_names)
+    column = _choose(features, "label", name, usual or labels, _has_class_names)
+    if name is None and column != LABEL:
+        fits = _has_class_names if column in USUAL_LABEL_NAMES else (lambda feature: not is_image(feature))
+        others = [key for key in features if key in USUAL_LABEL_NAMES and key != column and fits(features[key])]
+        if others:
+            logger.warning(
+                "The labels are read from the column %r (%s), and not from %s; name another one with label_column.",
+                column,
+                type_name(features[column]),
+                ", ".join(f"{key!r} ({type_name(features[key])})" for key in others),
+            )
+    return column
 
 
 def is_image(feature) -> bool:

@@ -49,8 +49,6 @@ def load_class_folders(folders: Mapping[str, str], cache_dir: str | None = None)
     all_names = sorted(set().union(*names.values()))
     if len(all_names) < 2:
         raise ValueError(f"No classes were found in {', '.join(folders.values())}. {LAYOUT}")
-    if all(name.isdigit() for name in all_names):
-        logger.warning("All class folders have numbers as names (%s), which CLIP reads as numbers.", all_names[:5])
     for split, of_split in names.items():
         missing = sorted(names.get("train", of_split) - of_split)
         if missing:

@@ -1,28 +1,40 @@
 """Parquet and arrow files that `datasets` reads together: their labels must mean the same in each of them.
 
 `datasets` takes the types of the columns, and with them the class names, from the first file, and gives them to the
-numbers of all others.
+numbers of all others. Of files that are not on this machine, only the heads are read, which hold the types.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
+import datasets.config
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, load_dataset_builder
+from huggingface_hub import HfFileSystem
 
 from .columns import TEXTS, USUAL_LABEL_NAMES
 from .path_tables import ROWS
 
 
+logger = logging.getLogger(__name__)
+
+MAX_REMOTE_FILES = 500  # whose heads are read, at one or two requests each
+NUM_THREADS = 16  # that wait for answers
+BLOCK_SIZE = 2**16  # bytes that are asked for at once
 # The settings of `load_dataset` that `load_dataset_builder` does not have.
 LOADING_ONLY = {"split", "streaming", "num_proc", "save_infos", "verification_mode", "keep_in_memory"}
 ADVICE = (
     "`datasets` would give all of them the class names of the first. Write the files again with the same names in the "
-    "same order, for example after dataset.align_labels_with_mapping(label2id, {column!r}), or with names as text."
+    "same order, for example after dataset.align_labels_with_mapping(label2id, {column!r}), or with names as text; of "
+    "a repository that is not yours, load a part with data_files."
 )
 
 
@@ -40,7 +52,10 @@ def check_same_labels(files: Sequence[str], label_column: str | None = None) -> 
         ValueError: If two files have other class names or another order of them, or names in one and numbers or text
             in the other. It names both files.
     """
-    schemas = {file: schema for file in dict.fromkeys(files) if (schema := _read_schema(file)) is not None}
+    _check_schemas({file: schema for file in files if (schema := _read_schema(file)) is not None}, label_column)
+
+
+def _check_schemas(schemas: dict[str, pa.Schema], label_column: str | None) -> None:
     class_names = {file: _class_names(schema) for file, schema in schemas.items()}
     with_names = {column for of_file in class_names.values() for column in of_file}
     columns = [label_column] if label_column is not None else sorted({*USUAL_LABEL_NAMES, *with_names})
@@ -57,8 +72,18 @@ def check_same_labels(files: Sequence[str], label_column: str | None = None) -> 
             _check_same_names(column, first, class_names[first].get(column), other, class_names[other].get(column))
 
 
-def check_labels_of_folder(name: str, config: str | None, label_column: str | None, settings: dict) -> None:
-    """Checks the parquet and arrow files of all splits that `load_dataset` finds on this machine.
+def check_labels_of_named(name: str, config: str | None, label_column: str | None, settings: dict) -> None:
+    """Checks the parquet and arrow files of all splits that `load_dataset` finds, on the Hub or elsewhere.
+
+    Args:
+        name (`str`):
+            The data set: a Hub id, a folder, or the format of the files that `settings` name.
+        config (`str`, *optional*):
+            Its configuration.
+        label_column (`str`, *optional*):
+            The column of the labels.
+        settings (`dict`):
+            The other arguments of `load_dataset`.
 
     Raises:
         ValueError: As [`check_same_labels`], or if the card or `features` name the classes of a file in another order.
@@ -66,28 +91,74 @@ def check_labels_of_folder(name: str, config: str | None, label_column: str | No
     settings = {key: value for key, value in settings.items() if key not in LOADING_ONLY}
     builder = load_dataset_builder(name, config, **settings)
     found = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
-    files = [file for file in found if os.path.splitext(file)[1].lower() in ROWS and os.path.isfile(file)]
-    check_same_labels(files, label_column)
-    for column, feature in (builder.info.features or {}).items() if files else ():
-        schema = _read_schema(files[0])
-        names = None if schema is None else _class_names(schema).get(column)
+    files = [file for file in dict.fromkeys(found) if _ending(file) in ROWS]
+    schemas = _read_schemas(files, {**(settings.get("storage_options") or {}), "token": settings.get("token")})
+    _check_schemas(schemas, label_column)
+    for column, feature in (builder.info.features or {}).items() if schemas else ():
+        first = next(iter(schemas))
+        names = _class_names(schemas[first]).get(column)
         if names and isinstance(feature, ClassLabel) and set(names) == set(feature.names):
-            _check_same_names(column, files[0], names, "its dataset card or `features`", feature.names)
+            _check_same_names(column, first, names, "its dataset card or `features`", feature.names)
+
+
+def _ending(file: str) -> str:
+    return os.path.splitext(file.partition("?")[0] if "://" in file else file)[1].lower()
+
+
+def _read_schemas(files: Sequence[str], options: dict) -> dict[str, pa.Schema]:
+    """Reads the columns of files on this machine or elsewhere; leaves out those that cannot be read."""
+    remote = [file for file in files if "://" in file]
+    if len(remote) > MAX_REMOTE_FILES:
+        logger.warning(
+            "The class names of the first %d of %d files are compared, since each takes a request.",
+            MAX_REMOTE_FILES,
+            len(remote),
+        )
+    schemas = {file: _read_schema(file) for file in files if os.path.isfile(file)}
+    systems = {file: _file_system(file, options) for file in remote[:MAX_REMOTE_FILES]}
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        schemas.update(zip(systems, pool.map(lambda file: _read_remote_schema(file, systems[file]), systems)))
+    return {file: schemas[file] for file in files if schemas.get(file) is not None}
+
+
+def _file_system(file: str, options: dict) -> fsspec.AbstractFileSystem | None:
+    """Returns what reads a remote file, with the user's token for the Hub, or `None` if it is not installed."""
+    protocol = file.partition("://")[0]
+    try:
+        if protocol == "hf":  # the same object as `datasets` has, which knows the list of files already
+            return HfFileSystem(endpoint=datasets.config.HF_ENDPOINT, token=options["token"])
+        return fsspec.filesystem(protocol, **options.get(protocol, {}))
+    except (ImportError, OSError, TypeError, ValueError):
+        return None
+
+
+def _read_remote_schema(file: str, system: fsspec.AbstractFileSystem | None) -> pa.Schema | None:
+    try:
+        with system.open(file, "rb", block_size=BLOCK_SIZE) as opened:
+            return _schema_of(opened, file)
+    except Exception:  # of any HTTP library, or no such file; `datasets` reads it next, and says why it cannot
+        return None
 
 
 def _read_schema(file: str) -> pa.Schema | None:
     """Returns the columns that the head of a file names, or `None` if it cannot be read."""
     try:
-        if os.path.splitext(file)[1].lower() == ".parquet":
-            return pq.read_schema(file)
-        try:
-            with pa.ipc.open_stream(file) as stream:
-                return stream.schema
-        except pa.ArrowInvalid:
-            with pa.ipc.open_file(file) as table:
-                return table.schema
+        with open(file, "rb") as opened:
+            return _schema_of(opened, file)
     except (OSError, pa.ArrowException):
         return None
+
+
+def _schema_of(opened: BinaryIO, file: str) -> pa.Schema:
+    if _ending(file) == ".parquet":
+        return pq.read_schema(opened)
+    try:
+        with pa.ipc.open_stream(opened) as stream:
+            return stream.schema
+    except pa.ArrowInvalid:
+        opened.seek(0)
+        with pa.ipc.open_file(opened) as table:
+            return table.schema
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from datasets import (
 )
 
 from ..image_files import list_images
+from ..templates import warn_of_names_without_words
 from .columns import (
     IMAGE,
     LABEL,
@@ -51,7 +52,7 @@ from .path_tables import (
     with_found_paths,
 )
 from .reading import check_rows
-from .row_files import check_labels_of_folder, check_same_labels
+from .row_files import check_labels_of_named, check_same_labels
 from .splits import split_by_column, split_folders
 
 
@@ -198,8 +199,8 @@ def _load_named(name: str, config: str | None, label_column: str | None, load_kw
             rows = load_metadata_folder(folder, label_column, settings.get("cache_dir"))  # one file for all splits
             return split_by_folder(rows, splits)
         return _load_folders(splits, label_column, load_kwargs)
-    if os.path.isdir(name) or name in {builder for builder, _ in ROWS.values()}:
-        check_labels_of_folder(name, config, label_column, load_kwargs)
+    if name != "imagefolder":
+        check_labels_of_named(name, config, label_column, load_kwargs)
     try:
         return load_dataset(name, config, **load_kwargs)
     except StopIteration as error:  # has no text
@@ -309,6 +310,7 @@ def standardize(splits: DatasetDict, image_column: str | None = None, label_colu
         _check_named(labels)
         label_feature = ClassLabel(names=sorted(trained - {None}))
         _check_names(label_feature.names)
+    _warn_of_names(label_feature.names)
 
     standard = DatasetDict()
     for name, split in splits.items():
@@ -350,10 +352,12 @@ def _check_named(labels: list) -> None:
 def _check_names(names: list[str]) -> None:
     """Checks class names that come from a column of text, as the names of class folders are checked."""
     check_names_differ(names)
-    if names and all(re.fullmatch(r"[+-]?\d+", name.strip()) for name in names):
-        logger.warning("All class names are numbers (%s), which CLIP reads as numbers.", names[:5])
-    elif "-1" in names:
+    if "-1" in names:
         logger.warning("'-1' is taken for the name of a class; if it stands for no label, leave these rows out.")
+
+
+def _warn_of_names(names: list[str]) -> None:
+    warn_of_names_without_words([clean_class_name(name) for name in names if name != "-1"])
 
 
 def _warn_of_few_classes(feature: ClassLabel, trained: set) -> None:
@@ -392,6 +396,7 @@ def _standardize_streams(
         )
     if feature.num_classes == 1:
         logger.warning("The stream has one class only, %r; a classifier needs two.", feature.names[0])
+    _warn_of_names(feature.names)
     standard = IterableDatasetDict()
     for name, split in splits.items():
         if split.features.get(label_column) != features[label_column]:

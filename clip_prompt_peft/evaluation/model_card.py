@@ -261,6 +261,11 @@ def _text_prompts(config) -> str:
         parts.append(f"class token position: {config.class_token_position.value}")
     if config.text_prompt_depth != 1:
         parts.append(f"new ones in each of the first {config.text_prompt_depth} layers")
+    if config.class_aware_layer is not None:
+        parts.append(
+            f"before layer {config.class_aware_layer} (the first is 0) those of each class, which a small network "
+            "makes of its zero-shot embedding"
+        )
     return "; ".join(parts)
 
 

@@ -90,12 +90,15 @@ def plot_bars(
 
 
 def plot_confusion_matrix(
-    labels: Sequence[int], predicted: Sequence[int], class_names: Sequence[str], axes: Axes | None = None
+    labels: Sequence[int] | np.ndarray,
+    predicted: Sequence[int] | np.ndarray,
+    class_names: Sequence[str],
+    axes: Axes | None = None,
 ) -> Axes:
     """Plots a confusion matrix: true classes in rows, predicted classes in columns, shaded by the share of the row.
 
     Args:
-        labels, predicted (`Sequence[int]`):
+        labels, predicted (`Sequence[int]` or `np.ndarray`):
             The (N,) indices of the true and the predicted classes.
         class_names (`Sequence[str]`):
             The names of the C classes.
@@ -128,14 +131,17 @@ def plot_class_similarity(class_embeds: np.ndarray, class_names: Sequence[str], 
 
 
 def plot_reliability(
-    confidence: Sequence[float], is_correct: Sequence[bool], num_bins: int = 10, axes: Axes | None = None
+    confidence: Sequence[float] | np.ndarray,
+    is_correct: Sequence[bool] | np.ndarray,
+    num_bins: int = 10,
+    axes: Axes | None = None,
 ) -> Axes:
     """Plots accuracy against confidence. The curve of an overconfident model lies below the diagonal.
 
     Args:
-        confidence (`Sequence[float]`):
+        confidence (`Sequence[float]` or `np.ndarray`):
             The (N,) probabilities of the predicted classes.
-        is_correct (`Sequence[bool]`):
+        is_correct (`Sequence[bool]` or `np.ndarray`):
             Whether each of the N predictions is correct.
         num_bins (`int`, *optional*, defaults to 10):
             The number of bins of equal width.

@@ -17,9 +17,11 @@ from .chunks import (
     num_processes,
     share_of_classes,
 )
+from .class_aware import ClassAwarePrompts, class_aware_places, fewest_shared_positions, pack_class_aware
 from .graph import AUTO, GraphedEncoder, Plan
 from .memory import CHUNK, MANY_CLASSES, PROMPTS_AT_ONCE, TowerSize, bytes_of_class, classes_that_fit, free_bytes
 from .packing import (
+    PACKED,
     PATHS,
     PLAIN,
     PackedPrompts,
@@ -31,6 +33,9 @@ from .packing import (
     tokens_of_class,
 )
 from .prompts import ClassPrompts
+
+
+Chunk = PlainPrompts | PackedPrompts | ClassAwarePrompts
 
 
 class ClassEncoder:
@@ -95,6 +100,7 @@ class ClassEncoder:
         prompts: ClassPrompts,
         layout: PromptLayout | None = None,
         image_embeds: torch.Tensor | None = None,
+        class_priors: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -106,6 +112,9 @@ class ClassEncoder:
                 The layout of the active prompt adapter.
             image_embeds (`torch.Tensor`, *optional*):
                 (B, E), L2-normalized, for an adapter that is conditioned on the image.
+            class_priors (`torch.Tensor`, *optional*):
+                (C, E), the zero-shot embeddings of the classes over `layout.class_prior_templates`, for an adapter
+                with a `class_aware_layer`.
 
         Returns:
             `torch.Tensor`: Class embeddings (C, E), L2-normalized, in at least float32, differentiable with respect to
@@ -121,18 +130,20 @@ class ClassEncoder:
                 self._graphs.tell("every image has class embeddings of its own", self.cuda_graph)
             return self._encode_for_images(model, prompts, layout, image_embeds)
         if torch.compiler.is_compiling():  # the state of the model cannot be compared in a compiled graph
-            return self._encode(model, prompts, layout)
+            return self._encode(model, prompts, layout, class_priors)
         if model.training or (torch.is_grad_enabled() and trainable_parameters(text_side(model))):
             self._embeds.clear()
             if not self.cuda_graph:
                 self._graphs.clear()
-            embeds = self._replay(model, prompts, layout) if self._wants_graph(model) else None
-            return self._encode(model, prompts, layout) if embeds is None else embeds
+            embeds = self._replay(model, prompts, layout, class_priors) if self._wants_graph(model) else None
+            return self._encode(model, prompts, layout, class_priors) if embeds is None else embeds
         device = execution_device(model.text_model)
         self._graphs.clear_elsewhere(device)
-        settings = attention_of(model.text_model), autocast_state(device)
+        priors_of = layout and layout.class_prior_templates
+        settings = attention_of(model.text_model), autocast_state(device), priors_of
         return self._embeds.get(
-            (WeightsState(text_side(model)), prompts, settings), lambda: self._encode(model, prompts, layout)
+            (WeightsState(text_side(model)), prompts, settings),
+            lambda: self._encode(model, prompts, layout, class_priors),
         )
 
     def clear(self) -> None:
@@ -163,30 +174,38 @@ class ClassEncoder:
             return False
         return model.training and torch.is_grad_enabled()
 
-    def _replay(self, model, prompts, layout) -> torch.Tensor | None:
+    def _replay(self, model, prompts, layout, class_priors) -> torch.Tensor | None:
         """Returns what `_encode` would from a captured graph, or `None` where there is none."""
 
         def make_plan() -> Plan:
             is_shared = self._is_shared(model, len(prompts.texts))
             classes = share_of_classes(len(prompts.texts)) if is_shared else range(len(prompts.texts))
             chunks, _ = self._chunks_of(model, prompts, layout, classes)
-            tokens = tokens_of_class(self._resolved_path(model), prompts, num_shared_positions(prompts, layout))
+            tokens = tokens_of_class(self._resolved_path(model), prompts, fewest_shared_positions(prompts, layout))
             needed_bytes = len(classes) * bytes_of_class(*tokens, self._tower_size(model), with_gradients=True)
             first = chunks[0]
-            return Plan(lambda model: first.encode(model, layout)[0], len(chunks), is_shared, int(needed_bytes))
+            return Plan(
+                lambda model: first.encode(model, layout, class_priors=class_priors)[0],
+                len(chunks),
+                is_shared,
+                int(needed_bytes),
+            )
 
         settings = self.path, self.batch_size, self.across_processes, num_processes()
-        return self._graphs.encode(model, (prompts, layout, settings), make_plan, self.cuda_graph)
+        tensors = () if class_priors is None else (class_priors,)
+        return self._graphs.encode(model, (prompts, layout, settings), tensors, make_plan, self.cuda_graph)
 
-    def _encode(self, model, prompts, layout) -> torch.Tensor:
+    def _encode(self, model, prompts, layout, class_priors=None) -> torch.Tensor:
         num_classes = len(prompts.texts)
         is_shared = self._is_shared(model, num_classes)
         classes = share_of_classes(num_classes) if is_shared else range(num_classes)
         chunks, _ = self._chunks_of(model, prompts, layout, classes)
         if len(chunks) == 1:
-            embeds = chunks[0].encode(model, layout)[0]
+            embeds = chunks[0].encode(model, layout, class_priors=class_priors)[0]
         else:
-            encode = keep_casts(lambda chunk: chunk.encode(model, layout)[0], text_side(model))
+            encode = keep_casts(
+                lambda chunk: chunk.encode(model, layout, class_priors=class_priors)[0], text_side(model)
+            )
             embeds = encode_in_chunks(encode, chunks, trainable_parameters(text_side(model)))
         return gather_shares(embeds, num_classes) if is_shared else embeds
 
@@ -205,7 +224,7 @@ class ClassEncoder:
         is_trained = model.training and torch.is_grad_enabled() and bool(trainable_parameters(text_side(model)))
         return is_trained and num_classes > MANY_CLASSES
 
-    def _chunks_of(self, model, prompts, layout, classes: range) -> tuple[list[PlainPrompts | PackedPrompts], int]:
+    def _chunks_of(self, model, prompts, layout, classes: range) -> tuple[list[Chunk], int]:
         """Returns the inputs of the text tower, and how many prompts to take at once if every image has its own.
 
         They are kept from call to call: only prompts and settings change them.
@@ -214,7 +233,8 @@ class ClassEncoder:
         attention = attention_of(model.text_model)
         # Bounds instead of the range: once their number varies, a compiled graph compares integers, but no ranges.
         bounds = (classes.start, classes.stop)
-        settings = (self.path, self.batch_size, bounds, at_most, model.text_model.device, attention)
+        settings = (self.path, self.batch_size, bounds, at_most, class_aware_places(layout))
+        settings = (*settings, model.text_model.device, attention)
         if torch.compiler.is_compiling() and self._chunks.latest is not None:
             # A graph without breaks can neither look at all modules of the tower nor compare prompts by value.
             (kept_prompts, kept_settings, *_), chunks = self._chunks.latest
@@ -227,14 +247,18 @@ class ClassEncoder:
         path, device = self._resolved_path(model), execution_device(model.text_model)
         size = self._size_to_fit(model, path)
 
-        def build() -> tuple[list[PlainPrompts | PackedPrompts], int]:
+        def build() -> tuple[list[Chunk], int]:
             num_shared = num_shared_positions(prompts, layout)
             fitting = None
             if size is not None and (free := free_bytes(device)) is not None:
-                fitting = classes_that_fit(*tokens_of_class(path, prompts, num_shared), size, free)
+                tokens = tokens_of_class(path, prompts, fewest_shared_positions(prompts, layout))
+                fitting = classes_that_fit(*tokens, size, free)
             num_chunks = -(-len(classes) // self._chunk_size(len(classes), fitting))
             parts = torch.tensor(classes).tensor_split(num_chunks)
-            chunks = [build_chunk(path, part, prompts, num_shared, device) for part in parts]
+            if path == PACKED and class_aware_places(layout) is not None:
+                chunks = [pack_class_aware(part, prompts, num_shared, layout, device) for part in parts]
+            else:
+                chunks = [build_chunk(path, part, prompts, num_shared, device) for part in parts]
             return chunks, PROMPTS_AT_ONCE if fitting is None else fitting
 
         return self._chunks.get((prompts, settings, path, size), build)

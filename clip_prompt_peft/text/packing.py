@@ -7,15 +7,17 @@ adapter makes other vectors for every image, and 1 otherwise.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, MetaClip2TextModel
 
 from ..towers import is_intercepted, text_embeddings_of, text_side
-from ..tuner.layer import CLIPPromptLayer, PerText
+from ..tuner.base_layer import CLIPPromptLayer
+from ..tuner.layer import PerText
 from ..tuner.layout import PromptLayout
+from ..tuner.vectors import CLIPDeepPrompts
 from .prompts import ClassPrompts
 
 
@@ -97,7 +99,11 @@ class PlainPrompts:
     positions: torch.LongTensor | None
 
     def encode(
-        self, model: CLIPModel, layout: PromptLayout | None, image_vectors: torch.Tensor | None = None
+        self,
+        model: CLIPModel,
+        layout: PromptLayout | None,
+        image_vectors: torch.Tensor | None = None,
+        class_priors: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the class embeddings (B, K, E), L2-normalized.
 
@@ -108,13 +114,19 @@ class PlainPrompts:
                 The layout of the active prompt adapter.
             image_vectors (`torch.Tensor`, *optional*):
                 (B, n, D), the vectors for each image, for an adapter that is conditioned on it.
+            class_priors (`torch.Tensor`, *optional*):
+                (C, E), the zero-shot embeddings of all classes, for an adapter with a `class_aware_layer`.
         """
         num_images = 1 if image_vectors is None else len(image_vectors)
         per_text = _per_text(model, layout, self, image_vectors)
         embeddings = text_embeddings_of(model.text_model)
         context = nullcontext() if per_text is None else embeddings.per_text(per_text.vectors, per_text.positions)
         mask = None if self.attention_mask is None else self.attention_mask.repeat(num_images, 1)
-        with context:
+        of_classes = nullcontext()
+        if class_priors is not None:
+            layer = class_aware_layer_of(model.text_model)
+            of_classes = layer.per_class(layer.class_vectors(class_priors[self.classes]))  # (K, n, D)
+        with context, of_classes:
             outputs = model.get_text_features(input_ids=self.input_ids.repeat(num_images, 1), attention_mask=mask)
         return normalize(outputs.pooler_output).view(num_images, len(self.classes), -1)
 
@@ -144,23 +156,44 @@ class PackedPrompts:
     end_index: torch.LongTensor
 
     def encode(
+        self,
+        model: CLIPModel,
+        layout: PromptLayout | None,
+        image_vectors: torch.Tensor | None = None,
+        class_priors: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns the class embeddings (B, K, E), equal to those of [`PlainPrompts`].
+
+        Without class priors, which need [`~class_aware.ClassAwarePrompts`].
+        """
+        num_images = 1 if image_vectors is None else len(image_vectors)
+        packed = self.embed(model, layout, image_vectors)  # (B R, T, D)
+        mask = self.attention_mask(packed.dtype).repeat(num_images, 1, 1, 1)  # (B R, 1, T, T)
+        # The text model takes token ids only, and no more than it has positions, so its parts are called one by one.
+        return self.pool(model, model.text_model.encoder(inputs_embeds=packed, attention_mask=mask).last_hidden_state)
+
+    def to(self, device: torch.device) -> PackedPrompts:
+        """Returns the prompts on a device."""
+        return PackedPrompts(*_on(device, *(getattr(self, field.name) for field in fields(self))))
+
+    def embed(
         self, model: CLIPModel, layout: PromptLayout | None, image_vectors: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns the class embeddings (B, K, E), equal to those of [`PlainPrompts`]."""
+        """Returns the packed embeddings (B R, T, D) that go into the first layer."""
         num_images = 1 if image_vectors is None else len(image_vectors)
         per_text = _per_text(model, layout, self, image_vectors)
-        text_model = model.text_model
         options = {} if per_text is None else {"per_text": per_text}
-        embeds = text_embeddings_of(text_model)(input_ids=self.input_ids.repeat(num_images, 1), **options)
+        embeds = text_embeddings_of(model.text_model)(input_ids=self.input_ids.repeat(num_images, 1), **options)
         tokens = embeds.view(num_images, -1, embeds.shape[-1])  # (B, K L, D)
-        packed = tokens.index_select(1, self.token_index.flatten()).view(-1, self.segment.shape[1], embeds.shape[-1])
-        mask = self._attention_mask(packed.dtype).repeat(num_images, 1, 1, 1)  # (B R, 1, T, T)
-        # The text model takes token ids only, and no more than it has positions, so its parts are called one by one.
-        states = text_model.encoder(inputs_embeds=packed, attention_mask=mask).last_hidden_state  # (B R, T, D)
-        states = text_model.final_layer_norm(states).view(num_images, -1, states.shape[-1])  # (B, R T, D)
+        return tokens.index_select(1, self.token_index.flatten()).view(-1, self.segment.shape[1], embeds.shape[-1])
+
+    def pool(self, model: CLIPModel, states: torch.Tensor) -> torch.Tensor:
+        """Returns the class embeddings (B, K, E) from the states (B R, T, D) behind the last layer."""
+        num_images = len(states) // len(self.segment)
+        states = model.text_model.final_layer_norm(states).view(num_images, -1, states.shape[-1])  # (B, R T, D)
         return normalize(model.text_projection(states.index_select(1, self.end_index)))  # (B, K, E)
 
-    def _attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
+    def attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns (R, 1, T, T), added to the scores: a token sees the prefix and its own suffix, up to itself."""
         length = self.segment.shape[1]
         query, key = self.segment[:, :, None], self.segment[:, None, :]
@@ -168,6 +201,12 @@ class PackedPrompts:
         visible = causal & ((query == key) | (key == PREFIX))  # (R, T, T)
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def class_aware_layer_of(text_model: nn.Module) -> CLIPDeepPrompts:
+    """Returns the layer of a text tower where the active adapter puts in vectors of the classes."""
+    layers = (module for module in text_model.modules() if isinstance(module, CLIPDeepPrompts))
+    return next(layer for layer in layers if layer.class_aware_adapter is not None)
 
 
 def _per_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,12 @@ from ..towers import trainable_parameters
 from ..tuner.presets import PRESETS
 from .callbacks import GaussianPromptAveraging
 from .prograd import ProGradTrainer
+
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+SGD = (torch.optim.SGD, {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY})
+# Adam with the weight decay as a part of the gradient; TCP's README calls the large eps important.
+ADAM = (torch.optim.Adam, {"eps": 1e-3, "weight_decay": WEIGHT_DECAY})
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,14 @@ class PaperSettings:
             The number of images per step over all devices.
         epochs (`int` or `dict[float, int]`):
             The number of epochs, or a mapping from the largest number of shots per class to the number of epochs.
+        optimizer (`tuple`):
+            The class of the optimizer and its arguments, besides the learning rate.
     """
 
     learning_rate: float
     batch_size: int
     epochs: int | dict[float, int]
+    optimizer: tuple[Callable[..., torch.optim.Optimizer], dict] = SGD
 
 
 COOP_EPOCHS = {1: 50, 4: 100, math.inf: 200}
@@ -47,6 +57,7 @@ SETTINGS: dict[str, PaperSettings] = {
     "maple": PaperSettings(0.0035, 4, 5),
     "kgcoop": PaperSettings(0.002, 128, 100),
     "prograd": PaperSettings(0.002, 32, COOP_EPOCHS),
+    "tcp": PaperSettings(0.002, 32, 50, ADAM),
     "promptsrc": PaperSettings(0.0025, 4, 20),
 }
 DEFAULT = "default"  # the name of the recipe for a configuration without a preset
@@ -57,7 +68,6 @@ DEFAULT_BATCH_SIZE = 32
 DEFAULT_SETTINGS = {1: (5e-4, 50), 4: (1e-3, 100), 8: (2e-3, 300), math.inf: (2e-3, 600)}
 MIN_EPOCHS = 10  # with many classes, so that every image counts
 PROMPTSRC_MEAN, PROMPTSRC_STD = 15 / 20, 1 / 20  # as fractions of the number of epochs
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 WARMUP_LEARNING_RATE = 1e-5  # constant during the first epoch
 
 
@@ -88,9 +98,9 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     Returns the training recipe of the default prompts or of a paper.
 
     `"default"` is for a configuration without a preset: AdamW, a cosine schedule, and 50 (for one image per class) to
-    600 steps (for more than 8) of 32 images, but at least 10 epochs. The recipes of the papers use SGD, one warm-up
-    epoch, a cosine schedule that is updated once per epoch, and no gradient clipping. The batch is divided among the
-    devices.
+    600 steps (for more than 8) of 32 images, but at least 10 epochs. The recipes of the papers use SGD (TCP: Adam),
+    one warm-up epoch, a cosine schedule that is updated once per epoch, and no gradient clipping. The batch is divided
+    among the devices.
 
     Args:
         name (`str`):
@@ -138,7 +148,7 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     arguments.setdefault("dataloader_drop_last", num_examples >= batch_size)
     num_epochs = arguments["num_train_epochs"]
     steps_per_epoch = _steps_per_epoch(num_examples, batch_size, arguments)
-    optimizers = sgd_with_epoch_cosine(model, arguments["learning_rate"], num_epochs, steps_per_epoch)
+    optimizers = with_epoch_cosine(model, arguments["learning_rate"], num_epochs, steps_per_epoch, settings.optimizer)
     averaging = GaussianPromptAveraging(PROMPTSRC_MEAN * num_epochs, PROMPTSRC_STD * num_epochs)
     trainer_class = ProGradTrainer if PRESETS[name].get("regularizer") == "prograd" else Trainer
     return Recipe(arguments, optimizers, [averaging] if name == "promptsrc" else [], trainer_class)
@@ -174,22 +184,26 @@ def _steps_per_epoch(num_examples: int, batch_size: int, arguments: dict) -> int
     return math.ceil(num_batches / arguments.get("gradient_accumulation_steps", 1))
 
 
-def sgd_with_epoch_cosine(
-    model: nn.Module, learning_rate: float, num_epochs: int, steps_per_epoch: int
-) -> tuple[torch.optim.SGD, LambdaLR]:
+def with_epoch_cosine(
+    model: nn.Module,
+    learning_rate: float,
+    num_epochs: int,
+    steps_per_epoch: int,
+    optimizer: tuple[Callable[..., torch.optim.Optimizer], dict] = SGD,
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """
-    Returns SGD with weight decay for all trainable parameters, and the schedule of [`epoch_learning_rate`].
+    Returns an optimizer with weight decay for all trainable parameters, and the schedule of [`epoch_learning_rate`].
 
     Raises:
         ValueError: If the model has no trainable parameters.
     """
-    parameters = _check_trainable(model)
-    optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    optimizer_class, arguments = optimizer
+    made = optimizer_class(_check_trainable(model), lr=learning_rate, **arguments)
 
     def factor(step: int) -> float:
         return epoch_learning_rate(step // steps_per_epoch, learning_rate, num_epochs) / learning_rate
 
-    return optimizer, LambdaLR(optimizer, factor)
+    return made, LambdaLR(made, factor)
 
 
 def epoch_learning_rate(epoch: int, learning_rate: float, num_epochs: int) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 
 import torch
 from accelerate.utils import align_module_device
@@ -12,6 +13,20 @@ from torch import nn
 
 from .files import check_values
 from .layout import PromptLayout
+
+
+# A context variable, so that other threads that use the same model keep their prompts.
+_WITHOUT_PROMPTS: ContextVar[bool] = ContextVar("without_prompts", default=False)
+
+
+@contextmanager
+def without_prompts() -> Iterator[None]:
+    """Lets all prompts be left out for a while, in this thread. Which tensors are trained stays the same."""
+    token = _WITHOUT_PROMPTS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_PROMPTS.reset(token)
 
 
 class CLIPPromptLayer(nn.Module, BaseTunerLayer):
@@ -36,6 +51,12 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
         self._awaited: dict[str, dict[str, nn.Parameter]] = {}
         self.merged_adapters = []
         self._active_adapter = adapter_name
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the layer leaves its module alone: as in peft, and inside of [`without_prompts`]."""
+        # A context variable would break the graph of torch.compile.
+        return super().disable_adapters or (not torch.compiler.is_compiling() and _WITHOUT_PROMPTS.get())
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.prompt_layouts]

@@ -119,6 +119,10 @@ class CLIPPromptTuningConfig(PeftConfig):
             The number of vectors that are appended to the image patches.
         vision_prompt_depth (`int`, *optional*, defaults to 1):
             The number of image layers with prompts (VPT shallow and deep). `None` means every layer.
+        class_aware_layer (`int`, *optional*):
+            The text layer, counted from 0, before which the hidden states at the positions of the vectors are replaced
+            by vectors of each class. A small network computes them from the zero-shot embedding of the class (TCP), so
+            they exist for new classes, too. Layers before it see the learnable vectors. By default there is none.
         vision_prompts_from_text (`bool`, *optional*, defaults to `False`):
             Whether the vision prompts are linear maps of the text prompts, with one map for each depth (MaPLe).
         image_conditioned (`bool`, *optional*, defaults to `False`):
@@ -128,8 +132,8 @@ class CLIPPromptTuningConfig(PeftConfig):
         regularizer_weights (`dict[str, float]`, *optional*):
             The weights of the regularizer. Those that are left out have the values of the paper.
         teacher_templates (`list[str]`, *optional*):
-            The templates of the zero-shot class embeddings that the regularizer compares with. By default those of the
-            regularizer, or `prompt_template`.
+            The templates of the zero-shot class embeddings that the regularizer compares with, and from which
+            `class_aware_layer` starts. By default those of the regularizer, or `prompt_template`.
         target_modules (`list[str]` or `str`, *optional*):
             The names, or a regex, of the embedding modules. By default all of the model. Deep prompts are put into the
             towers whose embeddings are chosen.
@@ -171,6 +175,7 @@ class CLIPPromptTuningConfig(PeftConfig):
         ClassTokenCount.IN_PROMPT, "Count the tokens of a class name inside of its prompt (in_prompt) or alone."
     )
     text_prompt_depth: int | None = _option(1, "Number of text layers with prompts; None means every layer.")
+    class_aware_layer: int | None = _option(None, "Text layer before which vectors of each class come in (TCP).")
     num_vision_virtual_tokens: int = _option(0, "Number of vectors that are appended to the image patches.")
     vision_prompt_depth: int | None = _option(1, "Number of image layers with prompts; None means every layer.")
     vision_prompts_from_text: bool = _option(False, "Whether vision prompts are linear maps of the text prompts.")
@@ -200,6 +205,7 @@ class CLIPPromptTuningConfig(PeftConfig):
         self.class_token_count = _as_member(ClassTokenCount, self.class_token_count, "class_token_count")
         for check in (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts):
             check(self)
+        _check_class_aware(self)
         _check_regularizer(self)
         self.source: str | None = None  # the folder or Hub id that it was read from
         self.checked_tokenizer: int | None = None  # the id() of the tokenizer that `tokenizer_fingerprint` fits
@@ -265,6 +271,16 @@ def check_coupled_depths(config: CLIPPromptTuningConfig) -> None:
         raise ValueError(
             f"vision_prompts_from_text maps the text prompts of each depth, but vision_prompt_depth={vision} goes "
             f"beyond text_prompt_depth={text}; make them equal."
+        )
+
+
+def check_deep_prompts_end(config: CLIPPromptTuningConfig) -> None:
+    """Raises `ValueError` if deep prompts would overwrite the vectors of the classes."""
+    layer, depth = config.class_aware_layer, config.text_prompt_depth
+    if layer is not None and depth is not None and depth > layer:
+        raise ValueError(
+            f"class_aware_layer={layer} puts in vectors of each class, which the deep prompts of text_prompt_depth="
+            f"{depth} (layers 0 ... {depth - 1}) would overwrite; take a text_prompt_depth of at most {layer}."
         )
 
 
@@ -353,6 +369,7 @@ def _check_text_prompts(config) -> None:
             "text_prompt_depth": 1,
             "prompt_tuning_init_text": None,
             "class_token_position": ClassTokenPosition.END,
+            "class_aware_layer": None,
         }
         for name, default in unused.items():
             value = getattr(config, name)
@@ -372,6 +389,23 @@ def _check_text_prompts(config) -> None:
             f"text_prompt_depth={config.text_prompt_depth} needs class_token_position='end' and class_specific=False: "
             "deep prompts are the same, and stand at the same positions, in the texts of all classes."
         )
+
+
+def _check_class_aware(config) -> None:
+    layer = config.class_aware_layer
+    if layer is None:
+        return
+    if not _is_int_from(1, layer):
+        raise ValueError(
+            "class_aware_layer must be the index of a text layer from 1 on, or None for none, got "
+            f"{layer!r}. For vectors of each class in the input, use class_specific."
+        )
+    if config.image_conditioned or not config.has_shared_prefix:
+        raise ValueError(
+            "class_aware_layer needs class_token_position='end', class_specific=False and image_conditioned=False: up "
+            "to that layer, the vectors are the same, and stand at the same positions, in the texts of all classes."
+        )
+    check_deep_prompts_end(config)
 
 
 def _check_vision_prompts(config) -> None:
@@ -402,8 +436,10 @@ def _check_vision_prompts(config) -> None:
 def _check_regularizer(config) -> None:
     if config.regularizer is None:
         for name in ("regularizer_weights", "teacher_templates"):
-            if getattr(config, name) is not None:
+            is_used = name == "teacher_templates" and config.class_aware_layer is not None
+            if getattr(config, name) is not None and not is_used:
                 raise ValueError(f"{name}={getattr(config, name)!r} needs a regularizer; name one.")
+        _check_teacher_templates(config)
         return
     if config.regularizer not in REGULARIZER_WEIGHTS:
         raise ValueError(
@@ -418,6 +454,10 @@ def _check_regularizer(config) -> None:
             raise ValueError(f"regularizer_weights[{key!r}] must be a number of at least 0, got {value!r}.")
         if key == "temperature" and value == 0:
             raise ValueError(f"temperature must be positive, got {value!r}.")
+    _check_teacher_templates(config)
+
+
+def _check_teacher_templates(config) -> None:
     templates = config.teacher_templates
     if templates is not None:
         if not isinstance(templates, (list, tuple)) or not templates:

@@ -75,7 +75,8 @@ class Sampling:
         """Returns the rows and columns of the values that are sampled from a part."""
         places = []
         for order, tensor in enumerate(tensors):
-            num_rows, num_columns = _as_table(tensor).shape
+            num_rows = len(tensor) if tensor.ndim > 1 else tensor.numel()
+            num_columns = max(1, tensor.numel() // max(1, num_rows))
             if self.version == 1 and tensor.ndim > 1:
                 num_rows = min(FIRST_ROWS, num_rows)
             num_rows = self.rows.get(name, num_rows)
@@ -141,7 +142,7 @@ def check_fingerprint(fingerprint: dict, model: nn.Module, adapter: str, base: s
     differing, compared = [], 0
     for name, tensors in _parts(model, sampling.version).items():
         before = recorded.get(name)
-        if before is None:
+        if before is None or not any(map(_has_values, tensors)):
             continue
         places = _places_of(sampling, name, tensors, len(before))
         if places is None:
@@ -249,7 +250,8 @@ def _base_tensors(module: nn.Module, prefix: str = "", in_adapter: bool = False,
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
+    # Subclasses are packed by a quantization, or a part of a tensor that several devices share; few can be indexed.
+    return type(tensor) is torch.Tensor and tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
 
 
 def _as_table(tensor: torch.Tensor) -> torch.Tensor:
@@ -260,11 +262,12 @@ def _sample(tensors: list[torch.Tensor], places: Places) -> torch.Tensor:
     """Returns the values at some places, one tensor after the other; NaN where there are none."""
     samples = []
     for tensor, of_tensor in zip(tensors, places):
-        sample, table = torch.full((len(of_tensor),), torch.nan), _as_table(tensor)
-        there = [i for i, (row, _) in enumerate(of_tensor) if row < len(table)]
-        if _has_values(tensor) and there:
-            rows, columns = zip(*(of_tensor[i] for i in there))
-            sample[there] = table[list(rows), list(columns)].float().cpu()
+        sample = torch.full((len(of_tensor),), torch.nan)
+        if _has_values(tensor):
+            table = _as_table(tensor)
+            there = [i for i, (row, _) in enumerate(of_tensor) if row < len(table)]
+            rows, columns = ([of_tensor[i][axis] for i in there] for axis in (0, 1))
+            sample[there] = table[rows, columns].float().cpu()
         samples.append(sample)
     return torch.cat(samples)
 
@@ -273,10 +276,13 @@ def _steps(tensors: list[torch.Tensor], places: Places) -> torch.Tensor:
     """Returns the distance between neighboring levels around each sampled value; 0 unless the tensor is quantized."""
     segments, indices, index = [], [], 0
     for tensor, of_tensor in zip(tensors, places):
+        if not _has_values(tensor):
+            index += len(of_tensor)
+            continue
         table = _as_table(tensor)
         for row, column in of_tensor:
             index += 1
-            if not _has_values(tensor) or row >= len(table):
+            if row >= len(table):
                 continue
             lines = ((table[row], column), (table[:, column], row)) if tensor.ndim > 1 else ((table[:, 0], row),)
             for line, place in lines:

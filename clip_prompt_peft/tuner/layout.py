@@ -19,6 +19,7 @@ from ..templates import (
     count_begin_tokens,
     encode_words,
     pad_template,
+    warn_of_names_without_words,
 )
 from ..towers import (
     Tower,
@@ -31,7 +32,13 @@ from ..towers import (
     takes_patches,
     token_table_name,
 )
-from .config import PROBLEM_TYPES, ClassTokenPosition, CLIPPromptTuningConfig, check_coupled_depths
+from .config import (
+    PROBLEM_TYPES,
+    ClassTokenPosition,
+    CLIPPromptTuningConfig,
+    check_coupled_depths,
+    check_deep_prompts_end,
+)
 from .fingerprint import check_fingerprint, fingerprint_of
 from .hub import COMMIT, HubSettings, hub_settings_of, load_tokenizer
 from .token_ids import check_token_ids, record_token_ids
@@ -58,6 +65,7 @@ class PromptLayout:
     class_token_position: ClassTokenPosition
     class_token_count: str
     text_prompt_depth: int
+    class_aware_layer: int | None
     num_vision_virtual_tokens: int
     regularizer: str | None
     regularizer_weights: dict[str, float] | None
@@ -100,6 +108,13 @@ class PromptLayout:
         return self.start_idx + (0 if self.class_specific else self.num_vectors_before_class)
 
     @property
+    def class_prior_templates(self) -> tuple[str, ...] | None:
+        """The templates of the zero-shot class embeddings that `class_aware_layer` starts from, `None` without it."""
+        if self.class_aware_layer is None:
+            return None
+        return tuple(self.teacher_templates or (self.prompt_template,))
+
+    @property
     def merge_obstacle(self) -> str | None:
         """The reason why the adapter cannot be folded into the base model, or `None` if it can."""
         obstacles = {
@@ -107,6 +122,7 @@ class PromptLayout:
             "it has prompts in front of deeper layers": self.text_prompt_depth != 1,
             "its vectors depend on the image": self.image_conditioned,
             "its vectors differ from class to class": self.class_specific,
+            "its vectors in a deeper layer differ from class to class": self.class_aware_layer is not None,
             "its vectors stand at other positions in every class's text": self.has_per_text_positions,
         }
         return next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)
@@ -129,6 +145,8 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> CLIPPromptTunin
             setattr(resolved, name, None)
     empty = [field.name for field in fields(config) if getattr(resolved, field.name) is None]
     names = _config_value(model, "class_names")
+    if resolved.class_names is not None and resolved.class_names != names and not config.has_weights:
+        warn_of_names_without_words(resolved.class_names)
     if resolved.class_names is None and names is not None:
         resolved.class_names = check_class_names(names)
     if resolved.problem_type is None:
@@ -260,8 +278,8 @@ def chosen_towers(config: CLIPPromptTuningConfig, model: nn.Module, kind: str) -
     return [tower for tower in towers if check_target_module_exists(config, tower.embeddings_key)]
 
 
-def image_width_of(model: nn.Module) -> int | None:
-    """Returns E, the width of the image embeddings: that of the outermost module whose config says it."""
+def embed_width_of(model: nn.Module) -> int | None:
+    """Returns E, the width of image and class embeddings: that of the outermost module whose config says it."""
     widths = (embed_width(getattr(module, "config", None)) for module in model.modules())
     return next((width for width in widths if width is not None), None)
 
@@ -279,6 +297,7 @@ def _resolve_depths(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
                 depths.append(config.text_prompt_depth)  # there is a text prompt for each vision prompt
             setattr(config, field, max(1, min(depths, default=1)))
     check_coupled_depths(config)
+    check_deep_prompts_end(config)
 
 
 def _resolve_tokens(config: CLIPPromptTuningConfig, tokenizer) -> None:
@@ -359,10 +378,12 @@ def _check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
             "CLIPTextModel, CLIPTextModelWithProjection, those of MetaCLIP 2, SigLIP and SigLIP 2, ChineseCLIPModel, "
             "AltCLIPModel, and the classifiers made of them (CLIPForPromptClassification, ...)."
         )
-    if config.image_conditioned and image_width_of(model) is None:
+    needs_width = "image_conditioned" if config.image_conditioned else "class_aware_layer"
+    if (config.image_conditioned or config.class_aware_layer is not None) and embed_width_of(model) is None:
         raise ValueError(
-            f"image_conditioned needs to know the width of the image embeddings, and neither this {name} nor a module "
-            "in it has a config with projection_dim; put the prompts into the CLIPModel, or set config.projection_dim."
+            f"{needs_width} needs to know the width of image and class embeddings, and neither this {name} nor a "
+            "module in it has a config with projection_dim; put the prompts into the CLIPModel, or set "
+            "config.projection_dim."
         )
     if config.image_conditioned and not find_towers(model, "vision"):
         raise ValueError(
@@ -405,6 +426,7 @@ def _check_fits(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
     """Checks that the model has the layers, positions and tokens that a resolved configuration asks for."""
     text = chosen_towers(config, model, "text")
     _check_depth("text_prompt_depth", config.text_prompt_depth, text)
+    _check_class_aware_layer(config, text)
     if config.num_vision_virtual_tokens:
         _check_depth("vision_prompt_depth", config.vision_prompt_depth, chosen_towers(config, model, "vision"))
     if config.vision_prompts_from_text:
@@ -424,6 +446,16 @@ def _check_depth(field: str, depth: int, towers: list[Tower]) -> None:
             raise ValueError(
                 f"{field}={depth} is more than the {len(tower.layer_keys)} layers beside {tower.embeddings_key!r}; "
                 f"take at most that many, or {field}=None for all of them."
+            )
+
+
+def _check_class_aware_layer(config: CLIPPromptTuningConfig, towers: list[Tower]) -> None:
+    for tower in towers if config.class_aware_layer is not None else ():
+        last = len(tower.layer_keys) - 1
+        if config.class_aware_layer > last:
+            raise ValueError(
+                f"class_aware_layer={config.class_aware_layer} is not there: the last of the layers beside "
+                f"{tower.embeddings_key!r} has the index {last}; take an index from 1 to {last}."
             )
 
 

@@ -15,7 +15,7 @@ from .base_layer import CLIPPromptLayer
 from .config import CLIPPromptTuningConfig
 from .files import check_values
 from .layer import CLIPTextLearnableEmbeddings
-from .layout import PromptLayout, chosen_towers, image_width_of, resolve, warn_of_other_classes
+from .layout import PromptLayout, chosen_towers, embed_width_of, resolve, warn_of_other_classes
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 
 
@@ -90,7 +90,9 @@ class CLIPPromptTuningModel(BaseTuner):
         self._is_new = not peft_config.has_weights
         self._layout = PromptLayout.of(resolved)
         vision_depth = resolved.vision_prompt_depth if resolved.num_vision_virtual_tokens else 0
-        self._text_targets = _targets(chosen_towers(resolved, self.model, "text"), resolved.text_prompt_depth)
+        self._text_targets = _targets(
+            chosen_towers(resolved, self.model, "text"), resolved.text_prompt_depth, resolved.class_aware_layer
+        )
         self._vision_targets = _targets(chosen_towers(resolved, self.model, "vision"), vision_depth)
         self._check_modules_to_save(resolved)
         self._check_coupled_layers(resolved)
@@ -141,9 +143,11 @@ class CLIPPromptTuningModel(BaseTuner):
             layer = target if isinstance(target, CLIPPromptLayer) else _new_layer(target, adapter_name, in_text, depth)
             n = peft_config.num_virtual_tokens if in_text else peft_config.num_vision_virtual_tokens
             is_coupled = peft_config.vision_prompts_from_text and not in_text
-            layer.update_layer(
-                adapter_name, self._layout, n, tower.like, text_width=self._text_width() if is_coupled else None
-            )
+            is_class_aware = in_text and depth == peft_config.class_aware_layer
+            widths = {"text_width": self._text_width()} if is_coupled else {}
+            if is_class_aware:
+                widths["class_width"] = embed_width_of(self.model)
+            layer.update_layer(adapter_name, self._layout, n, tower.like, **widths)
         if self._is_new:
             layer.reset_adapter_parameters(adapter_name, peft_config)
         else:
@@ -154,7 +158,7 @@ class CLIPPromptTuningModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _add_to_text_embeddings(self, target, adapter_name, peft_config) -> CLIPTextLearnableEmbeddings:
-        image_width = image_width_of(self.model)
+        image_width = embed_width_of(self.model)
         if isinstance(target, CLIPTextLearnableEmbeddings):
             target.update_layer(adapter_name, self._layout, image_width)
         else:
@@ -241,12 +245,16 @@ class CLIPPromptTuningModel(BaseTuner):
         return state_dict
 
 
-def _targets(towers: list[Tower], depth: int) -> dict[str, tuple[int, Tower]]:
-    """Returns the modules to wrap: by path, the depth (0 for embeddings, i > 0 for encoder layer i) and the tower."""
+def _targets(towers: list[Tower], depth: int, further: int | None = None) -> dict[str, tuple[int, Tower]]:
+    """Returns the modules to wrap: by path, the depth (0 for embeddings, i > 0 for encoder layer i) and the tower.
+
+    They are the embeddings and layers up to `depth`, and the layer with the index `further`.
+    """
     return {
         path: (i, tower)
         for tower in towers
-        for i, path in enumerate([tower.embeddings_key, *tower.layer_keys[1:]][:depth])
+        for i, path in enumerate([tower.embeddings_key, *tower.layer_keys[1:]])
+        if i < depth or i == further
     }
 
 

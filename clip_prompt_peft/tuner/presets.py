@@ -27,6 +27,12 @@ PRESETS: dict[str, dict] = {
     },
     "kgcoop": {"num_virtual_tokens": 4, "regularizer": "kgcoop"},
     "prograd": {"num_virtual_tokens": 16, "prompt_tuning_init": "RANDOM", "regularizer": "prograd"},
+    "tcp": {
+        "num_virtual_tokens": 4,
+        "prompt_tuning_init": "RANDOM",
+        "class_aware_layer": 8,
+        "regularizer": "kgcoop",
+    },
     "promptsrc": {
         "num_virtual_tokens": 4,
         "text_prompt_depth": 9,
@@ -55,6 +61,8 @@ def preset_settings(name: str, num_text_layers: int | None = None, num_vision_la
     for field, num_layers in (("text_prompt_depth", num_text_layers), ("vision_prompt_depth", num_vision_layers)):
         if num_layers is not None and settings.get(field) is not None:
             settings[field] = min(settings[field], num_layers)
+    if num_text_layers is not None and "class_aware_layer" in settings:
+        settings["class_aware_layer"] = min(settings["class_aware_layer"], num_text_layers - 1)
     if settings.get("vision_prompts_from_text"):  # there is a text prompt for each vision prompt
         settings["vision_prompt_depth"] = min(settings["vision_prompt_depth"], settings["text_prompt_depth"])
     return settings

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -42,6 +43,10 @@ MISTAKES = [
     (["train", "--train-dri=x"], "There is no argument '--train_dri'; did you mean --train_dir?"),
     (["train", "--wieght_decay", "0.1"], "There is no argument '--wieght_decay'; did you mean --weight_decay?"),
     (["train", "--style", "crayon"], "argument --style: invalid choice: 'crayon' (choose from"),
+    (["train", "--shots", "four"], "argument --shots: invalid int value: 'four'"),
+    (["benchmark", "--shots", "1", "x"], "argument --shots: invalid int value: 'x'"),
+    (["TRAIN"], "did you mean 'train'?"),
+    (["train", "gone.yaml"], "The file 'gone.yaml' with arguments does not exist"),
     (["train", "photos"], "'photos' follows no argument"),
     (["report", "out", "--ouput", "x"], "There is no argument '--ouput'; did you mean --output?"),
     (["benchmark", "--lora_rnk", "3"], "There is no argument '--lora_rnk'; did you mean --lora_rank?"),
@@ -77,7 +82,7 @@ def test_help_fits_on_a_screen(without_the_library, arguments):
     assert "clip-prompt " in printed.partition("\n")[2]  # an example
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda value: " ".join(value)[:40] if value else "")
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
 def test_a_mistake_is_told_in_one_line(without_the_library, arguments, message):
     code, printed = without_the_library[0][" ".join(arguments)]
     assert message in code and "\n" not in code and not printed
@@ -105,11 +110,12 @@ def test_the_version_is_that_of_the_library(monkeypatch):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_gets_its_arguments(monkeypatch, name):
     got = []
+    monkeypatch.setenv("TQDM_DELAY", "5")  # what the user sets stays
     monkeypatch.setattr(f"clip_prompt_peft.commands.{name}.main", got.extend)
     needed = {"predict": ["a", "b"], "export": ["a", "b"], "report": ["a"]}.get(name, [])
     needed = ["a", "b", "--base-model-name-or-path", "c"] if name == "convert" else needed
     main([name, *needed])
-    assert got == needed
+    assert got == needed and os.environ["TQDM_DELAY"] == "5"
 
 
 def test_a_command_in_a_message_can_be_typed():

@@ -13,8 +13,6 @@ from conftest import EXAMPLES, TINY_CLIP
 from PIL import Image, ImageDraw
 from running_commands import run_command
 
-from clip_prompt_peft import AutoPeftModelForPromptClassification
-
 
 pytestmark = pytest.mark.slow  # a process for each step
 
@@ -43,6 +41,7 @@ def home(tmp_path_factory):
     code, printed, errors = run_command("train", *TRAIN, folder=home)
     assert code == 0, printed + errors
     assert "Traceback" not in errors and "Warning" not in errors
+    assert f"clip-prompt predict '{OUT}/seed1' IMAGE ..." in printed
     return home
 
 
@@ -105,11 +104,11 @@ def test_the_service_answers_and_stops_in_one_line(home):
 
 def test_the_exported_classifier_runs_elsewhere(home, monkeypatch):
     pytest.importorskip("onnxruntime")
-    from clip_prompt_peft.export import export_classifier
-
+    code, printed, errors = run_command("export", OUT, "photos onnx", "--test_dir", "photos", folder=home)
+    assert code == 0, errors
+    assert printed.startswith("Wrote photos onnx: model.onnx (") and "on 40 images\n" in printed
     monkeypatch.chdir(home)
-    export_classifier(AutoPeftModelForPromptClassification.from_pretrained(f"{OUT}/seed1"), "photos-onnx")
-    command = [sys.executable, EXAMPLES / "classify_onnx.py", "photos-onnx", "photos/night/photo 3.jpg"]
+    command = [sys.executable, EXAMPLES / "classify_onnx.py", "photos onnx", "photos/night/photo 3.jpg"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert "night" in done.stdout.splitlines()[0]

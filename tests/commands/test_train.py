@@ -218,7 +218,7 @@ def test_a_missing_extra_is_told_before_any_work_and_help_needs_none(run_here, m
     monkeypatch.setattr(
         "clip_prompt_peft.commands.common.find_spec", lambda name: None if name == package else object()
     )
-    with pytest.raises(SystemExit, match=rf'This command needs {package}; .*pip install -e "\.\['):
+    with pytest.raises(SystemExit, match=rf'This command needs {package}; pip install .*"{package}>='):
         run_here(command)
     with pytest.raises(SystemExit) as exit:
         run_here(command, "--help")

@@ -132,6 +132,20 @@ class TestTwoColumnsOfLabels:
         other = next(name for name in names if name != "label")
         assert f"'label', and not from ['{other}']" in caplog.text
 
+    @pytest.mark.parametrize("kind", ["string", "large_string", "int64"])
+    @pytest.mark.parametrize("usual", ["label", "class"])
+    def test_a_class_label_of_another_name_is_taken_and_the_usual_one_is_told(self, usual, kind, caplog):
+        features = Features({usual: Value(kind), "image": Image(), "breed": ClassLabel(names=["cat", "dog"])})
+        assert find_label_column(features) == "breed"
+        assert f"column 'breed' (ClassLabel of 2), and not from '{usual}' ({kind}); name another" in caplog.text
+        caplog.clear()
+        assert find_label_column(features, "breed") == "breed" and not caplog.text
+
+    def test_a_class_label_of_a_usual_name_is_taken_and_the_text_is_told(self, caplog):
+        features = Features({"label": Value("string"), "class": ClassLabel(names=["cat", "dog"])})
+        assert find_label_column(features) == "class"
+        assert "column 'class' (ClassLabel of 2), and not from 'label' (string)" in caplog.text
+
     def test_a_column_beside_it_of_another_name_or_type_is_no_label(self, caplog):
         assert find_label_column(Features({"label": Value("string"), "label_name": Value("string")})) == "label"
         assert find_label_column(Features({"label": Value("int64"), "class": Value("string")})) == "class"

@@ -2,7 +2,9 @@
 
 import glob
 import io
+from pathlib import Path
 
+import fsspec
 import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
@@ -93,6 +95,17 @@ def test_a_card_with_another_order_than_the_file_is_an_error(tmp_path):
     (tmp_path / "README.md").write_text(f"{card}      class_label:\n        names:\n{names}---\n")
     with pytest.raises(ValueError, match="'its dataset card or `features`' has 2, 'dog', 'cat'"):
         load_image_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("other", ["ba", "abc", [0, 1]])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_are_not_on_this_machine_are_compared_before_they_are_loaded(tmp_path, other, streaming):
+    elsewhere = fsspec.filesystem("memory")
+    for name, labels in (("train", "ab"), ("test", other)):
+        elsewhere.pipe(f"/pets/{name}.parquet", Path(write(tmp_path / "x.parquet", labels)).read_bytes())
+    files = {name: [f"memory://pets/{name}.parquet"] for name in ("train", "test")}
+    with pytest.raises(ValueError, match=r"memory:///pets/train.parquet.*memory:///pets/test.parquet"):
+        load_image_dataset("parquet", data_files=files, streaming=streaming)
 
 
 def test_equal_classes_are_loaded(tmp_path):

@@ -37,6 +37,7 @@ from clip_prompt_peft import (
 )
 from clip_prompt_peft.assets import TINY_CLIP
 from clip_prompt_peft.commands.adapters import base_model_of
+from clip_prompt_peft.data import load_image_dataset
 from clip_prompt_peft.tuner.hub import load_image_processor
 
 
@@ -93,6 +94,18 @@ def push(folder):
     model.push_to_hub("me/with-card", revision="preview")
     model.push_to_hub("me/with-card")
     save_file({"logits": classifier_logits(model)}, folder / "pushed.safetensors")
+
+
+def load_datasets(folder):
+    """Loads the data sets that are named in a file, and notes the class names of each or why it was refused."""
+    noted = {}
+    for name, settings in json.loads((folder / "datasets.json").read_text()):
+        try:
+            found = [split.features["label"].names for split in load_image_dataset(name, **settings).values()]
+        except (OSError, ValueError) as error:
+            found = f"{type(error).__name__}: {error}"
+        noted.setdefault(name, []).append(found)
+    (folder / "noted.json").write_text(json.dumps(noted))
 
 
 def push_with_local_base(folder):

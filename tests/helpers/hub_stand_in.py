@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -25,13 +25,14 @@ TRUNCATE = "truncate"  # a failure that is no status: the answer breaks off in t
 class HubStandIn:
     """
     Attributes:
-        repos: files by repository id and path, on the branch main.
+        repos: files by repository id and path, on the branch main. The id of a data set begins with "datasets/".
         branches: files by repository id and path of other branches, by (repository id, branch).
         next_repos: what repos is updated with when a client asks for /move, as if somebody pushed to them.
         private: tokens by repository id; without its token, a repository is not to be seen.
         failures: (regex of "METHOD /path", how); requests that match fail. How: a status; TRUNCATE; an address of
             another host to redirect to; or a number of seconds, as a float, to wait before the answer.
         requests: "METHOD /path" of all requests so far.
+        sent: the number of bytes of each path that was asked for, as a whole or in ranges.
         tokens: what the requests had in their header "Authorization".
     """
 
@@ -43,6 +44,7 @@ class HubStandIn:
         self.commits: dict[str, dict[str, bytes]] = {}  # the files of every commit that was ever named
         self.failures: list[tuple[str, int | str | float]] = []
         self.requests: list[str] = []
+        self.sent: dict[str, int] = {}
         self.tokens: list[str | None] = []
         self.uploads: dict[str, bytes] = {}  # large files that no commit has named yet, by sha256
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -221,13 +223,40 @@ class _Handler(BaseHTTPRequestHandler):
             linked = {"X_Linked_Etag": tag, "X_Linked_Size": str(len(content))}
             return self._send(b"", 302, Location=self.other_host + self.path, X_Repo_Commit=commit, **linked)
         headers = {"ETag": tag, "X_Repo_Commit": commit}
-        start = int(re.search(r"\d+", self.headers.get("Range", "bytes=0-"))[0])  # a client resumes a download
-        if start:
-            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        return self._send(content[start:], 206 if start else 200, **headers)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))  # resumed, or a head alone
+        start, end = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+        if "Range" in self.headers:
+            headers["Content_Range"] = f"bytes {start}-{end}/{len(content)}"
+        if self.command == "GET":
+            self.hub.sent[path] = self.hub.sent.get(path, 0) + end + 1 - start
+        return self._send(content[start : end + 1], 206 if "Range" in self.headers else 200, **headers)
+
+    def tree(self, repo_id, revision, folder):
+        commit = self._commit(repo_id, revision)
+        if commit is None:
+            return None
+        prefix, is_recursive = f"{folder}/" if folder else "", "recursive=True" in self.path
+        inside = [path for path in self.hub.commits[commit] if path.startswith(prefix)]
+        rests = [path.removeprefix(prefix) for path in inside]
+        folders = sorted({prefix + rest[: i.start()] for rest in rests for i in re.finditer("/", rest)})
+        files = [self._entry(commit, path) for path in inside if is_recursive or "/" not in path.removeprefix(prefix)]
+        shown = [name for name in folders if is_recursive or "/" not in name.removeprefix(prefix)]
+        return self._json([*({"type": "directory", "path": name, "oid": "0" * 40} for name in shown), *files])
+
+    def paths_info(self, repo_id, revision):
+        commit = self._commit(repo_id, revision)
+        if commit is None:
+            return None
+        asked = parse_qs(self.body.decode()) if b"{" not in self.body else json.loads(self.body)
+        return self._json([self._entry(commit, path) for path in asked["paths"] if path in self.hub.commits[commit]])
+
+    def _entry(self, commit, path):
+        content = self.hub.commits[commit][path]
+        return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
 REPO, REVISION = r"([\w.-]+/[\w.-]+)", r"([\w.-]+)"
+DATASET = rf"(datasets/{REPO[1:]}"
 ROUTES = {
     "GET /heal": _Handler.heal,
     "GET /move": _Handler.move,
@@ -241,4 +270,8 @@ ROUTES = {
     f"POST /api/models/{REPO}/branch/{REVISION}": _Handler.create_branch,
     f"GET /api/models/{REPO}(?:/revision/([^/]+))?": _Handler.info,
     f"(?:GET|HEAD) /{REPO}/resolve/{REVISION}/(.+)": _Handler.resolve,
+    f"GET /api/{DATASET}(?:/revision/([^/]+))?": _Handler.info,
+    f"GET /api/{DATASET}/tree/{REVISION}(?:/(.+))?": _Handler.tree,
+    f"POST /api/{DATASET}/paths-info/{REVISION}": _Handler.paths_info,
+    f"(?:GET|HEAD) /{DATASET}/resolve/{REVISION}/(.+)": _Handler.resolve,
 }

@@ -1,6 +1,6 @@
-"""Runs the Python snippets of a document in order and in one namespace, as a reader who pastes one after the other.
+"""Runs the Python snippets of documents in order and in one namespace, as a reader who pastes one after the other.
 
-    run_snippets.py DOCUMENT
+    run_snippets.py DOCUMENT [DOCUMENT THAT GOES ON FROM THERE ...]
 
 It runs in a process of its own, in an empty folder, with HF_ENDPOINT set to the stand-in of the Hub.
 """
@@ -32,18 +32,19 @@ def names_and_images(namespace):
     namespace["train"] = Dataset.from_dict({"pixel_values": torch.randn(4, 3, 48, 48).numpy(), "labels": [0, 1, 0, 1]})
 
 
-# What the text of a document takes for granted.
+# What the text of a first document takes for granted.
 SURROUNDINGS = {"README": photos, "lora_beside_prompts": names_and_images}
 
 
-def main(document):
+def main(documents):
     namespace = {"__name__": "__main__"}
-    SURROUNDINGS[document.stem](namespace)
-    for number, snippet in enumerate(snippets_of(document), start=1):
-        print(f"--- {document.name}, snippet {number}", flush=True)
-        exec(compile(snippet, f"{document.name}, snippet {number}", "exec"), namespace)
+    SURROUNDINGS[documents[0].stem](namespace)
+    for document in documents:
+        for number, snippet in enumerate(snippets_of(document), start=1):
+            print(f"--- {document.name}, snippet {number}", flush=True)
+            exec(compile(snippet, f"{document.name}, snippet {number}", "exec"), namespace)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("default")
-    main(Path(sys.argv[1]))
+    main([Path(name) for name in sys.argv[1:]])

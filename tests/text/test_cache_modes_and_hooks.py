@@ -16,6 +16,7 @@ KINDS = {
     "class_specific": {"class_specific": True},
     "middle": {"class_token_position": "middle"},
     "image_conditioned": {"image_conditioned": True},
+    "class_aware": {"class_aware_layer": 1},
     "coupled": {**DEEP, "vision_prompts_from_text": True},
     "with_teacher": {"regularizer": "kgcoop"},
 }

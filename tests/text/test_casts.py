@@ -58,6 +58,7 @@ def with_checkpointing():
 MODELS = {
     "prompts": with_prompts,
     "prompts of each class": partial(with_prompts, class_specific=True),
+    "prompts of each class in a deeper layer": partial(with_prompts, class_aware_layer=1),
     "prompts of each image": partial(with_prompts, image_conditioned=True),
     "lora": with_lora,
     "dora": partial(with_lora, use_dora=True),

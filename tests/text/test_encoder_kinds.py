@@ -16,6 +16,8 @@ KINDS = {
     "class_specific_front": {"class_specific": True, "class_token_position": "front"},
     "deep_text": {"num_virtual_tokens": 3, "text_prompt_depth": 2},
     "all_layers_deep": {"text_prompt_depth": None, "num_vision_virtual_tokens": 2},
+    "class_aware": {"num_virtual_tokens": 3, "class_aware_layer": 1},
+    "class_aware_deep_vision": {"text_prompt_depth": 2, "class_aware_layer": 2, "num_vision_virtual_tokens": 2},
     "conditioned": {"image_conditioned": True},
     "conditioned_middle": {"image_conditioned": True, "class_token_position": "middle"},
     "conditioned_deep": {"image_conditioned": True, "text_prompt_depth": 2},

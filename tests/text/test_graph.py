@@ -221,6 +221,15 @@ class TestObstacles:
         base_of(model).text_model.encoder.layers[0].mlp.fc2.bias.requires_grad_(True)
         self.check(model, "cannot be followed")
 
+    def test_weights_without_a_version_are_an_error_of_torch_as_ever(self, model):
+        with torch.inference_mode():
+            bias = base_of(model).text_model.final_layer_norm.bias.clone()
+        norm = base_of(model).text_model.final_layer_norm
+        del norm.bias
+        norm.register_buffer("bias", bias)
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            step(model)
+
     def test_too_little_memory(self, model, monkeypatch):
         monkeypatch.setattr("clip_prompt_peft.text.graph.free_bytes", lambda device: 2**20)
         self.check(model, "MiB are free")
@@ -321,6 +330,18 @@ class TestSetting:
         encoder = ClassEncoder.__new__(ClassEncoder)
         encoder.__setstate__({"path": "cut", "batch_size": None, "across_processes": False})
         assert encoder.cuda_graph is False and encoder.path == "cut"
+
+
+def test_other_zero_shot_embeddings_of_the_classes_are_captured_anew():
+    model = new_model(class_aware_layer=1)
+    classifier, encoder = base_of(model), base_of(model).class_encoder
+    inputs = (classifier, classifier.class_prompts, classifier.prompt_layout)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        priors = torch.nn.functional.normalize(torch.randn(len(NAMES), classifier.embed_width), dim=-1)
+        expected = ClassEncoder()(*inputs, class_priors=priors)
+        assert torch.equal(encoder(*inputs, class_priors=priors), expected)
+    assert engine_of(model).num_captures == 2
 
 
 class TestEffort:

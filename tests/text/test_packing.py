@@ -6,6 +6,7 @@ from families import FAMILIES, Case
 from peft import IA3Config, LNTuningConfig, LoraConfig, TrainableTokensConfig, get_peft_model
 
 from clip_prompt_peft import PRESETS
+from clip_prompt_peft.text.class_aware import pack_class_aware
 from clip_prompt_peft.text.packing import PACKED, PATHS, PLAIN, build_chunk, exact_path, num_shared_positions
 
 
@@ -23,12 +24,17 @@ OTHER_METHODS = {
 def encode(classifier, path):
     prompts, layout = classifier.class_prompts, classifier.prompt_layout
     num_shared = num_shared_positions(prompts, layout)
-    chunk = build_chunk(path, torch.arange(len(prompts.texts)), prompts, num_shared, classifier.device)
-    image_vectors = None
+    classes = torch.arange(len(prompts.texts))
+    chunk = build_chunk(path, classes, prompts, num_shared, classifier.device)
+    image_vectors = class_priors = None
+    if layout is not None and layout.class_aware_layer is not None:
+        class_priors = classifier.teacher.class_embeds(classifier, layout.class_prior_templates)
+        if path == PACKED:
+            chunk = pack_class_aware(classes, prompts, num_shared, layout, classifier.device)
     if layout is not None and layout.image_conditioned:
         image_embeds = torch.nn.functional.normalize(torch.randn(2, classifier.embed_width), dim=-1)
         image_vectors = classifier.text_embeddings.per_text_vectors(image_embeds)
-    return chunk.encode(classifier, layout, image_vectors)
+    return chunk.encode(classifier, layout, image_vectors, class_priors)
 
 
 def is_exact(classifier, path):

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from clip_prompt_peft import PRESETS, CLIPPromptTuningConfig, GaussianPromptAveraging, ProGradTrainer, training_recipe
-from clip_prompt_peft.training.recipes import SETTINGS, epoch_learning_rate, sgd_with_epoch_cosine
+from clip_prompt_peft.training.recipes import SETTINGS, epoch_learning_rate, with_epoch_cosine
 
 
 def test_every_preset_has_a_recipe():
@@ -29,7 +29,7 @@ def test_the_learning_rate_is_the_one_in_the_authors_log():
 
 
 def test_the_schedule_changes_once_per_epoch_and_starts_with_the_warm_up():
-    optimizer, scheduler = sgd_with_epoch_cosine(torch.nn.Linear(2, 2), 0.002, num_epochs=3, steps_per_epoch=2)
+    optimizer, scheduler = with_epoch_cosine(torch.nn.Linear(2, 2), 0.002, num_epochs=3, steps_per_epoch=2)
     rates = []
     for _ in range(6):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -51,6 +51,7 @@ def test_the_schedule_changes_once_per_epoch_and_starts_with_the_warm_up():
         ("cocoop", 16, 10, 1, 0.002),
         ("maple", 16, 5, 4, 0.0035),
         ("kgcoop", 16, 100, 128, 0.002),
+        ("tcp", 16, 50, 32, 0.002),
         ("promptsrc", 16, 20, 4, 0.0025),
     ],
 )
@@ -103,6 +104,17 @@ def test_recipes_have_the_trainer_class_and_callbacks_of_their_method(clip):
     (averaging,) = recipes["promptsrc"].callbacks
     assert isinstance(averaging, GaussianPromptAveraging) and (averaging.mean, averaging.std) == (15, 1)
     assert all(not recipes[name].callbacks for name in PRESETS if name != "promptsrc")
+
+
+def test_tcp_trains_with_adam_and_a_large_eps(clip):
+    model = get_peft_model(clip, CLIPPromptTuningConfig())
+    optimizer, _ = training_recipe("tcp", model, num_examples=64, use_cpu=True).optimizers
+    assert type(optimizer) is torch.optim.Adam
+    assert {name: optimizer.defaults[name] for name in ("betas", "eps", "weight_decay")} == {
+        "betas": (0.9, 0.999),
+        "eps": 1e-3,
+        "weight_decay": 5e-4,
+    }
 
 
 def test_batches_are_divided_among_processes(clip, monkeypatch):

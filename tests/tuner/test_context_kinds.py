@@ -66,8 +66,13 @@ def test_class_specific_vectors_need_classes(clip):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"class_specific": True}, {"image_conditioned": True}, {"class_token_position": "front"}],
-    ids=["class_specific", "image_conditioned", "front"],
+    [
+        {"class_specific": True},
+        {"image_conditioned": True},
+        {"class_token_position": "front"},
+        {"class_aware_layer": 1},
+    ],
+    ids=["class_specific", "image_conditioned", "front", "class_aware"],
 )
 def test_a_plain_clip_cannot_know_whose_text_it_sees(clip, tokenizer, fields):
     model = prompted(clip, class_names=CLASS_NAMES, prompt_template="{}.", **fields)

@@ -39,6 +39,7 @@ KINDS = {
     "deep": DEEP,
     "coupled": {**DEEP, "vision_prompts_from_text": True},
     "meta_net": {"image_conditioned": True},
+    "class_aware": {"class_aware_layer": 1},
     "with_module": {"modules_to_save": ["text_projection"]},
     "vision": {"num_virtual_tokens": 0, "num_vision_virtual_tokens": 2},
 }

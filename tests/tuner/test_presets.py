@@ -20,6 +20,7 @@ TRAINED_PARAMETERS = {
     "maple": 3_555_072,
     "kgcoop": 2_048,
     "prograd": 8_192,
+    "tcp": 331_904,
     "promptsrc": 46_080,
 }
 

@@ -38,10 +38,16 @@ def with_swapped_ids(folder, *words):
     return folder
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tuned(CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=CLASS_NAMES)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def adapter(classifier, tmp_path):
-    tuned(classifier).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+def adapter(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "adapter")
 
 
 @pytest.fixture

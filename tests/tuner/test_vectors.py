@@ -211,7 +211,24 @@ def test_what_needs_an_image_tower_does_not_load_into_a_text_model(clip, tmp_pat
         PeftModel.from_pretrained(CLIPTextModel.from_pretrained(TINY_CLIP), tmp_path)
 
 
-@pytest.mark.parametrize("preset", ["cocoop", "maple"])
+def test_a_class_aware_layer_that_is_not_there_is_refused_with_the_last_one(clip):
+    with pytest.raises(ValueError, match=r"class_aware_layer=3 is not there: .* index 2; take an index from 1 to 2"):
+        prompted(clip, class_aware_layer=3)
+
+
+def test_deep_prompts_in_every_layer_leave_no_room_for_class_aware_ones(clip):
+    with pytest.raises(ValueError, match=r"text_prompt_depth=3 \(layers 0 ... 2\) would overwrite"):
+        prompted(clip, class_aware_layer=1, text_prompt_depth=None)
+
+
+def test_class_aware_vectors_need_to_know_the_width_of_class_embeddings():
+    model = CLIPTextModel.from_pretrained(TINY_CLIP)
+    model.config.projection_dim = None
+    with pytest.raises(ValueError, match="class_aware_layer needs to know the width of image and class embeddings"):
+        prompted(model, class_aware_layer=1)
+
+
+@pytest.mark.parametrize("preset", ["cocoop", "maple", "tcp"])
 def test_with_low_memory_use_a_new_adapter_is_on_the_meta_device(classifier, preset):
     config = CLIPPromptTuningConfig.from_preset(preset, model=classifier)
     model = get_peft_model(classifier, config, low_cpu_mem_usage=True)
