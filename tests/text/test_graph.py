@@ -1,5 +1,7 @@
 """When class embeddings come from a captured graph, and what is said where they do not."""
 
+import contextlib
+import functools
 import logging
 import re
 import types
@@ -392,3 +394,87 @@ class TestEffort:
         value += 1
         replay()
         assert kept.tolist() == [2, 2]
+
+
+class Card:
+    """Writes down what the engine asks of `torch.cuda`. Its graphs compute nothing."""
+
+    def __init__(self):
+        self.events, self.stream_now = [], "main"
+
+    @contextlib.contextmanager
+    def stream(self, name):
+        before, self.stream_now = self.stream_now, name
+        try:
+            yield
+        finally:
+            self.stream_now = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.events.append(("capture", pool, str(stream), capture_error_mode))
+        self.stream_now = stream
+        yield  # as that of torch, it leaves its stream behind after an error
+        self.stream_now = "main"
+
+    def put_in(self, monkeypatch):
+        class Stream(str):
+            def __new__(cls, device):
+                return super().__new__(cls, f"side of {device}")
+
+            def wait_stream(self, other):
+                pass
+
+        main = Stream("cuda:0")
+        self.stream_now = main
+        for name, value in {
+            "Stream": Stream,
+            "stream": self.stream,
+            "graph": self.graph,
+            "device": lambda device: contextlib.nullcontext(),
+            "current_stream": lambda device=None: self.stream_now,
+            "graph_pool_handle": lambda: "pool",
+            "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: self.events.append("replay")),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr("clip_prompt_peft.text.graph._side_stream", lambda device: Stream("the engine"))
+        return main
+
+
+class TestCallsOfTheEngine:
+    """What can be seen of CUDA graphs without a card: the calls that make them."""
+
+    @pytest.fixture
+    def card(self, monkeypatch):
+        card = Card()
+        card.main = card.put_in(monkeypatch)
+        return card
+
+    def test_it_warms_up_on_a_side_stream_and_captures_into_one_pool(self, card):
+        functions = [
+            lambda name=name: card.events.append((name, str(card.stream_now))) or [torch.ones(1)] for name in "fb"
+        ]
+        forget = functools.partial(card.events.append, "forget")
+        replayables = CudaEngine().capture(torch.device("cuda:0"), functions, forget)
+        side = "side of the engine"
+        capture = ("capture", "pool", side, "thread_local")
+        assert card.events == [("f", side), ("b", side)] * 3 + ["forget"] + [
+            *(capture, ("f", side)),
+            *(capture, ("b", side)),
+            "forget",
+        ]
+        assert card.stream_now == card.main
+        for results, replay in replayables:
+            replay()
+            assert len(results) == 1
+        assert card.events[-2:] == ["replay", "replay"]
+
+    def test_after_a_failure_the_current_stream_is_the_old_one(self, card):
+        def failing():
+            if any(event[0] == "capture" for event in card.events):
+                raise RuntimeError("not permitted")
+            return [torch.ones(1)]
+
+        with pytest.raises(RuntimeError, match="not permitted"):
+            CudaEngine().capture(torch.device("cuda:0"), [failing], list)
+        assert card.stream_now == card.main
