@@ -116,6 +116,8 @@ class TowerState:
     Args:
         parts (`Sequence[torch.nn.Module]`):
             The modules that compute class embeddings.
+        others (`Sequence[torch.Tensor]`, *optional*):
+            Frozen tensors that class embeddings depend on besides.
 
     **Attributes**:
         - **trained** (`list[torch.Tensor]`): The tensors that require gradients, each once.
@@ -124,7 +126,7 @@ class TowerState:
         - **has_hooks** (`bool`): Whether calls of a module are intercepted.
     """
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[nn.Module], others: Sequence[torch.Tensor] = ()) -> None:
         self.modules: list[nn.Module] = []
         self.frozen: list[torch.Tensor] = []
         self.has_hooks = is_intercepted(parts[0])  # also by hooks for all modules
@@ -161,6 +163,9 @@ class TowerState:
                     values += (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride())
                     values += (tensor.dtype, type(tensor))
             waiting.extend(child for child in module._modules.values() if child is not None)
+        for tensor in others:
+            self.frozen.append(tensor)
+            values += (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype)
         self.trained = list(trained.values())
         self.values = [*values, self.has_hooks]
 
