@@ -84,11 +84,10 @@ EXAMPLES = {
 # For the commands with more arguments than a screen has lines: what their help shows, by the titles of its groups.
 FIRST: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
-        "images": ("train_dir", "test_dir", "test_list", "dataset_name", "train_file", "shots", "when_fewer"),
+        "images": ("train_dir", "test_dir", "dataset_name", "train_file", "shots"),
         "model and prompt": ("model_name_or_path", "method", "prompt_template"),
         "training": (
             "output_dir",
-            "overwrite_output_dir",
             "num_train_epochs",
             "learning_rate",
             "seed",
