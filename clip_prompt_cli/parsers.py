@@ -229,7 +229,7 @@ def add_to_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def add_to_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="CHECKPOINT", help="the file model.pth.tar-N")
+    parser.add_argument("path", metavar="CHECKPOINT", help="the file model.pth.tar-N or lora_weights.pt")
     parser.add_argument("output_dir", metavar="OUT", help="folder for the adapter")
     parser.add_argument(
         "--base_model_name_or_path", metavar="MODEL", required=True, help="Hub id or folder of the same CLIP"

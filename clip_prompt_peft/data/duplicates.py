@@ -20,7 +20,7 @@ from .reading import content_of, decode, undecoded
 
 MAX_DECODED = 2**24  # bytes of files: so few are compared by their pixels
 MAX_READ = 2**31  # bytes of files: so many are compared byte for byte
-COST_OF_OPENING = 2**13  # bytes that could be read meanwhile
+COST_OF_OPENING = 2**14  # bytes that could be read meanwhile
 BATCH = 1000
 
 
@@ -55,8 +55,8 @@ def shared_images(
         max_decoded (`int`, *optional*, defaults to 16 MiB):
             The size of all files up to which pixels are compared.
         max_read (`int`, *optional*, defaults to 2 GiB):
-            The size of the files that are read at most. Each counts as 8 KiB more than it has, so these are at most
-            262,144 files.
+            The size of the files that are read at most. Each counts as 16 KiB more than it has, so these are at most
+            131,072 files.
 
     Returns:
         `SharedImages`: The rows. Images that cannot be read, and those at remote addresses, are not compared.

@@ -195,7 +195,7 @@ def _with_images(
             f"The column {column!r} cannot be the image column and the label column; name another. In {file!r} it is "
             "taken for the paths of the images."
         )
-    names = table[column]
+    names = table[column][:]
     empty = [row for row, name in enumerate(names) if not name]
     if empty:
         raise ValueError(f"{len(empty)} rows of {file!r} have no path in {column!r}, such as row {empty[0]}.")
@@ -232,8 +232,8 @@ def _contents(names: Sequence[str], file: str, column: str) -> list[bytes]:
 
 
 def _paths(dataset: Dataset, column: str) -> list[str | None]:
-    files = dataset.select_columns(column).cast_column(column, Image(decode=False))
-    paths = [image["path"] for image in files[column]]
+    files = dataset.select_columns(column).with_format("arrow")[:][column]
+    paths = pc.struct_field(files, "path").to_pylist()
     return [path if path is None or is_remote(path) else os.path.normpath(path) for path in paths]
 
 

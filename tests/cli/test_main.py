@@ -50,7 +50,10 @@ MISTAKES = [
     (["train", "gone.yaml"], "The file 'gone.yaml' with arguments does not exist"),
     (["train", "photos"], "'photos' follows no argument"),
     (["report", "out", "--ouput", "x"], "There is no argument '--ouput'; did you mean --output?"),
-    (["benchmark", "--lora_rnk", "3"], "There is no argument '--lora_rnk'; did you mean --lora_rank?"),
+    (
+        ["benchmark", "--lora_learning_rat", "3"],
+        "There is no argument '--lora_learning_rat'; did you mean --lora_learning_rate?",
+    ),
     (["predict", "out"], "clip-prompt predict: error: the following arguments are required: IMAGE"),
     (["predict", "out", "cat.jpg", "--top_k", "0"], "expected a whole number of 1 or more, got '0'"),
     (["predict", "out", "cat.jpg", "--topk", "1"], "unrecognized arguments: --topk"),

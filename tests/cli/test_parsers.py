@@ -25,6 +25,7 @@ from clip_prompt_peft.commands.common import DataclassParser
 from clip_prompt_peft.commands.data import DataArguments
 from clip_prompt_peft.data.known_datasets import STYLES as STYLES_THAT_THERE_ARE
 from clip_prompt_peft.evaluation.metrics import compute_metrics
+from clip_prompt_peft.training.configs import PEFT_METHODS
 
 
 PARSERS = {
@@ -40,7 +41,7 @@ def options_of(parser):
 
 
 def test_the_tables_are_those_of_the_library():
-    assert set(METHODS) == set(PRESETS)
+    assert set(METHODS) == {*PRESETS, *PEFT_METHODS}
     assert STYLES == STYLES_THAT_THERE_ARE
 
 

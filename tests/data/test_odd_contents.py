@@ -3,17 +3,24 @@
 import base64
 import io
 import pickle
+import shutil
+from pathlib import Path
 from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import TINY_CLIP
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from peft import get_peft_model
 from PIL import Image
 
-from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import (
+    AutoPeftModelForPromptClassification,
+    CLIPForPromptClassification,
+    CLIPPromptTuningConfig,
+)
 from clip_prompt_peft.data import (
     UnreadableImageError,
     class_names_of,
@@ -331,3 +338,11 @@ def test_a_folder_of_files_that_were_not_fetched(tmp_path):
         with pytest.raises(ValueError, match=f"{name}.*git lfs pull"):
             load_image_dataset(str(tmp_path / "tables"))
         (tmp_path / "tables" / name).unlink()
+
+
+def test_a_base_model_that_was_not_fetched(tmp_path):
+    for file in Path(TINY_CLIP).iterdir():
+        shutil.copy(file, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(POINTER)
+    with pytest.raises(ValueError, match="model.safetensors' is no file of safetensors: .*git lfs pull"):
+        CLIPForPromptClassification.from_pretrained(tmp_path, class_names=["cat", "dog"])

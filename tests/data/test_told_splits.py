@@ -177,7 +177,7 @@ def test_of_large_data_what_was_not_compared_is_counted(tmp_path):
     everything = shared_images(train, test, max_decoded=0)
     assert [row for row, _ in everything.rows] == list(range(6)) and everything.num_skipped == 0
     smallest = len(train.cast_column("image", Image(decode=False))[0]["image"]["bytes"])
-    some = shared_images(train, test.flatten_indices(), max_decoded=0, max_read=3 * (smallest + 2**13))
+    some = shared_images(train, test.flatten_indices(), max_decoded=0, max_read=3 * (smallest + 2**14))
     assert [row for row, _ in some.rows] == [0, 4] and some.num_skipped == 3 + 4
     chosen = shared_images(train.select([0, 2]), test, max_decoded=0, max_read=1)
     assert chosen.rows == [] and chosen.num_skipped == 2
