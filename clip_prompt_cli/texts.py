@@ -30,7 +30,8 @@ arguments, it first tunes on the embedded pictures, which takes a minute. Needs 
     "convert": """\
 Converts a checkpoint of the original authors' code to an adapter. The code of CoOp, CoCoOp, KgCoOp, ProGrad, MaPLe,
 IVLP, VPT (in MaPLe's repository) and PromptSRC saves a pickle `model.pth.tar-N`: the `state_dict` of the prompt
-learner or of the whole model, with epoch, optimizer and scheduler.""",
+learner or of the whole model, with epoch, optimizer and scheduler. That of CLIP-LoRA saves `lora_weights.pt`, which
+becomes a LoRA of peft.""",
 }
 
 USAGES = {
