@@ -12,6 +12,7 @@ from typing import Any, Literal
 # The library's own tables are not imported here; a test holds these equal to them.
 STYLES = ("fluenthc", "noto", "fluent3d")
 METHODS = (
+    "clip-lora",
     "cocoop",
     "coop",
     "coop-csc",
@@ -174,7 +175,7 @@ class BenchmarkArguments:
     """The methods to compare, and the data to compare them on."""
 
     methods: list[str] = argument(
-        ["zero-shot", "ensemble", "linear-probe", "lora", "prompt-tuning"],
+        ["zero-shot", "ensemble", "linear-probe", "clip-lora", "prompt-tuning"],
         "Methods or presets, in the order of the tables.",
         "METHOD",
     )

@@ -127,6 +127,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         if layout is not None:
             self.text_embeddings.check_tokenizer(self._get_tokenizer())  # before the token ids of the new names count
             self.text_embeddings.set_class_names(class_names, self._get_tokenizer())
+        name_labels(self.config, class_names)
         self._class_prompts(self.prompt_layout)
 
     def set_prompt_template(self, prompt_template: str) -> None:
