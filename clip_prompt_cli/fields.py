@@ -12,6 +12,7 @@ from typing import Any, Literal
 # The library's own tables are not imported here; a test holds these equal to them.
 STYLES = ("fluenthc", "noto", "fluent3d")
 METHODS = (
+    "clip-lora",
     "cocoop",
     "coop",
     "coop-csc",
@@ -68,8 +69,8 @@ class DataFields:
     dataset_name: str | None = argument(None, "Hub id of an image classification data set.", "ID")
     dataset_config_name: str | None = argument(None, "Name of its configuration.", "NAME")
     train_dir: str | None = argument(None, "Folder of training images, with one sub-folder for each class.", "FOLDER")
-    validation_dir: str | None = argument(None, "The same for validation.", "FOLDER")
-    test_dir: str | None = argument(None, "The same for the final table.", "FOLDER")
+    validation_dir: str | None = argument(None, "Folder of validation images, with the same sub-folders.", "FOLDER")
+    test_dir: str | None = argument(None, "Folder of test images, with one sub-folder for each class.", "FOLDER")
     test_list: str | None = argument(
         None,
         "Text file with one path per line, relative to --train_dir: these images are for the test, all others for "
@@ -79,8 +80,10 @@ class DataFields:
     train_file: str | None = argument(
         None, "Parquet file of training images and labels, or a csv, tsv or jsonl file of paths and labels.", "FILE"
     )
-    validation_file: str | None = argument(None, "The same for validation.", "FILE")
-    test_file: str | None = argument(None, "The same for the final table.", "FILE")
+    validation_file: str | None = argument(None, "File of validation images and labels, of the same kinds.", "FILE")
+    test_file: str | None = argument(
+        None, "File of test images and labels: parquet, or csv, tsv or jsonl with paths and labels.", "FILE"
+    )
     zhou_split: str | None = argument(None, "Published split split_zhou_NAME.json, together with --image_dir.", "FILE")
     image_dir: str | None = argument(None, "Folder that the paths in --zhou_split are relative to.", "FOLDER")
     webdataset_dir: str | None = argument(
@@ -172,7 +175,7 @@ class BenchmarkArguments:
     """The methods to compare, and the data to compare them on."""
 
     methods: list[str] = argument(
-        ["zero-shot", "ensemble", "linear-probe", "lora", "prompt-tuning"],
+        ["zero-shot", "ensemble", "linear-probe", "clip-lora", "prompt-tuning"],
         "Methods or presets, in the order of the tables.",
         "METHOD",
     )

@@ -13,7 +13,8 @@ from .messages import COMMANDS, PROGRAM, exit_with
 from .parsers import HELP_ALL, OneLineParser, check, field_names, fill
 
 
-STOPPED = 130  # the exit code of a shell for a program that was stopped by Ctrl-C
+# The exit codes of a shell for a program that was stopped by Ctrl-C, or whose reader has gone, as in `... | head`.
+STOPPED, NOBODY_READS = 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         complete()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name, *rest = arguments or [""]
-    if name in ("", "-h", "--help"):
+    if name in ("", "-h", "--help", HELP_ALL):
         print(overview(), end="")
         sys.exit(0 if name else 1)
     if name == "--version":
@@ -37,11 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check(name, rest)
     os.environ.setdefault("TQDM_DELAY", "2")  # seconds: no bars of what takes less; read when tqdm is imported
     try:
-        command = import_module(f"clip_prompt_peft.commands.{name}")
-    except KeyboardInterrupt:
+        import_module(f"clip_prompt_peft.commands.{name}").main(rest)
+        sys.stdout.flush()
+    except KeyboardInterrupt:  # while importing; commands say how to go on
         print("\nStopped.", file=sys.stderr)
         sys.exit(STOPPED)
-    command.main(rest)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        sys.exit(NOBODY_READS)
 
 
 def overview() -> str:

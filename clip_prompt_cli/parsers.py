@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
@@ -228,7 +229,7 @@ def add_to_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def add_to_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="CHECKPOINT", help="the file model.pth.tar-N")
+    parser.add_argument("path", metavar="CHECKPOINT", help="the file model.pth.tar-N or lora_weights.pt")
     parser.add_argument("output_dir", metavar="OUT", help="folder for the adapter")
     parser.add_argument(
         "--base_model_name_or_path", metavar="MODEL", required=True, help="Hub id or folder of the same CLIP"
@@ -304,10 +305,10 @@ def check_flags(name: str, arguments: list[str]) -> None:
         return  # the library's parser shows all of them
     parser = parser_of(name)
     _, unknown = parser.parse_known_args(arguments)
-    unknown = [flag.partition("=")[0] for flag in unknown if flag.startswith("--")]
+    unknown = [flag.partition("=")[0] for flag in unknown if re.match(r"-+[a-zA-Z]", flag)]
     if unknown:
         known = flags_of(name)
-        wrong = [flag for flag in unknown if flag.removeprefix("--").removeprefix("no_") not in known]
+        wrong = [flag for flag in unknown if not flag.startswith("--") or flag[2:].removeprefix("no_") not in known]
         if known and wrong:
             exit_with(no_such_argument(wrong[0], known))
 
@@ -336,12 +337,12 @@ def field_names(package: str, file: str, class_name: str) -> set[str]:
 
 def with_underscores(arguments: Sequence[str]) -> list[str]:
     """Writes flags as they are declared: `--train-dir` is `--train_dir`, as `HfArgumentParser` has it."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is no flag
     written = []
-    for argument in arguments:
+    for argument in arguments[:end]:
         flag, equals, value = argument.partition("=")
-        is_flag = flag.startswith("--") and len(flag) > 2
-        written.append(f"--{flag[2:].replace('-', '_')}{equals}{value}" if is_flag else argument)
-    return written
+        written.append(f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else argument)
+    return [*written, *arguments[end:]]
 
 
 def no_such_argument(flag: str, known: Iterable[str]) -> str:

@@ -30,7 +30,8 @@ arguments, it first tunes on the embedded pictures, which takes a minute. Needs 
     "convert": """\
 Converts a checkpoint of the original authors' code to an adapter. The code of CoOp, CoCoOp, KgCoOp, ProGrad, MaPLe,
 IVLP, VPT (in MaPLe's repository) and PromptSRC saves a pickle `model.pth.tar-N`: the `state_dict` of the prompt
-learner or of the whole model, with epoch, optimizer and scheduler.""",
+learner or of the whole model, with epoch, optimizer and scheduler. That of CLIP-LoRA saves `lora_weights.pt`, which
+becomes a LoRA of peft.""",
 }
 
 USAGES = {
@@ -83,11 +84,10 @@ EXAMPLES = {
 # For the commands with more arguments than a screen has lines: what their help shows, by the titles of its groups.
 FIRST: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
-        "images": ("train_dir", "test_dir", "test_list", "dataset_name", "train_file", "shots", "when_fewer"),
+        "images": ("train_dir", "test_dir", "dataset_name", "train_file", "shots"),
         "model and prompt": ("model_name_or_path", "method", "prompt_template"),
         "training": (
             "output_dir",
-            "overwrite_output_dir",
             "num_train_epochs",
             "learning_rate",
             "seed",

@@ -25,6 +25,7 @@ from .templates import check_label_names, pad_template
 from .text.prompts import build_class_prompts
 from .training.callbacks import GaussianPromptAveraging, StopAtNonFinite
 from .training.checkpoints import last_whole_checkpoint
+from .training.configs import method_config
 from .training.prograd import ProGradMixin, ProGradTrainer
 from .training.recipes import training_recipe
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
@@ -61,6 +62,7 @@ __all__ = [
     "description_ensemble",
     "last_whole_checkpoint",
     "load_templates",
+    "method_config",
     "pad_template",
     "template_ensemble",
     "training_recipe",

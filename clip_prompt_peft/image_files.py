@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from io import BytesIO
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
+from .file_contents import foreign_content, shown
+
 
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # written by file managers
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}
 
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF and its value for negatives
+
+SEVERAL_IMAGES = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}  # formats; what MPO adds to a photo are views of it
 
 MAX_16_BIT = 65535
 MAX_RATIO = 16  # of the longer side to the shorter one, for processors that resize the shorter one and then crop
@@ -73,7 +79,34 @@ def decode_image(image: str | os.PathLike | bytes | Image.Image | np.ndarray, na
     except UnreadableImageError:
         raise
     except Exception as error:  # damaged files raise errors of many types
-        raise UnreadableImageError(f"Cannot read {name}: {_reason(error)}") from error
+        foreign = None if isinstance(image, (Image.Image, np.ndarray)) else foreign_content(image)
+        reason = f"{foreign}." if foreign else _reason(error)
+        raise UnreadableImageError(f"Cannot read {name}: {reason}") from error
+
+
+def bytes_of_text(text: str) -> bytes | None:
+    """Returns the content of an image that a text holds, as a data URI or in base64, or `None` if it is another text.
+
+    Raises:
+        UnreadableImageError: If a data URI is damaged.
+    """
+    if text.startswith("data:image/"):
+        head, _, body = text.partition(",")
+        try:
+            return base64.b64decode(body) if head.endswith(";base64") else unquote_to_bytes(body)
+        except ValueError as error:
+            raise UnreadableImageError(
+                f"Cannot read the base64 text {shown(text)}: {error}. It may be cut off."
+            ) from error
+    try:
+        plain = "".join(text.split()).replace("-", "+").replace("_", "/")  # as some write it for addresses
+        content = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        Image.open(BytesIO(content)).close()
+    except (ValueError, UnidentifiedImageError):  # as of most paths that do not exist
+        return None
+    except Exception:  # an image, which `decode_image` refuses with the reason
+        pass
+    return content
 
 
 def is_special(path: str | os.PathLike) -> bool:
@@ -106,6 +139,12 @@ def _to_rgb(source: Image.Image, name: str) -> Image.Image:
     if 0 in source.size:
         raise UnreadableImageError(f"Cannot read {name}: it has no pixels, its size is {source.size}.")
     raw_mode = _raw_mode(source)
+    if source.format in SEVERAL_IMAGES and getattr(source, "is_animated", False):
+        warnings.warn(
+            "Some files hold several images, as animations and scans of several pages do: the first one is taken. If "
+            "the others are meant, too, save each as a file of its own.",
+            stacklevel=2,
+        )
     image = ImageOps.exif_transpose(source)
     mode = image.mode
     if mode == "I" and source.format == "PNG":  # Pillow before 11 opens PNG files of 16 bits in this mode

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import os
-from io import BytesIO
 from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import ImageClassificationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .assets import custom_pipelines
 from .auto import AutoModelForPromptClassification
 from .families import CLASSIFIERS
-from .image_files import UnreadableImageError, decode_image, process_images
+from .file_contents import shown
+from .image_files import UnreadableImageError, bytes_of_text, decode_image, process_images
 from .modeling import PromptClassificationMixin
 
 
 TASK = "prompt-image-classification"
-MAX_NAME = 200  # characters of an address, a path or a base64 text in error messages
 
 
 class PromptClassificationPipeline(ImageClassificationPipeline):
@@ -103,7 +101,7 @@ def _decode(image, timeout: float | None) -> Image.Image:
 
 def _decode_text(text: str, timeout: float | None) -> Image.Image:
     """Decodes an address, a path or a base64 text, told apart as by transformers."""
-    name = repr(text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}...")
+    name = shown(text)
     if text.startswith(("http://", "https://")):
         try:
             with urlopen(text, timeout=timeout) as response:
@@ -113,27 +111,9 @@ def _decode_text(text: str, timeout: float | None) -> Image.Image:
                 f"Cannot read {name}: it cannot be fetched ({type(error).__name__}: {error}). Download it first."
             ) from error
         return decode_image(content, name)
-    if text.startswith("data:image/"):
-        try:
-            content = base64.b64decode(text.partition(",")[2])
-        except ValueError as error:
-            raise UnreadableImageError(f"Cannot read the base64 text {name}: {error}. It may be cut off.") from error
-        return decode_image(content, f"the base64 text {name}")
-    if not os.path.exists(text) and (content := _base64_of_image(text)) is not None:
-        return decode_image(content, f"the base64 text {name}")
-    return decode_image(text, name)
-
-
-def _base64_of_image(text: str) -> bytes | None:
-    """Returns the content of an image, or `None` if the text is something else."""
-    try:
-        content = base64.b64decode("".join(text.split()), validate=True)
-        Image.open(BytesIO(content)).close()
-    except (ValueError, UnidentifiedImageError):  # as of most paths that do not exist
-        return None
-    except Exception:  # an image, which `decode_image` refuses with the reason
-        pass
-    return content
+    if os.path.exists(text) or (content := bytes_of_text(text)) is None:
+        return decode_image(text, name)
+    return decode_image(content, f"the base64 text {name}")
 
 
 def _classifier(model, tokenizer):

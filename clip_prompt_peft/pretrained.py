@@ -6,11 +6,14 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .assets import PIPELINE_FILE, custom_pipelines
+from .file_contents import foreign_content
 from .templates import check_class_names, check_template, name_labels
 from .towers import with_modules_of
 from .tuner.files import check_adapter, check_adapter_folder
@@ -86,9 +89,15 @@ class PretrainedClassifierMixin(ModelBase):
             own = {"revision": adapter.revision, "subfolder": adapter.subfolder}
             kwargs["adapter_kwargs"] = {**own, **(kwargs.get("adapter_kwargs") or {})}
         own_name = getattr(kwargs.get("config"), "name_or_path", None)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            for file in sorted(Path(pretrained_model_name_or_path).rglob("*.safetensors")):
+                if what := foreign_content(file):
+                    raise ValueError(f"{str(file)!r} is no file of safetensors: {what}.") from error
+            raise
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 
 from transformers import PreTrainedTokenizerBase
 
+from .class_names import warn_of_looks
+
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 CLASS_SLOT = "{}"
@@ -59,6 +61,7 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     repeated = [name for name, count in Counter(class_names).items() if count > 1]
     if repeated:
         raise ValueError(f"class_names must differ from each other, but these stand there twice: {repeated[:5]}.")
+    warn_of_looks(class_names)
     return class_names
 
 

@@ -29,6 +29,7 @@ TOKEN_TABLES = ("token_embedding", "word_embeddings")  # the names in CLIP and i
 POSITION_TABLES = ("position_embedding", "position_embeddings")
 TRANSFORMERS_HOOKS = "transformers.utils.output_capturing"
 LAYER_LISTS = ("layers", "layer")
+ATTENTION_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))  # the names in CLIP and in BERT
 ADAPTER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the second wraps the modules of `modules_to_save`
 WRAPPED = ("base_layer", "original_module")  # the names that adapters give to the module that they wrap
 
@@ -141,6 +142,31 @@ def num_tower_layers(model: nn.Module, kind: str) -> int | None:
     return min((len(tower.layer_keys) for tower in find_towers(model, kind)), default=None)
 
 
+def attention_inputs(model: nn.Module) -> list[str]:
+    """
+    Returns the names of the query, key and value projections in the encoder layers of both towers.
+
+    They differ between families, and between the towers of some.
+
+    Raises:
+        ValueError: If there is a tower without such layers, or a layer without them: what is put into the others would
+            change a part of the model only.
+    """
+    found: list[str] = []
+    for kind in ("text", "vision"):
+        layers = [model.get_submodule(key) for tower in find_towers(model, kind) for key in tower.layer_keys]
+        held = [{name.rpartition(".")[2] for name, _ in layer.named_modules()} for layer in layers]
+        names = next((names for names in ATTENTION_INPUTS if held and all(set(names) <= of for of in held)), None)
+        if names is None:
+            known = " or ".join(", ".join(names) for names in ATTENTION_INPUTS)
+            raise ValueError(
+                f"The query, key and value projections of all layers of both towers are needed, but the {kind} tower "
+                f"of {type(model).__name__} has {'layers' if held else 'no layers'} without {known}."
+            )
+        found += [name for name in names if name not in found]
+    return found
+
+
 def adapter_settings(modules: Iterable[nn.Module]) -> list[dict[str, str]]:
     """Returns the plain values of each adapter layer: which adapter is active, disabled or merged, its scaling, ..."""
     layers = [module for module in modules if isinstance(module, ADAPTER_LAYERS)]
@@ -171,6 +197,12 @@ def hooks_of(module: nn.Module) -> dict:
 def is_intercepted(module: nn.Module) -> bool:
     """Returns whether hooks, or a `forward` of its own as accelerate sets it, take part in the calls of a module."""
     return "forward" in vars(module) or bool(hooks_of(module))
+
+
+def drops_out(module: nn.Module) -> bool:
+    """Returns whether a module is a dropout in effect, or hands a rate of dropout to a function, as attention does."""
+    rates = (getattr(module, name, 0) for name in ("p", "dropout", "attention_dropout", "dropout_p"))
+    return module.training and any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -60,6 +60,24 @@ def device():
     return torch.device(GPU_TESTS_DEVICE, 0) if GPU_TESTS_DEVICE == "cuda" else torch.device(GPU_TESTS_DEVICE)
 
 
+@pytest.fixture(params=["stand-in", pytest.param("CUDA", marks=pytest.mark.gpu)])
+def place(request):
+    """The device that a test computes on."""
+    if request.param == "stand-in":
+        return torch.device("cpu")
+    device = request.getfixturevalue("device")
+    if device.type != "cuda":
+        pytest.skip("the stand-in is tried by itself")
+    return device
+
+
+@pytest.fixture
+def card(place):
+    if place.type != "cuda":
+        pytest.skip("needs a card")
+    return place
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

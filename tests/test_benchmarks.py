@@ -29,6 +29,16 @@ def test_step_time_in_lower_precision(run_benchmark):
 
 
 @pytest.mark.slow
+def test_step_time_with_a_captured_class_encoder_says_where_there_is_none(run_benchmark):
+    import step_time
+
+    sizes = ["--size", "tiny", "--classes", "5", "--context", "2", "--repeats", "1"]
+    with pytest.warns(UserWarning, match="without a captured CUDA graph, since .* type 'cpu'"):
+        rows = run_benchmark(step_time, *sizes, "--ways", "ours", "captured")
+    assert len(rows) == 2
+
+
+@pytest.mark.slow
 def test_memory(monkeypatch, run_benchmark):
     import memory
 

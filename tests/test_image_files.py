@@ -205,7 +205,7 @@ def test_the_ending_of_a_file_does_not_matter(tmp_path):
     PILImage.new("RGB", (4, 4), "red").save(tmp_path / "photo.JPG", format="PNG")
     assert decode_image(tmp_path / "photo.JPG").getpixel((0, 0)) == (255, 0, 0)
     (tmp_path / "page.png").write_text("<html>Sign in</html>")
-    with pytest.raises(UnreadableImageError, match="page.png': it is damaged, or no image"):
+    with pytest.raises(UnreadableImageError, match="page.png': it is a web page; download"):
         decode_image(tmp_path / "page.png")
 
 

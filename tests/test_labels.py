@@ -10,8 +10,9 @@ from adapters import as_if_trained
 from conftest import CLASS_NAMES, TINY_CLIP
 from peft import LoraConfig, get_peft_model
 
-from clip_prompt_peft import PRESETS, CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import PRESETS, CLIPForPromptClassification, CLIPPromptTuningConfig, method_config
 from clip_prompt_peft.labels import LabelCheck, check_indices, without_wrong_indices
+from clip_prompt_peft.training.configs import PEFT_METHODS
 from clip_prompt_peft.tuner.config import MULTI_LABEL
 
 
@@ -157,7 +158,7 @@ def step_on_meta(preset, problem_type=None, loss="softmax", at_once_on=("cpu",))
         TINY_CLIP, class_names=CLASS_NAMES, problem_type=problem_type
     )
     classifier.config.classification_loss = loss
-    config = CLIPPromptTuningConfig.from_preset(preset, model=classifier) if preset else CLIPPromptTuningConfig()
+    config = method_config(preset, classifier) if preset else CLIPPromptTuningConfig()
     model = as_if_trained(get_peft_model(classifier, config)).train().to("meta")
     classifier.label_check = LabelCheck(at_once_on=at_once_on)
     labels = torch.zeros(3, 4) if problem_type else torch.zeros(3, dtype=torch.long)
@@ -178,7 +179,7 @@ def no_waiting(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("preset", [None, *PRESETS])
+@pytest.mark.parametrize("preset", [None, *PRESETS, *PEFT_METHODS])
 def test_a_step_reads_no_value_of_the_device(no_waiting, preset):
     step_on_meta(preset)
 

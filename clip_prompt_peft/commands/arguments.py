@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from peft import PeftConfig
 from transformers import CLIPModel, TrainingArguments
 
 from clip_prompt_cli.fields import (
@@ -23,8 +24,9 @@ from clip_prompt_cli.fields import (
 )
 from clip_prompt_cli.parsers import SETTINGS_FILES
 
-from .. import CLIPPromptTuningConfig, training_recipe
+from .. import CLIPPromptTuningConfig, method_config, training_recipe
 from ..assets import TINY_CLIP
+from ..training.configs import PEFT_METHODS
 from ..training.recipes import Recipe
 from .common import DataclassParser
 from .data import DataArguments
@@ -33,9 +35,12 @@ from .data import DataArguments
 RECIPE_ARGUMENTS = (  # what a recipe sets, unless the user gives it
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "max_steps",
     "num_train_epochs",
     "per_device_train_batch_size",
     "max_grad_norm",
+    "weight_decay",
     "dataloader_drop_last",
 )
 
@@ -49,12 +54,16 @@ class DataTrainingArguments(DataArguments, DataTrainingFields):
 class PromptArguments(PromptFields):
     """The prompt to learn."""
 
-    def config(self, model: CLIPModel) -> CLIPPromptTuningConfig:
+    def config(self, model: CLIPModel) -> PeftConfig:
         """Returns the configuration for `model`. Raises `ValueError` if the arguments contradict each other."""
         fields = {name: value for name, value in vars(self).items() if value is not None and name != "method"}
         if self.method is None:
             return CLIPPromptTuningConfig(**fields)
-        return CLIPPromptTuningConfig.from_preset(self.method, model=model, **fields)
+        if self.method in PEFT_METHODS:
+            del fields["prompt_template"]  # which the classifier has
+            if fields:
+                raise ValueError(f"{next(iter(fields))} is about vectors, and --method {self.method} learns none.")
+        return method_config(self.method, model, **fields)
 
     def recipe(
         self, model, training_args: TrainingArguments, num_examples: int, shots: int, given_by_user: set[str]

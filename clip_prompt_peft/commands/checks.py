@@ -163,8 +163,8 @@ def rehearse(
             The training of the method's authors.
         run_args (`TrainingArguments`):
             The arguments of the first training.
-        config (`CLIPPromptTuningConfig`):
-            The configuration of the prompt.
+        config (`PeftConfig`):
+            The configuration of the adapter.
 
     Raises:
         ValueError: If arguments do not go together. Other libraries' errors are told in one line, too.
@@ -172,7 +172,7 @@ def rehearse(
     averages = any(isinstance(callback, GaussianPromptAveraging) for callback in recipe.callbacks)
     if averages and run_args.load_best_model_at_end:
         raise ValueError("--method promptsrc averages over epochs, which --load_best_model_at_end would undo.")
-    if config.regularizer is not None and run_args.label_smoothing_factor:
+    if getattr(config, "regularizer", None) is not None and run_args.label_smoothing_factor:
         raise ValueError(
             f"--label_smoothing_factor keeps the labels from the model, so it does not go with the regularizer "
             f"{config.regularizer!r} of this --method."

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
+import huggingface_hub.utils.logging
 import torch
 import transformers
 from transformers import HfArgumentParser
@@ -139,7 +140,8 @@ def check_output_file(path: str) -> None:
 
 
 def silence_libraries(progress_bars: bool = False) -> None:
-    """Hides or, with `progress_bars`, shows the bars of transformers."""
+    """Hides or, with `progress_bars`, shows the bars of transformers, and lets huggingface_hub say everything once."""
+    huggingface_hub.utils.logging.disable_propagation()  # it has a handler of its own beside that of the root logger
     if progress_bars:
         transformers.utils.logging.enable_progress_bar()
     else:

@@ -13,9 +13,11 @@ from peft import PeftModel, get_peft_model
 from clip_prompt_cli.parsers import parse
 
 from ..families import CLIPForPromptClassification
+from ..peft_model import without_warning_of_renamed_property
 from ..text.prompts import build_class_prompts
 from ..tuner import CLIPPromptTuningConfig
 from .common import errors_in_one_line, stopped_in_one_line
+from .convert_lora import check_metadata, is_lora_file, read_lora
 
 
 TEXT, VISION = "text_model", "vision_model"
@@ -66,20 +68,33 @@ STAND_INS = [
 ]
 
 
-def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """Reads the tensors of an authors' checkpoint by name, without running any code in the pickle.
+def load_without_code(path: str | Path) -> object:
+    """Reads a file that torch has saved, without running any code in the pickle.
 
     Raises:
-        ValueError: If the file has no `state_dict`, or objects other than tensors, optimizers and schedulers.
+        ValueError: If it holds objects other than tensors, optimizers and schedulers.
     """
     try:
         with torch.serialization.safe_globals(STAND_INS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{str(path)!r} is not read: a pickle can run code when it is opened, and this one holds more than "
             "tensors, optimizers and schedulers, or is damaged."
         ) from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a checkpoint of prompts by name, see [`load_without_code`].
+
+    Raises:
+        ValueError: If the file has no `state_dict`, or is refused.
+    """
+    return prompt_tensors(load_without_code(path), path)
+
+
+def prompt_tensors(checkpoint: object, path: str | Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors in the `state_dict` of a checkpoint. Raises `ValueError` if there is none."""
     state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict) or not all(torch.is_tensor(value) for value in state_dict.values()):
         raise ValueError(f"{str(path)!r} holds no 'state_dict' of tensors, as a model.pth.tar-N does.")
@@ -103,14 +118,15 @@ def convert_checkpoint(
 
     Args:
         path (`str` or `Path`):
-            The file `model.pth.tar-N`.
+            The file `model.pth.tar-N`, or that of CLIP-LoRA, `lora_weights.pt`.
         base_model_name_or_path (`str`):
             Hub id or folder of the same CLIP in the format of transformers.
         class_names (`Sequence[str]`, *optional*):
-            The class names of the training, in its order. Not needed for vectors that all classes share.
+            The class names of the training, in its order. Not needed for vectors that all classes share, nor for LoRA,
+            whose adapter does not hold them.
         prompt_template (`str`, *optional*, defaults to `"a photo of a {}."`):
-            The template of the training. For `ctx_init: ""` or random vectors, `"{}."` or any other template whose
-            words are all replaced.
+            The template of the training. CLIP-LoRA has this one. For `ctx_init: ""` or random vectors, `"{}."` or any
+            other template whose words are all replaced.
         class_token_position (`str`, *optional*, defaults to `"end"`):
             `"end"`, `"middle"` or `"front"`, CoOp's `CLASS_TOKEN_POSITION`.
         check_prompts (`bool`, *optional*, defaults to `True`):
@@ -130,7 +146,19 @@ def convert_checkpoint(
     >>> model.save_pretrained("maple-caltech")
     ```
     """
-    saved = read_checkpoint(path)
+    checkpoint = load_without_code(path)
+    if is_lora_file(checkpoint):
+        metadata = check_metadata(checkpoint, str(path))  # before anything is downloaded
+        texts = {"class_names": class_names, "prompt_template": prompt_template}
+        base = CLIPForPromptClassification.from_pretrained(
+            base_model_name_or_path, revision=revision, **texts, **kwargs
+        )
+        config, tensors = read_lora(checkpoint, metadata, base, str(path))
+        with without_warning_of_renamed_property():
+            model = get_peft_model(base, config)
+        copy_tensors(tensors, model)
+        return model.eval()
+    saved = prompt_tensors(checkpoint, path)
     tensors = {ours: saved[theirs].float() for theirs in saved if (ours := our_name(theirs)) is not None}
     if not tensors:
         raise ValueError(
@@ -229,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = convert_checkpoint(**options)
     model.save_pretrained(output_dir)
     print(f"Saved {output_dir}: {model.get_nb_trainable_parameters()[0]} learned numbers")
+    if not isinstance(model.active_peft_config, CLIPPromptTuningConfig):
+        print("Load it with AutoModelForPromptClassification.from_pretrained(OUT, class_names=...); it holds no names")
 
 
 if __name__ == "__main__":

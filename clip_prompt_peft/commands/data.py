@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from clip_prompt_cli.fields import DataFields
 
 from ..data import class_names_of, hold_out, load_image_dataset, shared_images, split_by_list
+from ..data.formats import check_file, check_folder
 from ..data.known_datasets import STYLES, load_style
 from ..data.splits import SPLIT_OF
 
@@ -118,9 +119,10 @@ class DataArguments(DataFields):
             raise ValueError(f"--{next(iter(paths))}_{kind} needs --train_{kind} beside it, the training images.")
         for split, path in paths.items():
             flag = f"--{split}_{kind}"
-            if not (os.path.isdir if kind == "dir" else os.path.isfile)(path):
-                noun = "image folder" if kind == "dir" else "file"
-                raise ValueError(f"{flag}: The {noun} {path!r} does not exist.")
+            try:
+                (check_folder if kind == "dir" else check_file)(path)
+            except ValueError as error:
+                raise ValueError(f"{flag}: {error}") from error
             if kind == "dir":
                 _check_no_splits_inside(flag, path)
         if "train" not in paths:
@@ -209,26 +211,28 @@ def choose_test_set(splits: DatasetDict, train_val_split: float) -> dict[str, Da
     return {HELD_OUT: held_out}
 
 
-def warn_of_shared_images(train: Dataset, others: Mapping[str, Dataset]) -> None:
-    """Warns of test and validation images that equal training images, and of those that were not compared."""
+def warn_of_shared_images(used: Dataset, others: Mapping[str, Dataset], kind: str = "training") -> None:
+    """Warns of images that are tested on and equal those that are used in training, and of those not compared."""
     for name, dataset in others.items():
-        shared = shared_images(train, dataset)
+        shared = shared_images(used, dataset)
         if shared.rows:
             pairs = ", ".join(f"{of_test} (equal to {of_train})" for of_test, of_train in shared.names[:3])
             logger.warning(
-                "%d of the %d images of %r equal training images, so its accuracy says little about new ones: %s%s. "
+                "%d of the %d images of %r equal %s images, so its accuracy says little about new ones: %s%s. "
                 "Leave them out of one of the two.",
                 len({row for row, _ in shared.rows}),
                 len(dataset),
                 name,
+                kind,
                 pairs,
                 ", ..." if len(shared.rows) > 3 else "",
             )
         if shared.num_skipped:
             logger.warning(
-                "%d images of 'train' and %r were not compared: they are remote, or too large together. "
-                "clip_prompt_peft.data.shared_images compares more.",
+                "%d of the %s images and those of %r were not compared: they are remote, or too many or too large "
+                "together. clip_prompt_peft.data.shared_images compares more.",
                 shared.num_skipped,
+                kind,
                 name,
             )
 

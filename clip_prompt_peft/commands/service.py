@@ -309,8 +309,14 @@ def create_app(store: AdapterStore, max_upload: int = 10 * 2**20) -> FastAPI:
         class_names: Annotated[list[str], Form(default_factory=list)],
         top_k: Annotated[int, Form(ge=1)] = 5,
     ) -> list[Answer]:
-        """Takes either `adapters`, one for all images or one for each, or `class_names`."""
-        check_request(len(images), len(adapters), len(class_names))
+        """
+        Takes either `adapters`, one for all images or one for each, or `class_names`. With neither, the only loaded
+        adapter answers.
+        """
+        loaded = [*store.loaded()]
+        if not adapters and not class_names and len(loaded) == 1:
+            adapters = loaded
+        check_request(len(images), len(adapters), len(class_names), loaded)
         pictures = (read_image(upload.file.read(), upload.filename or "the image") for upload in images)
         if class_names:
             names, scores = [None] * len(images), store.classify_zero_shot(pictures, class_names, top_k)
@@ -325,14 +331,14 @@ def create_app(store: AdapterStore, max_upload: int = 10 * 2**20) -> FastAPI:
     return app
 
 
-def check_request(num_images: int, num_adapters: int, num_class_names: int) -> None:
+def check_request(num_images: int, num_adapters: int, num_class_names: int, loaded: list[str]) -> None:
     """Raises `HTTPException` 413 or 422 for numbers that are too large or do not go together."""
     if num_images > MAX_IMAGES:
         raise HTTPException(413, f"{num_images} images are too many; send at most {MAX_IMAGES} at a time.")
     if num_class_names > MAX_CLASS_NAMES:
         raise HTTPException(413, f"{num_class_names} class names are too many; send at most {MAX_CLASS_NAMES}.")
     if bool(num_adapters) == bool(num_class_names):
-        raise HTTPException(422, "Give either adapters or class_names.")
+        raise HTTPException(422, f"Give either adapters or class_names; the adapters {loaded} are loaded.")
     if num_adapters not in (0, 1, num_images):
         raise HTTPException(
             422, f"Give one adapter for all images, or one for each: got {num_adapters} for {num_images} images."

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from clip_prompt_cli.messages import command_line
 from clip_prompt_cli.parsers import check
 
-from .. import AutoModelForPromptClassification
+from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig
 from ..data import (
     cache_image_embeds,
     class_names_of,
@@ -33,7 +33,9 @@ from ..evaluation.interpret import nearest_words
 from ..evaluation.metrics import compute_metrics
 from ..evaluation.model_card import CardDetails, TrainingData, is_hub_id
 from ..evaluation.tables import counted
+from ..peft_model import without_warning_of_renamed_property
 from ..training.callbacks import StopAtNonFinite
+from ..training.configs import trains_image_tower
 from ..training.recipes import Recipe
 from ..tuner.files import WEIGHTS_NAME
 from ..tuner.hub import load_image_processor
@@ -98,9 +100,10 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         validation = splits.get("validation") if training_args.eval_strategy != "no" else None
         check_shots(splits["train"], validation, test_sets, data_args)
         if is_main_process and not data_args.is_embedded:
-            warn_of_shared_images(
-                splits["train"], test_sets | ({} if validation is None else {"validation": validation})
-            )
+            warn_of_shared_images(splits["train"], test_sets)
+            if validation is not None:
+                warn_of_shared_images(splits["train"], {"validation": validation})
+                warn_of_shared_images(validation, test_sets, "validation")
         drawn, _ = draw(splits, data_args, training_args)
         name = model_args.model_name_or_path
         hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
@@ -111,7 +114,8 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         image_processor = load_image_processor(model)
         config = prompt_args.config(model)
         use_one_thread_if_tiny(name)
-        peft_model = get_peft_model(model, config)  # raises if the prompt does not fit
+        with without_warning_of_renamed_property():
+            peft_model = get_peft_model(model, config)  # raises if the prompt does not fit
         recipe = prompt_args.recipe(peft_model, planned[0], len(drawn), data_args.shots, given)
         unread = with_pixel_values(drawn, image_processor, augment=data_args.augment)
         make = partial(make_trainer, peft_model, unread, validation, image_processor)
@@ -125,7 +129,7 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         record["test"] = {"name": test_name, "num_images": len(test_set), "content_hash": content_hash(test_set)}
 
     def embed(dataset: Dataset, description: str) -> Dataset:
-        if config.num_vision_virtual_tokens:  # image embeddings change in training
+        if trains_image_tower(config):
             return with_pixel_values(dataset, image_processor)
         batch_size = training_args.per_device_eval_batch_size
         description = f"Embedding images ({description})"
@@ -152,7 +156,8 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             if validation_set is not None:
                 validation_set = embed(validation_set, "validation")
             set_seed(run_args.seed)
-            model = get_peft_model(model, config)
+            with without_warning_of_renamed_property():
+                model = get_peft_model(model, config)
             recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots, given)
             trainer = make_trainer(model, train_set, validation_set, image_processor, run_args, recipe)
             trainer.train(resume_from_checkpoint=find_checkpoint(run_args))
@@ -173,7 +178,7 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             if len(tuned) < len(runs):
                 model = trainer.model.unload()
     if is_main_process:
-        report(runs, zero_shot, tuned, output_dir)
+        report(runs, zero_shot, tuned, output_dir, trainer.model)
         if training_args.push_to_hub:
             push(trainer)
 
@@ -272,8 +277,13 @@ def describe(trainer: Trainer, data_args, drawn: Dataset, test_name: str, compar
         },
         test_name=test_name,
         comparison=comparison,
-        words=nearest_words(trainer.model),
+        words=nearest_words(trainer.model) if learns_prompts(trainer.model) else (),
     )
+
+
+def learns_prompts(model) -> bool:
+    """Returns whether the adapter is of prompts, and not of a method that peft has itself."""
+    return isinstance(model.active_peft_config, CLIPPromptTuningConfig)
 
 
 def save(
@@ -298,16 +308,26 @@ def save(
         trainer.processing_class.save_pretrained(trainer.args.output_dir)
 
 
-def report(runs: list[TrainingArguments], zero_shot: Results, tuned: list[Results], output_dir: str) -> None:
+def report(runs: list[TrainingArguments], zero_shot: Results, tuned: list[Results], output_dir: str, model) -> None:
     seeds = [run_args.seed for run_args in runs]
     with open(os.path.join(output_dir, "results.json"), "w") as file:
         json.dump({"seeds": seeds, "zero_shot": zero_shot, "tuned": tuned}, file, indent=2)
     spread = f", mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     print(f"\nPercent of images classified correctly{spread}\n\n{results_table(zero_shot, tuned)}\n")
+    kind = "learned vectors" if learns_prompts(model) else f"{model.active_peft_config.peft_type.value} of peft"
     for run_args in runs:
         size = os.path.getsize(os.path.join(run_args.output_dir, WEIGHTS_NAME))
-        print(f"Saved {run_args.output_dir}: {size / 1024:.1f} KB of learned vectors")
+        print(f"Saved {run_args.output_dir}: {size / 1024:.1f} KB of {kind}")
     folder = runs[0].output_dir
+    if not learns_prompts(model):
+        print("\nIt holds neither class names nor a template. Load it with")
+        print("    from clip_prompt_peft import AutoModelForPromptClassification")
+        print("    model = AutoModelForPromptClassification.from_pretrained(")
+        print(f"        {folder!r},")
+        print(f"        class_names={model.class_names},")
+        print(f"        prompt_template={model.prompt_template!r},")
+        print("    )")
+        return
     print("\nLoad it with\n    from clip_prompt_peft import AutoPeftModelForPromptClassification")
     print(f'    model = AutoPeftModelForPromptClassification.from_pretrained("{folder}")')
     print(f"or classify images with\n    {command_line('predict', folder, 'IMAGE ...')}")

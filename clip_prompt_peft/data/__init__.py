@@ -9,7 +9,8 @@ from .image_embeds import cache_image_embeds
 from .images import RandomResizedCropFlip, content_hash, with_pixel_values
 from .known_datasets import KnownDataset, known_datasets, load_known_dataset
 from .path_lists import split_by_list
-from .sources import load_image_dataset, standardize
+from .sources import load_image_dataset
+from .standard import standardize
 
 
 __all__ = [

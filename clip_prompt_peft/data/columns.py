@@ -11,6 +11,7 @@ from itertools import chain
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
+from ..class_names import describe_invisible, invisible_characters, without_invisible
 from ..templates import check_class_names, how_to_renumber
 
 
@@ -22,7 +23,7 @@ USUAL_LABEL_NAMES = ("label", "labels", "class", "target")
 TEXTS = ("string", "large_string", "string_view")  # the Arrow types of text
 BYTES = ("binary", "large_binary", "binary_view")
 EXPECTED = {
-    "image": "images, their bytes, or paths to them",
+    "image": "images, their bytes, or paths to them (arrays become images by PIL.Image.fromarray)",
     "label": "type ClassLabel or string (numbers alone do not say what the classes are called: put names in their "
     "place, or cast the column to ClassLabel(names=[...]))",
 }
@@ -146,13 +147,35 @@ def _choose(features: Features, kind: str, name: str | None, found: list[str], f
     else:
         problem = f"No {kind} column; name it with {kind}_column"
     columns = ", ".join(f"{key} ({type_name(feature)})" for key, feature in features.items())
-    raise ValueError(f"{problem}. Expected a column of {EXPECTED[kind]}. The columns are: {columns}.")
+    hint = _hint_at_several_labels(features, name) if kind == "label" else ""
+    raise ValueError(f"{problem}. Expected a column of {EXPECTED[kind]}. The columns are: {columns}.{hint}")
+
+
+def _hint_at_several_labels(features: Features, name: str | None) -> str:
+    """Returns what to do with lists of labels, and with a column of numbers for each class."""
+    of_lists = [key for key in features if key in (name, *USUAL_LABEL_NAMES) and "List" in type_name(features[key])]
+    if of_lists:
+        return (
+            f" The lists of {of_lists[0]!r} hold several labels, or a number for each class. A classifier gives one "
+            "class to an image: write the name of one in a column of its own."
+        )
+    numbers = [
+        key for key, kind in features.items() if isinstance(kind, Value) and kind.dtype[:3] in ("int", "flo", "boo")
+    ]
+    if name is None and len(numbers) > 1 and not set(numbers) & set(USUAL_LABEL_NAMES):
+        return (
+            f" If each class has a column of 0 and 1, such as {numbers[0]!r} and {numbers[1]!r}, make one column of "
+            "their names, with pandas: frame['label'] = frame[NAMES].idxmax(axis=1)."
+        )
+    return ""
 
 
 def type_name(feature) -> str:
     """Returns the type of a column as an error message names it."""
     if isinstance(feature, ClassLabel):
         return f"ClassLabel of {feature.num_classes}"
+    if feature == Value("null"):
+        return "null, no values"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
@@ -351,6 +374,11 @@ def class_names_of(dataset: Dataset, label_column: str = LABEL) -> list[str]:
     """
     names = class_label_of(dataset, label_column).names
     check_names_differ(names)
+    invisible = {name: found for name in names if (found := invisible_characters(name))}
+    if invisible:
+        warnings.warn(  # of this line, so that it is told once
+            f"Characters that nobody sees are left out of class names: {describe_invisible(invisible)}.", stacklevel=1
+        )
     return check_class_names([clean_class_name(name) for name in names])
 
 
@@ -360,11 +388,12 @@ def check_names_differ(names: Sequence[str]) -> None:
     for name in names:
         other = spellings.setdefault(_normal_name(name), name)
         if other is not name:
-            shown = repr if clean_class_name(other) == clean_class_name(name) else ascii
+            differ_in_spaces = " ".join(other.replace("_", " ").split()) == " ".join(name.replace("_", " ").split())
+            shown = repr if differ_in_spaces else ascii
             raise ValueError(
                 f"A class name stands there twice, as {shown(other)} and {shown(name)}, which differ in spaces, "
-                "underscores or how accents are stored (NFC and NFD) only. If they are one class, give it one name in "
-                "all rows; otherwise rename one."
+                "underscores, invisible characters or how accents are stored (NFC and NFD) only. If they are one "
+                "class, give it one name everywhere; otherwise rename one."
             )
 
 
@@ -381,6 +410,8 @@ def unlabeled_rows(labels: Sequence, feature) -> list[int]:
 def clean_class_name(name: str, split_camel_case: bool = False) -> str:
     """
     Turns a label name into words by replacing underscores with spaces and collapsing white space. Case is kept.
+
+    Characters that nobody sees, such as a space of no width or a soft hyphen, are left out.
 
     Args:
         name (`str`):
@@ -399,4 +430,4 @@ def clean_class_name(name: str, split_camel_case: bool = False) -> str:
     """
     if split_camel_case:
         name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-    return " ".join(name.replace("_", " ").split())
+    return " ".join(without_invisible(name).replace("_", " ").split())

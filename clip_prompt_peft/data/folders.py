@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
+from ..file_contents import advice_for
 from ..image_files import SYSTEM_FOLDERS, list_images, skipped_files
-from .columns import IMAGE, LABEL
-from .splits import SPLIT_OF, how_to_name_splits, splits_among
+from .columns import IMAGE, LABEL, check_names_differ
+from .splits import SPLIT_OF, how_to_name_splits, split_of, splits_among
 
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def load_class_folders(folders: Mapping[str, str], cache_dir: str | None = None)
     all_names = sorted(set().union(*names.values()))
     if len(all_names) < 2:
         raise ValueError(f"No classes were found in {', '.join(folders.values())}. {LAYOUT}")
+    check_names_differ(all_names)
     for split, of_split in names.items():
         missing = sorted(names.get("train", of_split) - of_split)
         if missing:
@@ -74,7 +76,8 @@ def _find_images(folder: str) -> list[tuple[str, str]]:
     images, others = list_images(folder)
     if not images:
         details = f" Skipped: {skipped_files(others)}." if others else ""
-        raise ValueError(f"There are no images in {folder!r} or its sub-folders.{details}")
+        advice = advice_for(others[0]) if others else ""
+        raise ValueError(f"There are no images in {folder!r} or its sub-folders.{details}{advice}")
     parts = {path: os.path.relpath(path, folder).split(os.sep) for path in images}
     _check_depths(folder, parts, others)
     _check_class_folders(folder, {path[0] for path in parts.values()}, others)
@@ -140,7 +143,11 @@ def _repeated_classes(images: Iterable[list[str]]) -> dict[str, list[str]]:
     folders: dict[str, set[str]] = {}
     for names in images:
         folders.setdefault(names[-2], set()).add(names[0])
-    return {name: sorted(of_class) for name, of_class in sorted(folders.items()) if len(of_class) > 1}
+    return {
+        name: sorted(of_class, key=lambda top: (split_of(top) != "train", top))  # that to train on goes first
+        for name, of_class in sorted(folders.items())
+        if len(of_class) > 1
+    }
 
 
 def _check_class_folders(folder: str, with_images: set[str], others: list[str]) -> None:

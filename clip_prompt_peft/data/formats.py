@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 
+from ..file_contents import advice_for, foreign_content
 from .columns import IMAGE, LABEL, find_image_column, read_labels
 
 
@@ -71,7 +72,8 @@ def _read_zhou_file(split_file: str) -> dict[str, list]:
         try:
             content = json.load(file)
         except ValueError as error:
-            raise ValueError(f"{split_file!r} is not a json file ({error}).") from error
+            what = foreign_content(split_file) or "download or write it again"
+            raise ValueError(f"{split_file!r} is not a json file ({error}); {what}.") from error
     if not isinstance(content, dict) or "train" not in content:
         raise ValueError(f"{split_file!r} has no split 'train'; {ZHOU_FORMAT}.")
     items = {name: content[name] for name in ZHOU_SPLITS if name in content}
@@ -107,6 +109,14 @@ def check_file(file: str) -> None:
         raise ValueError(f"The file {file!r} does not exist.")
 
 
+def check_folder(folder: str) -> None:
+    """Raises a `ValueError` if a folder of images does not exist."""
+    if os.path.isfile(folder):
+        raise ValueError(f"{folder!r} is a file and not a folder of images.{advice_for(folder)}")
+    if not os.path.isdir(folder):
+        raise ValueError(f"The image folder {folder!r} does not exist.")
+
+
 def load_clip_benchmark(folder: str | os.PathLike, **load_kwargs) -> DatasetDict:
     """
     Reads a classification dataset in the layout of CLIP_benchmark, such as `clip-benchmark/wds_*` on the Hub.
@@ -131,11 +141,16 @@ def load_clip_benchmark(folder: str | os.PathLike, **load_kwargs) -> DatasetDict
     """
     folder = os.path.expanduser(os.fspath(folder))
     feature = ClassLabel(names=_read_class_names(folder))
-    shards: dict[str, list[str]] = {}
+    paths: dict[str, list[str]] = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(str(folder)), "*", "*.tar"))):
-        shards.setdefault(os.path.basename(os.path.dirname(path)), []).append(glob.escape(path))
-    if not shards:
+        paths.setdefault(os.path.basename(os.path.dirname(path)), []).append(path)
+    if not paths:
         raise ValueError(f"There are no tar files in the sub-folders of {str(folder)!r}.")
+    for path in (path for of_split in paths.values() for path in of_split):
+        what = foreign_content(path)
+        if what is not None and "tar archive" not in what:
+            raise ValueError(f"{path!r} is no tar file: {what}.")
+    shards = {split: [glob.escape(path) for path in of_split] for split, of_split in paths.items()}
     splits = load_dataset("webdataset", data_files=shards, **load_kwargs)
     return DatasetDict({name: _with_class_names(name, split, feature) for name, split in splits.items()})
 

@@ -1,8 +1,4 @@
-"""Tables that list image files and their labels: csv, tsv, jsonl, parquet and arrow files, and metadata of folders.
-
-A relative path is relative to the folder of its table. Only if there is no such file, and one in the working
-directory, that one is taken, with a warning.
-"""
+"""Tables that list image files and their labels: csv, tsv, jsonl, parquet and arrow files, and metadata of folders."""
 
 from __future__ import annotations
 
@@ -12,20 +8,20 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Image, IterableDataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from ..image_files import list_images
+from ..file_contents import shown
+from ..image_files import bytes_of_text, list_images
 from .columns import IMAGE, USUAL_LABEL_NAMES, is_bytes, is_image, is_text
+from .found_paths import find_beside, hint_at, is_remote
+from .text_tables import AS_WRITTEN, check_is_utf_8, read_csv, unreadable
 
 
 logger = logging.getLogger(__name__)
 
-# Only an empty field has no value: "NA" and "None" may be classes. The type of a column is guessed from all its rows.
-AS_WRITTEN = {"keep_default_na": False, "na_values": [""], "low_memory": False}
 TABLES = {  # file extension to builder of `datasets` and its settings; those of csv are settings of pandas
     ".csv": ("csv", AS_WRITTEN),
     ".tsv": ("csv", {**AS_WRITTEN, "sep": "\t"}),
@@ -154,26 +150,10 @@ def load_path_tables(
 
 def _read_table(builder: str, file: str, label_column: str | None, cache_dir: str | None, settings: dict) -> Dataset:
     """Reads one table, in which no class name or path has more than one line."""
-    table = _read_csv(file, settings) if builder == "csv" else read_files(builder, [file], cache_dir=cache_dir)
+    if builder == "json":
+        check_is_utf_8(file)
+    table = read_csv(file, settings) if builder == "csv" else read_files(builder, [file], cache_dir=cache_dir)
     _check_line_breaks(table, file, {label_column, *USUAL_LABEL_NAMES, *PATH_COLUMNS})
-    return table
-
-
-def _read_csv(file: str, settings: dict) -> Dataset:
-    """Reads a csv or tsv file at once. `datasets` guesses types for each 10,000 rows: the class `007` becomes `7`."""
-    try:
-        frame = pd.read_csv(file, **settings)
-        if not len(frame):
-            raise ValueError("It has no rows.")
-        table = Dataset.from_pandas(frame, preserve_index=False)
-    except (ValueError, pa.ArrowException) as error:  # errors of pandas are of these types
-        raise _unreadable([file], "csv", error) from error
-    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the fields in front for names of the rows
-        raise ValueError(
-            f"The rows of {file!r} have {len(frame.columns) + frame.index.nlevels} fields, but its head has only "
-            f"{len(frame.columns)}: {', '.join(map(str, frame.columns))}. Put class names and paths that hold a "
-            "separator in double quotes, or name all columns in the head."
-        )
     return table
 
 
@@ -184,7 +164,7 @@ def _check_line_breaks(table: Dataset, file: str, columns: set[str | None]) -> N
             continue
         texts = table.data.column(column).cast(pa.large_string())  # Arrow cannot search in string_view
         broken = pc.indices_nonzero(pc.fill_null(pc.match_substring_regex(texts, "[\r\n]"), False)).to_pylist()
-        if not broken:
+        if not broken or bytes_of_text(texts[broken[0]].as_py()) is not None:  # base64 in lines
             continue
         found = (
             f"{len(broken)} of {len(table)} rows of {file!r} have a line break in the column {column!r}, such as row "
@@ -206,7 +186,8 @@ def _with_images(
     if column not in table.features or not is_text(table.features[column]):
         raise ValueError(
             f"{file!r} needs a column {column!r} of paths to images, relative to its folder, and one of class names. "
-            f"Its columns are: {types}. Rename the column, or name it with image_column."
+            f"Its columns are: {types}. Rename the column, or name it with image_column; the first line of a csv file "
+            "must name the columns."
         )
     other_labels = [name for name in USUAL_LABEL_NAMES if name in table.features and name != column]
     if column == label_column or (label_column is None and column in USUAL_LABEL_NAMES and not other_labels):
@@ -214,76 +195,46 @@ def _with_images(
             f"The column {column!r} cannot be the image column and the label column; name another. In {file!r} it is "
             "taken for the paths of the images."
         )
-    names = table[column]
+    names = table[column][:]
     empty = [row for row, name in enumerate(names) if not name]
     if empty:
         raise ValueError(f"{len(empty)} rows of {file!r} have no path in {column!r}, such as row {empty[0]}.")
+    name = image_column or IMAGE
+    kept = table.remove_columns([old for old in {column, name} if old in table.features])
+    if not kept.features:
+        raise ValueError(f"{file!r} has no column of class names. Its columns are: {types}.")
+    if len(names) and bytes_of_text(names[0]) is not None:
+        return kept.add_column(name, _contents(names, file, column)).cast_column(name, Image())
     paths = find_beside(names, file)
     missing = [path for path in paths if not is_remote(path) and not os.path.isfile(path)]
     if missing:
         raise ValueError(
             f"{len(missing)} of the {len(paths)} images that {file!r} lists in {column!r} do not exist, such as "
-            f"{missing[0]!r}. Correct the paths, which are relative to the folder of the file, or remove the rows."
+            f"{shown(missing[0])}. Correct the paths, which are relative to the folder of the file, or remove the "
+            f"rows.{hint_at(missing[0], file)}"
         )
     # The time of the last change becomes a part of the fingerprint, so that changed images are embedded again.
     times = [0 if is_remote(path) else os.stat(path).st_mtime_ns for path in paths]
-    name = image_column or IMAGE
-    table = table.remove_columns([old for old in {column, name} if old in table.features])
-    if not table.features:
-        raise ValueError(f"{file!r} has no column of class names. Its columns are: {types}.")
-    dated = table.add_column(name, times).remove_columns(name)
+    dated = kept.add_column(name, times).remove_columns(name)
     return dated.add_column(name, paths).cast_column(name, Image())
 
 
-def is_remote(path: str) -> bool:
-    """Returns whether a path is an address, such as `https://...`."""
-    return "://" in path
-
-
-def find_beside(names: Sequence[str], file: str) -> list[str]:
-    """Returns the paths of images that a table lists: those in the folder of the table go first."""
-    folder, paths, elsewhere = os.path.dirname(file), [], []
-    for name in names:
-        name = name.removeprefix("file://")
-        path = name if is_remote(name) else os.path.join(folder, os.path.expanduser(name))
-        if path != name and not os.path.exists(path) and os.path.exists(name):
-            elsewhere.append(name)
-            path = os.path.abspath(name)
-        paths.append(path)
-    if elsewhere:
-        logger.warning(
-            "%d of the %d images that %r lists are not in its folder but in the working directory, such as %r.",
-            len(elsewhere),
-            len(names),
-            file,
-            elsewhere[0],
+def _contents(names: Sequence[str], file: str, column: str) -> list[bytes]:
+    """Returns the images that texts hold, in base64 or as data URIs."""
+    contents = [bytes_of_text(name) for name in names]
+    others = [row for row, content in enumerate(contents) if content is None]
+    if others:
+        raise ValueError(
+            f"{file!r} holds images as texts (base64) in {column!r}, but {len(others)} of {len(names)} rows are no "
+            f"images, such as row {others[0]}: {shown(names[others[0]])}. Write them again, or remove the rows."
         )
-    return paths
+    return contents
 
 
-def with_found_paths(table: Dataset, file: str, column: str) -> Dataset:
-    """Returns a table of images in which those without bytes have paths that are found, see [`find_beside`]."""
-    images = table.data.column(column)
-    if not pa.types.is_struct(images.type) or {"bytes", "path"} - {field.name for field in images.type}:
-        return table
-    only_paths = pc.and_(pc.is_null(pc.struct_field(images, "bytes")), pc.is_valid(pc.struct_field(images, "path")))
-    if not pc.any(only_paths).as_py():
-        return table
-    records = Features({column: {"bytes": Value("binary"), "path": Value("string")}})
-    rows = images.combine_chunks().to_pylist()
-    listed = [row for row in rows if row and row["bytes"] is None and row["path"] is not None]
-    for row, path in zip(listed, find_beside([row["path"] for row in listed], file)):
-        row["path"] = path
-    kept = [row and {"bytes": row["bytes"], "path": row["path"]} for row in rows]
-    feature = table.features[column]
-    found = Dataset.from_dict({column: kept}, features=records)
-    found = found.cast_column(column, feature if isinstance(feature, Image) else Image())
-    return concatenate_datasets([table.remove_columns(column), found], axis=1) if table.num_columns > 1 else found
-
-
-def _paths(dataset: Dataset, column: str) -> list[str]:
-    files = dataset.select_columns(column).cast_column(column, Image(decode=False))
-    return [os.path.normpath(image["path"]) for image in files[column]]
+def _paths(dataset: Dataset, column: str) -> list[str | None]:
+    files = dataset.select_columns(column).with_format("arrow")[:][column]
+    paths = pc.struct_field(files, "path").to_pylist()
+    return [path if path is None or is_remote(path) else os.path.normpath(path) for path in paths]
 
 
 def _joined(tables: list[Dataset], source: str, column: str) -> Dataset:
@@ -291,7 +242,7 @@ def _joined(tables: list[Dataset], source: str, column: str) -> Dataset:
         raise ValueError(f"The tables of {source} have different columns or types; make them equal.")
     dataset = concatenate_datasets(tables)
     counts = Counter(_paths(dataset, column))
-    repeated = [path for path, count in counts.items() if count > 1]
+    repeated = [path for path, count in counts.items() if count > 1 and path is not None]
     if repeated:
         logger.warning("%s lists %d images more than once, such as %r.", source, len(repeated), repeated[0])
     return dataset
@@ -306,11 +257,4 @@ def read_files(builder: str, files: Sequence[str], split: str = "train", **setti
         raise
     except Exception as error:  # each format has errors of its own
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        raise _unreadable(files, builder, reason or error) from error
-
-
-def _unreadable(files: Sequence[str], builder: str, reason: BaseException) -> ValueError:
-    return ValueError(
-        f"Cannot read {', '.join(map(repr, files))} as {builder}: {str(reason) or type(reason).__name__}. The file is "
-        "damaged, empty or of another format, or files have different columns; write it again."
-    )
+        raise unreadable(files, builder, reason or error) from error

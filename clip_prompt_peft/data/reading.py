@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence, Sized
 
 import fsspec
 import numpy as np
@@ -13,7 +14,8 @@ from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from ..image_files import UnreadableImageError, decode_image
+from ..file_contents import shown
+from ..image_files import UnreadableImageError, bytes_of_text, decode_image
 from .columns import IMAGE, LABEL, type_name
 
 
@@ -112,18 +114,21 @@ class TransformReader:
             self._check_files(rows)  # `datasets` opens them before the transform is called, and names none
             raise
         name = name_of(transform_of(self.dataset))
-        if IMAGE not in batch:
+        if not isinstance(batch, Mapping) or IMAGE not in batch:
+            returned = ", ".join(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise ValueError(
-                f"The transform {name} of the dataset returns {', '.join(batch)}, but no {IMAGE!r}. Return the images "
-                f"under {IMAGE!r}, so that they can be processed. If it makes pixel_values itself, give the dataset "
-                "to the Trainer as it is; to leave the transform out, use dataset.with_format(None)."
+                f"The transform {name} of the dataset returns {returned}, but no {IMAGE!r}. Return a dictionary with "
+                f"the images under {IMAGE!r}, so that they can be processed. If it makes pixel_values itself, give "
+                "the dataset to the Trainer as it is; to leave the transform out, use dataset.with_format(None)."
             )
-        if len(batch[IMAGE]) != len(rows):
+        images = batch[IMAGE]
+        if not isinstance(images, Sized) or isinstance(images, str) or len(images) != len(rows):
+            number = f"{len(images)} images" if isinstance(images, Sized) else f"a {type(images).__name__}"
             raise ValueError(
-                f"The transform {name} of the dataset returns {len(batch[IMAGE])} images for {len(rows)} rows; it "
-                "gets a batch, and must return one image for each row."
+                f"The transform {name} of the dataset returns {number} for {len(rows)} rows. It gets the lists of a "
+                "batch, and must return a list with one image for each row."
             )
-        return [decode(image) for image in batch[IMAGE]], batch.get(LABEL, labels)
+        return [decode(image) for image in images], batch.get(LABEL, labels)
 
     def _check_files(self, rows: list[int]) -> None:
         if isinstance(self.dataset.features.get(IMAGE), ImageFeature):
@@ -180,6 +185,8 @@ def _is_empty(image: dict | None) -> bool:
 def content_of(image: dict) -> bytes | str:
     """Returns the bytes of a row of an image column, or the path of its file on this machine.
 
+    The path may be an address, a data URI, or the image itself in base64.
+
     Raises:
         UnreadableImageError: If the row is empty, or its address cannot be fetched.
     """
@@ -189,13 +196,14 @@ def content_of(image: dict) -> bytes | str:
     if content is not None:
         return content
     if "://" not in path:
-        return path
+        embedded = None if os.path.exists(path) else bytes_of_text(path)
+        return path if embedded is None else embedded
     try:
         with fsspec.open(path, "rb") as file:
             return file.read()
     except Exception as error:  # each file system has its own
         raise UnreadableImageError(
-            f"Cannot read {path!r}: it cannot be fetched ({type(error).__name__}: {error}). Download it first."
+            f"Cannot read {shown(path)}: it cannot be fetched ({type(error).__name__}: {error}). Download it first."
         ) from error
 
 
@@ -220,4 +228,4 @@ def decode(image) -> Image.Image:
         )
     content = content_of(image)
     path = image.get("path")
-    return decode_image(content, name=repr(path) if path else None)
+    return decode_image(content, name=shown(path) if path else None)

@@ -1,4 +1,4 @@
-"""Parquet and arrow files that `datasets` reads together: their labels must mean the same in each of them.
+"""Files that `datasets` finds in a folder, and labels of parquet and arrow files, which must mean the same in each.
 
 `datasets` takes the types of the columns, and with them the class names, from the first file, and gives them to the
 numbers of all others. Of files that are not on this machine, only the heads are read, which hold the types.
@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from typing import BinaryIO
 
 import datasets.config
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Features, load_dataset_builder
+from datasets import ClassLabel, Dataset, DatasetBuilder, Features, IterableDataset, load_dataset_builder
 from huggingface_hub import HfFileSystem
 
-from .columns import TEXTS, USUAL_LABEL_NAMES
-from .path_tables import ROWS
+from .columns import TEXTS, USUAL_LABEL_NAMES, is_text
+from .path_tables import ROWS, TABLES
 
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 MAX_REMOTE_FILES = 500  # whose heads are read, at one or two requests each
 NUM_THREADS = 16  # that wait for answers
 BLOCK_SIZE = 2**16  # bytes that are asked for at once
+CHUNK = 10_000  # rows of a csv file whose types `datasets` guesses together
+FOUND_BY_DATASETS = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
 # The settings of `load_dataset` that `load_dataset_builder` does not have.
 LOADING_ONLY = {"split", "streaming", "num_proc", "save_infos", "verification_mode", "keep_in_memory"}
 ADVICE = (
@@ -72,14 +76,60 @@ def _check_schemas(schemas: dict[str, pa.Schema], label_column: str | None) -> N
             _check_same_names(column, first, class_names[first].get(column), other, class_names[other].get(column))
 
 
-def check_labels_of_named(name: str, config: str | None, label_column: str | None, settings: dict) -> None:
-    """Checks the parquet and arrow files of all splits that `load_dataset` finds, on the Hub or elsewhere.
+def find_builder(name: str, config: str | None, settings: dict) -> DatasetBuilder | None:
+    """Returns the builder of `datasets` that reads a data set, with the settings of `load_dataset`.
+
+    It is `None` if the data set is not there or gives no answer, which `load_dataset` then says.
+    """
+    settings = {key: value for key, value in settings.items() if key not in LOADING_ONLY}
+    try:
+        return load_dataset_builder(name, config, **settings)
+    except OSError:
+        return None
+
+
+def tables_of(builder: DatasetBuilder) -> dict[str, list[str]] | None:
+    """Returns the files of each split if all are csv, tsv or jsonl files without settings of their own.
+
+    `datasets` guesses the types of a csv file for each 10,000 rows, and looks for images in the working directory.
+    """
+    files = {str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
+    endings = {os.path.splitext(file)[1].lower() for found in files.values() for file in found}
+    is_local = all(os.path.isfile(file) for found in files.values() for file in found)
+    if len(endings) != 1 or not endings <= {*TABLES} or not is_local:
+        return None
+    usual = {field.name: getattr(type(builder.config)(), field.name) for field in fields(builder.config)}
+    own = [name for name, value in usual.items() if getattr(builder.config, name) != value]
+    return None if set(own) - FOUND_BY_DATASETS else files
+
+
+def warn_of_guessed_types(splits: Mapping[str, Dataset | IterableDataset], label_column: str | None) -> None:
+    """Warns of class names like numbers in a long csv file that `datasets` has read: `007` may have become `7`."""
+    for split in splits.values():
+        if isinstance(split, IterableDataset) or split.info.builder_name != "csv" or len(split) <= CHUNK:
+            continue
+        for column in [label_column] if label_column is not None else USUAL_LABEL_NAMES:
+            if not is_text(split.features.get(column)):
+                continue
+            names = split.select_columns(column).with_format("arrow")[:][column].unique().to_pylist()
+            numbers = [name for name in names if name and re.fullmatch(r"[+-]?[\d.]+", name)]
+            if numbers:
+                logger.warning(
+                    "`datasets` has guessed the types of %r for each 10,000 rows of a csv file, so class names such "
+                    "as %r may have lost zeros in some of them. Download the file and give it as files=..., or as "
+                    "parquet.",
+                    column,
+                    numbers[0],
+                )
+                return
+
+
+def check_labels_of_builder(builder: DatasetBuilder, label_column: str | None, settings: dict) -> None:
+    """Checks the parquet and arrow files of all splits that a builder has found, on the Hub or elsewhere.
 
     Args:
-        name (`str`):
-            The data set: a Hub id, a folder, or the format of the files that `settings` name.
-        config (`str`, *optional*):
-            Its configuration.
+        builder (`datasets.DatasetBuilder`):
+            What reads the data set, see [`find_builder`].
         label_column (`str`, *optional*):
             The column of the labels.
         settings (`dict`):
@@ -88,11 +138,6 @@ def check_labels_of_named(name: str, config: str | None, label_column: str | Non
     Raises:
         ValueError: As [`check_same_labels`], or if the card or `features` name the classes of a file in another order.
     """
-    settings = {key: value for key, value in settings.items() if key not in LOADING_ONLY}
-    try:
-        builder = load_dataset_builder(name, config, **settings)
-    except OSError:  # no such data set, or no answer: `load_dataset` is called next, and says so
-        return
     found = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
     files = [file for file in dict.fromkeys(found) if _ending(file) in ROWS]
     schemas = _read_schemas(files, {**(settings.get("storage_options") or {}), "token": settings.get("token")})

@@ -1,44 +1,23 @@
-"""Loading of an image dataset from any source into one form: columns `image` and `label`, shared class names."""
+"""Loading of an image dataset from any source."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from zipfile import BadZipFile
 
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    IterableDataset,
-    IterableDatasetDict,
-    Value,
-    load_dataset,
-    load_from_disk,
-)
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
+from ..file_contents import advice_for, foreign_content
 from ..image_files import list_images
-from ..templates import warn_of_names_without_words
-from .columns import (
-    IMAGE,
-    LABEL,
-    as_image_column,
-    check_names_differ,
-    clean_class_name,
-    find_image_column,
-    find_label_column,
-    is_image,
-    is_text,
-    plain_name,
-    read_labels,
-    type_name,
-    unlabeled_rows,
-)
+from .columns import is_image
 from .folders import load_class_folders
-from .formats import check_file, load_clip_benchmark, load_zhou_split
+from .formats import check_file, check_folder, load_clip_benchmark, load_zhou_split
+from .found_paths import with_found_paths
 from .path_tables import (
     ROWS,
     TABLES,
@@ -49,11 +28,11 @@ from .path_tables import (
     metadata_files,
     read_files,
     split_by_folder,
-    with_found_paths,
 )
-from .reading import check_rows
-from .row_files import check_labels_of_named, check_same_labels
+from .row_files import check_labels_of_builder, check_same_labels, find_builder, tables_of, warn_of_guessed_types
 from .splits import split_by_column, split_folders
+from .standard import standardize
+from .text_tables import unreadable
 
 
 logger = logging.getLogger(__name__)
@@ -134,7 +113,8 @@ def load_image_dataset(
     elif webdataset_dir:
         splits = load_clip_benchmark(webdataset_dir, **load_kwargs)
     else:
-        splits = _load_named(os.fspath(dataset_name), dataset_config_name, label_column, load_kwargs)
+        name = os.fspath(dataset_name)
+        splits = _load_named(name, dataset_config_name, image_column, label_column, load_kwargs)
     splits = split_by_column(splits, (image_column, label_column))
     splits = standardize(splits, image_column, label_column)
     if load_kwargs.get("streaming") and isinstance(splits, DatasetDict):  # only the paths have been read
@@ -147,8 +127,7 @@ def _load_folders(
 ) -> DatasetDict:
     paths = {split: os.path.expanduser(os.fspath(folder)) for split, folder in folders.items()}
     for folder in paths.values():
-        if not os.path.isdir(folder):
-            raise ValueError(f"The image folder {folder!r} does not exist.")
+        check_folder(folder)
     if any(map(_is_saved_dataset, paths.values())):
         return _load_saved(paths)
     cache_dir = load_kwargs.get("cache_dir")
@@ -185,7 +164,9 @@ def _load_saved(folders: Mapping[str, str]) -> DatasetDict:
     return DatasetDict(loaded)
 
 
-def _load_named(name: str, config: str | None, label_column: str | None, load_kwargs: dict) -> DatasetDict:
+def _load_named(
+    name: str, config: str | None, image_column: str | None, label_column: str | None, load_kwargs: dict
+) -> DatasetDict:
     """Loads a data set of the Hub or a local folder."""
     settings = {key: value for key, value in load_kwargs.items() if value is not None}
     folder = os.path.expanduser(settings.get("data_dir", "") if name == "imagefolder" else name)
@@ -199,12 +180,25 @@ def _load_named(name: str, config: str | None, label_column: str | None, load_kw
             rows = load_metadata_folder(folder, label_column, settings.get("cache_dir"))  # one file for all splits
             return split_by_folder(rows, splits)
         return _load_folders(splits, label_column, load_kwargs)
-    if name != "imagefolder":
-        check_labels_of_named(name, config, label_column, load_kwargs)
+    if os.path.isfile(folder):
+        check_folder(folder)
     try:
-        return load_dataset(name, config, **load_kwargs)
+        builder = None if name == "imagefolder" else find_builder(name, config, load_kwargs)
+        if builder is not None:
+            if tables := tables_of(builder):
+                return _load_files(tables, image_column, label_column, load_kwargs)
+            check_labels_of_builder(builder, label_column, load_kwargs)
+        splits = load_dataset(name, config, **load_kwargs)
     except StopIteration as error:  # has no text
         raise ValueError(f"Cannot read {name!r}: a json file in it is empty. Write it again, or remove it.") from error
+    except (DatasetGenerationError, BadZipFile, pa.ArrowInvalid) as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # which has no text
+        if reason is None or (isinstance(reason, OSError) and reason.errno is not None):  # no space on the disk
+            raise
+        others = [path for path in list_images(folder)[1] if foreign_content(path)] if os.path.isdir(folder) else []
+        raise unreadable(others[:1] or [name], "data of images", reason) from error
+    warn_of_guessed_types(splits, label_column)
+    return splits
 
 
 def _is_repository(folder: str) -> bool:
@@ -245,7 +239,9 @@ def _load_files(
     extensions = {os.path.splitext(path)[1].lower() for path in all_paths}
     if len(extensions) != 1 or not extensions <= {*ROWS, *TABLES}:
         known = ", ".join((*ROWS, *TABLES))
-        raise ValueError(f"Files must be of one format, {known}; got {', '.join(all_paths) or 'no files'}.")
+        others = [path for path in all_paths if os.path.splitext(path)[1].lower() not in {*ROWS, *TABLES}]
+        advice = advice_for(others[0]) if others else ""
+        raise ValueError(f"Files must be of one format, {known}; got {', '.join(all_paths) or 'no files'}.{advice}")
     if holds_paths(all_paths[0], image_column):
         cache_dir = load_kwargs.get("cache_dir")
         tables = {
@@ -277,190 +273,3 @@ def _paths(given: str | os.PathLike | Sequence) -> list[str]:
     return [
         os.path.expanduser(os.fspath(path)) for path in ([given] if isinstance(given, (str, os.PathLike)) else given)
     ]
-
-
-def standardize(splits: DatasetDict, image_column: str | None = None, label_column: str | None = None) -> DatasetDict:
-    """
-    Renames the image and label columns, drops all others, and gives all splits the class names of `train`.
-
-    Args:
-        splits (`datasets.DatasetDict`):
-            The split `train` and any others.
-        image_column, label_column (`str`, *optional*):
-            The names of the columns. By default, they are determined from the column types, see [`find_image_column`]
-            and [`find_label_column`].
-
-    Returns:
-        `datasets.DatasetDict`: The splits with the columns `image` and `label` (a `ClassLabel`), except those without
-        labels.
-
-    Raises:
-        ValueError: If a column cannot be determined, or if `train` is missing or lacks a class of another split.
-    """
-    if "train" not in splits:
-        raise ValueError(f"The dataset has no split 'train'; its splits are {', '.join(splits)}.")
-    train = splits["train"]
-    if isinstance(train, IterableDataset):
-        return _standardize_streams(splits, image_column, label_column)
-    image_column, label_column = _find_columns(train.features, image_column, label_column)
-    labels = read_labels(train, label_column)
-    trained = set(labels)
-    label_feature = train.features[label_column]
-    if not isinstance(label_feature, ClassLabel):
-        _check_named(labels)
-        label_feature = ClassLabel(names=sorted(trained - {None}))
-        _check_names(label_feature.names)
-    _warn_of_names(label_feature.names)
-
-    standard = DatasetDict()
-    for name, split in splits.items():
-        split = _select_columns(name, split, {image_column: IMAGE, label_column: LABEL})
-        labels = read_labels(split, LABEL)
-        if name != "train" and all(label is None or label == -1 for label in labels):
-            logger.warning("The split %r has no labels and is left out.", name)
-            continue
-        is_named = isinstance(train.features[label_column], ClassLabel) and is_text(split.features[LABEL])
-        seen = {label_feature.names[label] for label in trained} if is_named else trained
-        _check_labels(name, split, labels, label_feature, seen)
-        if not isinstance(split.features[LABEL], ClassLabel):
-            split = split.cast_column(LABEL, label_feature)
-        standard[name] = split
-    _warn_of_few_classes(label_feature, set(read_labels(standard["train"], LABEL)))
-    return standard
-
-
-def _find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
-    if image_column is None or image_column != label_column:
-        image_column = find_image_column(features, image_column)
-    if image_column != label_column:
-        label_column = find_label_column(features, label_column)
-    if image_column == label_column:
-        raise ValueError(f"The column {image_column!r} cannot be the image column and the label column; name another.")
-    return image_column, label_column
-
-
-def _check_named(labels: list) -> None:
-    """Raises a `ValueError` if class names of 'train' hold nothing but spaces."""
-    blank = [row for row, name in enumerate(labels) if name is not None and not clean_class_name(name)]
-    if blank:
-        raise ValueError(
-            f"{len(blank)} of the {len(labels)} rows of the split 'train' have an empty class name, "
-            f"{labels[blank[0]]!r}, such as row {blank[0]}; name their class, or leave these rows out of the data."
-        )
-
-
-def _check_names(names: list[str]) -> None:
-    """Checks class names that come from a column of text, as the names of class folders are checked."""
-    check_names_differ(names)
-    if "-1" in names:
-        logger.warning("'-1' is taken for the name of a class; if it stands for no label, leave these rows out.")
-
-
-def _warn_of_names(names: list[str]) -> None:
-    warn_of_names_without_words([clean_class_name(name) for name in names if name != "-1"])
-
-
-def _warn_of_few_classes(feature: ClassLabel, trained: set) -> None:
-    if len(trained) == 1:
-        logger.warning(
-            "All images of 'train' are of one class, %r: a classifier that is trained on them alone predicts nothing "
-            "else.",
-            feature.names[next(iter(trained))],
-        )
-    unused = [name for label, name in enumerate(feature.names) if label not in trained]
-    if unused:
-        logger.warning(
-            "Classes without images in 'train' (%d of %d): %s. They are predicted by their names alone.",
-            len(unused),
-            feature.num_classes,
-            unused[:10],
-        )
-
-
-def _standardize_streams(
-    splits: IterableDatasetDict, image_column: str | None, label_column: str | None
-) -> IterableDatasetDict:
-    """Does what can be done without reading the labels."""
-    features = splits["train"].features
-    if features is None:
-        raise ValueError(
-            "The columns of this stream have no types, so its image and label columns are unknown; cast it to "
-            "Features with an Image and a ClassLabel, or load it without streaming=True."
-        )
-    image_column, label_column = _find_columns(features, image_column, label_column)
-    feature = features[label_column]
-    if not isinstance(feature, ClassLabel):
-        raise ValueError(
-            f"The column {label_column!r} of this stream holds {type_name(feature)}, whose class names are only known "
-            "after reading all of it; load it without streaming=True."
-        )
-    if feature.num_classes == 1:
-        logger.warning("The stream has one class only, %r; a classifier needs two.", feature.names[0])
-    _warn_of_names(feature.names)
-    standard = IterableDatasetDict()
-    for name, split in splits.items():
-        if split.features.get(label_column) != features[label_column]:
-            raise ValueError(f"The stream {name!r} has other classes than 'train'; they must be the same, in order.")
-        chosen = {image_column: IMAGE, label_column: LABEL}
-        split = split.select_columns(list(chosen)).rename_columns(
-            {old: new for old, new in chosen.items() if old != new}
-        )
-        is_typed = isinstance(split.features[IMAGE], Image)  # perhaps with a mode
-        standard[name] = split if is_typed else split.cast_column(IMAGE, Image())
-    return standard
-
-
-def _select_columns(name: str, split: Dataset, new_names: dict[str, str]) -> Dataset:
-    missing = [column for column in new_names if column not in split.column_names]
-    if missing:
-        raise ValueError(
-            f"Split {name!r} has no column {missing[0]!r}; its columns are {', '.join(split.column_names)}."
-        )
-    split = split.select_columns(list(new_names)).rename_columns(new_names)
-    if is_text(split.features[LABEL]):
-        split = split.cast_column(LABEL, Value("string"))
-    split = as_image_column(split)
-    check_rows(split)
-    return split
-
-
-def _check_labels(name: str, split: Dataset, labels: list, expected: ClassLabel, trained: set) -> None:
-    feature, known = split.features[LABEL], set(expected.names)
-    if isinstance(feature, ClassLabel):
-        if feature.names != expected.names:
-            raise ValueError(
-                f"The split {name!r} has the classes {feature.names[:5]}..., but 'train' has {expected.names[:5]}...; "
-                "they must be the same, in the same order."
-            )
-        known = set(range(expected.num_classes))
-    missing = unlabeled_rows(labels, feature)
-    if missing:
-        marked = {labels[row] for row in missing} - {None}
-        mark = f" (they are marked by {', '.join(map(str, sorted(marked)))})" if marked else ""
-        raise ValueError(
-            f"{len(missing)} of the {len(labels)} rows of the split {name!r} have no label{mark}, such as row "
-            f"{', '.join(map(str, missing[:5]))}; leave these rows out of the data."
-        )
-    unknown = [row for row, label in enumerate(labels) if label not in known]
-    if unknown:
-        first = labels[unknown[0]]
-        raise ValueError(
-            f"The split {name!r} has {len(unknown)} labels that are no class of 'train', such as {first!r} in row "
-            f"{unknown[0]}.{_hint([first], expected.names)}"
-        )
-    untrained = sorted(set(labels) - trained)
-    if untrained:
-        names = [expected.names[label] if isinstance(label, int) else label for label in untrained]
-        have = {expected.names[label] if isinstance(label, int) else label for label in trained}
-        raise ValueError(
-            f"The split {name!r} has images of classes that have none in 'train' ({len(untrained)}): "
-            f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}.{_hint(names, have)}"
-        )
-
-
-def _hint(names: Iterable, others: Iterable[str]) -> str:
-    """Names those of the other classes that are meant, if they are only spelled otherwise."""
-    wanted = {plain_name(name) for name in names if isinstance(name, str)}
-    alike = [repr(other) for other in sorted(others) if plain_name(other) in wanted]
-    spelled = "which differ in case or spaces only, or in how accents are stored; rename one"
-    return f" It has {', '.join(alike)}, {spelled}." if alike else ""

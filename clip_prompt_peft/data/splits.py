@@ -10,7 +10,7 @@ from collections.abc import Collection
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from ..image_files import list_images
-from .columns import is_text
+from .columns import USUAL_LABEL_NAMES, is_text
 
 
 logger = logging.getLogger(__name__)
@@ -21,11 +21,12 @@ SPLIT_OF = {  # word to split, as `datasets` has it
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SEPARATORS = re.compile("[-._ 0-9]+")  # between the words of a name, as `datasets` has them
-SPLIT_COLUMNS = ("split", "splits", "subset", "partition", "set")
-MAYBE_SPLIT_COLUMNS = (  # their values do not say by themselves what is trained on
-    *("fold", "folds", "kfold", "is_train", "is_training", "is_training_image", "is_valid", "is_val"),
-    *("is_validation", "is_test"),
+# Columns that are named in a warning if their values are no names of splits.
+SPLIT_COLUMNS = (
+    *("split", "splits", "subset", "partition", "set", "usage", "phase", "fold", "folds", "kfold", "is_train"),
+    *("is_training", "is_training_image", "is_valid", "is_val", "is_validation", "is_test"),
 )
+MAX_NAMES = 20  # of splits, also if they are spelled in several ways
 MAX_SHOWN = 5
 
 
@@ -96,10 +97,10 @@ def _one_folder_each(folder: str, splits: dict[str, str]) -> dict[str, str]:
 
 def split_by_column(splits: DatasetDict, other_columns: Collection[str | None]) -> DatasetDict:
     """
-    Divides images that are all in `train` by a column called `split`, `subset`, `partition` or `set`.
+    Divides images that are all in `train` by a column whose values are the names of splits, `train` among them.
 
-    That is done if each of its values is the name of a split, `train` among them, with a warning. What looks like such
-    a column otherwise is named in a warning that says how to use it.
+    A warning tells it. A column that is called `split`, `fold` or so and has other values is named in a warning that
+    says how to use it.
 
     Args:
         splits (`DatasetDict`):
@@ -108,17 +109,17 @@ def split_by_column(splits: DatasetDict, other_columns: Collection[str | None]) 
             The columns that are known to hold images or labels.
     """
     features = splits["train"].features if "train" in splits else None
-    columns = [name for name in features or () if name.lower() in SPLIT_COLUMNS + MAYBE_SPLIT_COLUMNS]
-    for column in columns:
-        if column in other_columns or not _may_divide(features, column):
+    is_alone = set(splits) == {"train"}
+    for column in features or ():
+        is_called_so = column.lower() in SPLIT_COLUMNS
+        if column in other_columns or column in USUAL_LABEL_NAMES or not _may_divide(features, column, is_called_so):
             continue
         if not all(isinstance(split, Dataset) for split in splits.values()):
-            logger.warning("The column %r of a stream is not used; %s", column, _ADVICE)
-        elif set(splits) != {"train"}:
+            if is_called_so:
+                logger.warning("The column %r of a stream is not used; %s", column, _ADVICE)
+        elif not is_alone and is_called_so:
             _compare_splits(splits, column)
-        elif column.lower() in MAYBE_SPLIT_COLUMNS:
-            _warn_of_unused(column, _values(splits["train"], column))
-        elif divided := _divide(splits["train"], column):
+        elif is_alone and (divided := _divide(splits["train"], column, is_called_so)):
             return divided
     return splits
 
@@ -129,10 +130,10 @@ _ADVICE = (
 )
 
 
-def _may_divide(features: Features, column: str) -> bool:
+def _may_divide(features: Features, column: str, is_called_so: bool) -> bool:
     feature = features[column]
     is_number = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "bool"))
-    return is_text(feature) or isinstance(feature, ClassLabel) or is_number
+    return is_text(feature) or isinstance(feature, ClassLabel) or (is_number and is_called_so)
 
 
 def _values(dataset: Dataset, column: str) -> list[str | None]:
@@ -143,8 +144,11 @@ def _values(dataset: Dataset, column: str) -> list[str | None]:
     return [None if value is None else str(value).strip() for value in values]
 
 
-def _divide(train: Dataset, column: str) -> DatasetDict | None:
-    """Returns the splits that a column names, or `None`, with a warning if it names others than those known."""
+def _divide(train: Dataset, column: str, is_called_so: bool) -> DatasetDict | None:
+    """Returns the splits that a column names, or `None`; with a warning if it is called so, but names others."""
+    arrow = train.select_columns(column).with_format("arrow")[:][column]
+    if not is_called_so and len(arrow.unique()) > MAX_NAMES:
+        return None
     values = _values(train, column)
     rows: dict[str | None, list[int]] = {}
     for row, value in enumerate(values):
@@ -152,7 +156,8 @@ def _divide(train: Dataset, column: str) -> DatasetDict | None:
     if set(rows) == {"train"}:
         return None
     if None in rows or "train" not in rows:
-        _warn_of_unused(column, values)
+        if is_called_so:
+            _warn_of_unused(column, values)
         return None
     counts = ", ".join(f"{split} ({len(of_split)})" for split, of_split in rows.items())
     logger.warning("The column %r divides the images: %s.", column, counts)
@@ -174,7 +179,7 @@ def _warn_of_unused(column: str, values: list[str | None]) -> None:
 def _compare_splits(splits: DatasetDict, column: str) -> None:
     """Warns if a column says that an image of one split is of another one."""
     for name, split in splits.items():
-        if column not in split.column_names or not _may_divide(split.features, column):
+        if column not in split.column_names or not _may_divide(split.features, column, True):
             continue
         named = [SPLIT_OF.get((value or "").lower()) for value in _values(split, column)]
         others = [other for other in named if other not in (None, SPLIT_OF.get(name.lower(), name))]

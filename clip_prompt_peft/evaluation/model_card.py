@@ -241,12 +241,10 @@ def _prompt_lines(config) -> list[str]:
 def _base_model(config) -> str:
     base = config.base_model_name_or_path
     if is_hub_id(base):
-        name = inline_code(base)
-    else:
-        # only the name of a local folder is shown, because its full path is private
-        folder = f"{inline_code(os.path.basename(os.path.normpath(base)))}, a folder" if base else "unknown"
-        name = f"{folder} (not on the Hub: pass `base_model_name_or_path` when loading)"
-    return name + (f" at revision {inline_code(config.revision)}" if config.revision else "")
+        return inline_code(base) + (f" at revision {inline_code(config.revision)}" if config.revision else "")
+    # only the name of a local folder is shown, because its full path is private
+    folder = f"{inline_code(os.path.basename(os.path.normpath(base)))}, a folder" if base else "unknown"
+    return f"{folder} (not on the Hub: pass `base_model_name_or_path` when loading)"
 
 
 def _text_prompts(config) -> str:

@@ -23,13 +23,13 @@ from ..evaluation.ensembles import template_ensemble
 from ..modeling import PromptClassificationMixin
 from ..peft_model import without_warning_of_renamed_property
 from ..towers import eval_mode
+from ..training.configs import PEFT_METHODS, method_config, trains_image_tower
 from ..training.recipes import Recipe, training_recipe
 from ..tuner import CLIPPromptTuningConfig
 from ..tuner.presets import PRESETS
 from .image_set import ImageSet
 
 
-ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "query", "key", "value")  # the names in CLIP and in BERT
 Score = Callable[[ImageSet], "np.ndarray | None"]  # (N, C) logits, or None if the method cannot predict the classes
 
 
@@ -38,7 +38,7 @@ class TrainingSettings:
     """
     The settings shared by all adapters: AdamW, a cosine schedule and no augmentation.
 
-    Presets can be trained with their authors' recipes instead. The linear probe is fitted by scikit-learn.
+    Published methods can be trained with their authors' recipes instead. The linear probe is fitted by scikit-learn.
 
     Attributes:
         num_train_epochs (`int`, *optional*, defaults to 50):
@@ -48,11 +48,9 @@ class TrainingSettings:
         learning_rate (`float`, *optional*, defaults to 2e-3):
             The learning rate of prompts.
         lora_learning_rate (`float`, *optional*, defaults to 1e-3):
-            The learning rate of LoRA.
+            The learning rate of CLIP-LoRA.
         paper_recipes (`bool`, *optional*, defaults to `False`):
-            Whether to train presets with the optimizer, epochs etc. of [`training_recipe`].
-        lora_rank (`int`, *optional*, defaults to 2):
-            The rank of LoRA, which is applied to the query, key and value projections of both towers.
+            Whether to train published methods with the optimizer, epochs etc. of [`training_recipe`].
         linear_probe_c (`float`, *optional*, defaults to 0.316):
             The inverse regularization strength of the linear probe. The default is CLIP's
             (https://arxiv.org/abs/2103.00020, A.3).
@@ -69,7 +67,6 @@ class TrainingSettings:
     learning_rate: float = 2e-3
     lora_learning_rate: float = 1e-3
     paper_recipes: bool = False
-    lora_rank: int = 2
     linear_probe_c: float = 0.316
     prompt_template: str = "a photo of a {}."
     ensemble: str = "imagenet"
@@ -137,16 +134,16 @@ class Method:
 
 
 def find_method(name: str) -> Method:
-    """Returns the method with a name from `METHODS` or [`~clip_prompt_peft.PRESETS`].
+    """Returns the method with a name from `METHODS`, `PEFT_METHODS` or [`~clip_prompt_peft.PRESETS`].
 
     Raises:
         ValueError: If the name is unknown.
     """
     if name in METHODS:
         return METHODS[name]
-    if name in PRESETS:
-        return Method(partial(_preset, name))
-    raise ValueError(f"There is no method {name!r}; there are {', '.join([*METHODS, *PRESETS])}.")
+    if name in (*PEFT_METHODS, *PRESETS):
+        return Method(partial(_published, name))
+    raise ValueError(f"There is no method {name!r}; there are {', '.join([*METHODS, *PEFT_METHODS, *PRESETS])}.")
 
 
 @contextmanager
@@ -192,45 +189,18 @@ def _linear_probe(backbone: Backbone, train: ImageSet, seed: int) -> Iterator[Fi
     yield FittedMethod(score, num_trainable=probe.coef_.size + probe.intercept_.size)
 
 
-def _lora(backbone: Backbone, train: ImageSet, seed: int) -> AbstractContextManager[FittedMethod]:
-    rank = backbone.settings.lora_rank
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora_targets(backbone.model))
-    return _adapter(backbone, train, seed, config, trains_image_tower=True)
-
-
-def lora_targets(model) -> list[str]:
-    """
-    Returns the names of the query, key and value projections of both towers, which differ between families.
-
-    Raises:
-        ValueError: If a tower has none with a known name, because LoRA would then train the other tower alone.
-    """
-    targets: set[str] = set()
-    for tower in ("text_model", "vision_model"):
-        names = {name.rpartition(".")[2] for name, _ in getattr(model, tower).named_modules()}
-        if not names & set(ATTENTION_INPUTS):
-            raise ValueError(
-                f"The method 'lora' trains the query, key and value projections of both towers, but the {tower} of "
-                f"{type(model).__name__} has none that is called {', '.join(ATTENTION_INPUTS)}; leave out 'lora'."
-            )
-        targets |= names & set(ATTENTION_INPUTS)
-    return [name for name in ATTENTION_INPUTS if name in targets]
-
-
 def _prompt_tuning(backbone: Backbone, train: ImageSet, seed: int) -> AbstractContextManager[FittedMethod]:
     return _adapter(backbone, train, seed, CLIPPromptTuningConfig())
 
 
-def _preset(name: str, backbone: Backbone, train: ImageSet, seed: int) -> AbstractContextManager[FittedMethod]:
-    config = CLIPPromptTuningConfig.from_preset(name, model=backbone.model)
-    return _adapter(backbone, train, seed, config, bool(config.num_vision_virtual_tokens), name)
+def _published(name: str, backbone: Backbone, train: ImageSet, seed: int) -> AbstractContextManager[FittedMethod]:
+    return _adapter(backbone, train, seed, method_config(name, backbone.model), name)
 
 
 METHODS: dict[str, Method] = {
     "zero-shot": Method(_zero_shot, is_trained=False),
     "ensemble": Method(_ensemble, is_trained=False),
     "linear-probe": Method(_linear_probe),
-    "lora": Method(_lora),
     "prompt-tuning": Method(_prompt_tuning),
 }
 
@@ -241,8 +211,7 @@ def _adapter(
     train: ImageSet,
     seed: int,
     config: PeftConfig,
-    trains_image_tower: bool = False,
-    preset: str | None = None,
+    name: str | None = None,
 ) -> Iterator[FittedMethod]:
     """Trains any peft adapter with the `Trainer`."""
     backbone.model.set_class_names(train.class_names)
@@ -251,13 +220,13 @@ def _adapter(
     with without_warning_of_renamed_property():  # peft's own model, if the method is peft's
         model = get_peft_model(backbone.model, config)
     try:
-        train_adapter(model, backbone, train, seed, trains_image_tower, preset)
+        train_adapter(model, backbone, train, seed, name)
 
         def score(images: ImageSet) -> np.ndarray | None:
             if getattr(config, "class_specific", False) and images.class_names != train.class_names:
                 return None
             model.set_class_names(images.class_names)
-            return _logits(backbone, model, images, trains_image_tower)
+            return _logits(backbone, model, images, trains_image_tower(config))
 
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
         num_bytes = len(save(tensors, metadata={"format": "pt"}))  # as in the file that save_pretrained writes
@@ -268,9 +237,7 @@ def _adapter(
             module.training = mode
 
 
-def train_adapter(
-    model, backbone: Backbone, train: ImageSet, seed: int, trains_image_tower: bool, preset: str | None
-) -> None:
+def train_adapter(model, backbone: Backbone, train: ImageSet, seed: int, name: str | None) -> None:
     """Trains the trainable parameters of a model.
 
     Args:
@@ -282,13 +249,12 @@ def train_adapter(
             The training images.
         seed (`int`):
             The seed of the order of the images.
-        trains_image_tower (`bool`):
-            Whether the image tower is trained. Otherwise its embeddings are computed only once.
-        preset (`str`, *optional*):
-            The preset of the adapter, some of which need their own trainer or callbacks.
+        name (`str`, *optional*):
+            The published method of the adapter, some of which need their own trainer or callbacks.
     """
-    dataset, device = _dataset(backbone, train, trains_image_tower), backbone.model.device.type
-    recipe = _recipe(model, backbone.settings, train, preset, use_cpu=device == "cpu")
+    from_pixels, device = trains_image_tower(model.active_peft_config), backbone.model.device.type
+    dataset = _dataset(backbone, train, from_pixels)  # otherwise image embeddings are computed only once
+    recipe = _recipe(model, backbone.settings, train, name, use_cpu=device == "cpu")
     with TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -307,7 +273,7 @@ def train_adapter(
         trainer.train()
 
 
-def _recipe(model, settings: TrainingSettings, train: ImageSet, preset: str | None, use_cpu: bool) -> Recipe:
+def _recipe(model, settings: TrainingSettings, train: ImageSet, name: str | None, use_cpu: bool) -> Recipe:
     is_lora = isinstance(model.active_peft_config, LoraConfig)
     common = {
         "num_train_epochs": settings.num_train_epochs,
@@ -318,12 +284,12 @@ def _recipe(model, settings: TrainingSettings, train: ImageSet, preset: str | No
         "max_grad_norm": 1.0,
         "dataloader_drop_last": False,
     }
-    if preset is None:
+    if name is None:
         return Recipe({**common, "use_cpu": use_cpu}, (None, None))
     shots = max(Counter(train.labels).values())
     if settings.paper_recipes:
-        return training_recipe(preset, model, len(train.rows), shots, use_cpu=use_cpu)
-    own = training_recipe(preset, model, len(train.rows), shots, use_cpu=use_cpu, **common)
+        return training_recipe(name, model, len(train.rows), shots, use_cpu=use_cpu)
+    own = training_recipe(name, model, len(train.rows), shots, use_cpu=use_cpu, **common)
     return replace(own, optimizers=(None, None))  # the Trainer's defaults, as for all other methods
 
 

@@ -192,7 +192,8 @@ class ClassEncoder:
             )
 
         settings = self.path, self.batch_size, self.across_processes, num_processes()
-        return self._graphs.encode(model, (prompts, layout, settings), make_plan, self.cuda_graph)
+        tensors = () if class_priors is None else (class_priors,)
+        return self._graphs.encode(model, (prompts, layout, settings), tensors, make_plan, self.cuda_graph)
 
     def _encode(self, model, prompts, layout, class_priors=None) -> torch.Tensor:
         num_classes = len(prompts.texts)

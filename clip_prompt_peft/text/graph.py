@@ -322,7 +322,14 @@ class GraphedEncoder:
         if self._captured is not None and self._captured.device != device:
             self.clear()
 
-    def encode(self, model, inputs: tuple, make_plan: Callable[[], Plan], setting: bool | str) -> torch.Tensor | None:
+    def encode(
+        self,
+        model,
+        inputs: tuple,
+        tensors: Sequence[torch.Tensor],
+        make_plan: Callable[[], Plan],
+        setting: bool | str,
+    ) -> torch.Tensor | None:
         """Returns (C, E), differentiably, or `None` if they have to be computed in the ordinary way.
 
         Args:
@@ -330,20 +337,27 @@ class GraphedEncoder:
                 The classifier.
             inputs (`tuple`):
                 What class embeddings depend on, besides the model and the settings of torch.
+            tensors (`Sequence[torch.Tensor]`):
+                The frozen tensors that they depend on besides.
             make_plan (`Callable`):
                 Returns the plan for the current state.
             setting (`bool` or `str`):
                 As in [`GraphedEncoder.tell`].
         """
         device = execution_device(model.text_model)
+        self.clear_elsewhere(device)
         modes = facts_of_modes(device, self.engine.device_type)
         reason = obstacle_to_capture(modes)
         if reason is None:
             with self._lock:
-                state = TowerState(text_side(model))
+                try:
+                    state = TowerState(text_side(model), tensors)
+                except RuntimeError:  # inference tensors and those of some libraries
+                    self.tell("a weight of the text tower has no address or no version", setting)
+                    return None
                 key = (state, inputs, device, attention_of(model.text_model), numeric_settings(device))
                 if key != self._key or self._reason == CHANGING:
-                    self._renew(model, key, modes, make_plan)
+                    self._renew(model, key, tensors, modes, make_plan)
                 captured, plan, reason = self._captured, self._plan, self._reason
                 if captured is not None:
                     used = [state.trained[index] for index in captured.used]
@@ -363,7 +377,7 @@ class GraphedEncoder:
         else:
             logger.debug(message)
 
-    def _renew(self, model, key: tuple, modes, make_plan: Callable[[], Plan]) -> None:
+    def _renew(self, model, key: tuple, tensors: Sequence[torch.Tensor], modes, make_plan) -> None:
         """Captures for a new key, or notes why not."""
         is_repeated, has_freed = key == self._key, self._captured is not None
         if self._captured is not None:
@@ -384,7 +398,8 @@ class GraphedEncoder:
             self._reason = CHANGING
         if self._reason is None:
             self._reason = self._capture(model, plan, state)
-            state = TowerState(text_side(model))  # a first use of an adapter notes that its weights were checked
+            # The state of now, since a first use of an adapter notes that its weights were checked.
+            state = TowerState(text_side(model), tensors)
             has_freed = has_freed or self._reason is not None
         self._key = (state, *key[1:])
         if has_freed:

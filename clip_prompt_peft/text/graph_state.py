@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..towers import ADAPTER_LAYERS, is_intercepted
+from ..towers import ADAPTER_LAYERS, drops_out, is_intercepted
 from .chunks import autocast_state
 from .memory import COMFORTABLE
 
@@ -116,6 +116,8 @@ class TowerState:
     Args:
         parts (`Sequence[torch.nn.Module]`):
             The modules that compute class embeddings.
+        others (`Sequence[torch.Tensor]`, *optional*):
+            Frozen tensors that class embeddings depend on besides.
 
     **Attributes**:
         - **trained** (`list[torch.Tensor]`): The tensors that require gradients, each once.
@@ -124,7 +126,7 @@ class TowerState:
         - **has_hooks** (`bool`): Whether calls of a module are intercepted.
     """
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[nn.Module], others: Sequence[torch.Tensor] = ()) -> None:
         self.modules: list[nn.Module] = []
         self.frozen: list[torch.Tensor] = []
         self.has_hooks = is_intercepted(parts[0])  # also by hooks for all modules
@@ -161,6 +163,9 @@ class TowerState:
                     values += (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride())
                     values += (tensor.dtype, type(tensor))
             waiting.extend(child for child in module._modules.values() if child is not None)
+        for tensor in others:
+            self.frozen.append(tensor)
+            values += (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype)
         self.trained = list(trained.values())
         self.values = [*values, self.has_hooks]
 
@@ -181,7 +186,7 @@ class TowerState:
             "num_trained": len(self.trained),
             "has_hooks": self.has_hooks,
             "has_checkpointing": any(_is_checkpointed(module) for module in self.modules),
-            "has_dropout": any(_drops(module) for module in self.modules),
+            "has_dropout": any(drops_out(module) for module in self.modules),
             "unknown_module": next((name for name in modules if not name.startswith(KNOWN_MODULES)), None),
             "unknown_tensor": next((type(t).__name__ for t in tensors if type(t) not in KNOWN_TENSORS), None),
         }
@@ -194,12 +199,6 @@ def _is_adapter_layer(kind: type) -> bool:
 
 def _is_checkpointed(module: nn.Module) -> bool:
     return module.training and getattr(module, "gradient_checkpointing", False) is True
-
-
-def _drops(module: nn.Module) -> bool:
-    """Returns whether a module is a dropout, or hands a rate of dropout to a function, as attention does."""
-    rates = (getattr(module, name, 0) for name in ("p", "dropout", "attention_dropout", "dropout_p"))
-    return module.training and any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def numeric_settings(device: torch.device) -> tuple:

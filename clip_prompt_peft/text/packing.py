@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, MetaClip2TextModel
 
-from ..towers import is_intercepted, text_embeddings_of, text_side
+from ..towers import drops_out, is_intercepted, text_embeddings_of, text_side
 from ..tuner.base_layer import CLIPPromptLayer
 from ..tuner.layer import PerText
 from ..tuner.layout import PromptLayout
@@ -53,7 +53,8 @@ def exact_path(model: CLIPModel) -> str:
     - `"plain"`: every prompt is a sequence of its own, padded to the full length. It is always right.
     - `"cut"`: sequences end with the longest prompt. It is right if a token attends only to those before it.
     - `"packed"`: many prompts are in one sequence, behind the positions that they share. It is right if, besides, the
-      tower treats every token on its own except in attention, whose mask can be chosen.
+      tower treats every token on its own except in attention, whose mask can be chosen, and draws no random numbers:
+      in training with dropout, all classes would have the same ones in the positions that they share.
 
     Only towers of known classes, with known adapters in them, leave the plain path, and only without hooks, which
     expect to see one prompt in each sequence.
@@ -62,7 +63,8 @@ def exact_path(model: CLIPModel) -> str:
     attention, is_causal = attention_of(text_model)
     if type(text_model) not in CAUSAL_TEXT_MODELS or not is_causal or not _is_known_side(model):
         return PLAIN
-    return PACKED if attention in ADDITIVE_ATTENTION else CUT
+    is_random = any(drops_out(module) for part in text_side(model) for module in part.modules())
+    return PACKED if attention in ADDITIVE_ATTENTION and not is_random else CUT
 
 
 def attention_of(text_model: nn.Module) -> tuple[str, bool]:
@@ -87,13 +89,15 @@ class PlainPrompts:
 
     Attributes:
         classes: (K,) indices of the classes.
-        input_ids, attention_mask: (K, L).
+        input_ids: (K, L).
+        attention_mask: (K, L), or `None` if it changes nothing. With a mask, transformers looks in every call whether
+            it masks anything, and the host waits for a device.
         positions: (K, n) positions of the vectors, if these differ between classes.
     """
 
     classes: torch.LongTensor
     input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor
+    attention_mask: torch.LongTensor | None
     positions: torch.LongTensor | None
 
     def encode(
@@ -123,11 +127,9 @@ class PlainPrompts:
         if class_priors is not None:
             layer = class_aware_layer_of(model.text_model)
             of_classes = layer.per_class(layer.class_vectors(class_priors[self.classes]))  # (K, n, D)
+        mask = None if self.attention_mask is None else self.attention_mask.repeat(num_images, 1)
         with context, of_classes:
-            outputs = model.get_text_features(
-                input_ids=self.input_ids.repeat(num_images, 1),
-                attention_mask=self.attention_mask.repeat(num_images, 1),
-            )
+            outputs = model.get_text_features(input_ids=self.input_ids.repeat(num_images, 1), attention_mask=mask)
         return normalize(outputs.pooler_output).view(num_images, len(self.classes), -1)
 
 
@@ -236,6 +238,8 @@ def build_chunk(
     missing = (prompts.full_length if path == PLAIN else 0) - prompts.input_ids.shape[1]
     input_ids = nn.functional.pad(prompts.input_ids[classes], (0, max(0, missing)), value=prompts.pad_token_id)
     attention_mask = nn.functional.pad(prompts.attention_mask[classes], (0, max(0, missing)))  # both (K, L)
+    if path == CUT or attention_mask.all():  # padding is behind the text, where causal attention does not look
+        attention_mask = None
     return PlainPrompts(*_on(device, classes, input_ids, attention_mask, _positions(prompts, classes)))
 
 

@@ -60,6 +60,34 @@ SETTINGS: dict[str, PaperSettings] = {
     "tcp": PaperSettings(0.002, 32, 50, ADAM),
     "promptsrc": PaperSettings(0.0025, 4, 20),
 }
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """
+    The settings of a method whose authors count steps and not epochs: AdamW, and a cosine that goes on at each step.
+
+    Attributes:
+        learning_rate (`float`):
+            The learning rate of the first step.
+        batch_size (`int`):
+            The number of images per step over all devices.
+        steps_per_shot (`int`):
+            The number of steps for each image of a class.
+        weight_decay (`float`, *optional*, defaults to 1e-2):
+            The weight decay of AdamW.
+        last_learning_rate (`float`, *optional*, defaults to 1e-6):
+            The learning rate at which the cosine ends.
+    """
+
+    learning_rate: float
+    batch_size: int
+    steps_per_shot: int
+    weight_decay: float = 1e-2
+    last_learning_rate: float = 1e-6
+
+
+STEP_SETTINGS: dict[str, StepSettings] = {"clip-lora": StepSettings(2e-4, 32, 500)}
 DEFAULT = "default"  # the name of the recipe for a configuration without a preset
 DEFAULT_BATCH_SIZE = 32
 # Largest number of shots: learning rate and steps. Few images soon cost accuracy on others. Up to 4 shots, chosen on
@@ -100,11 +128,12 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     `"default"` is for a configuration without a preset: AdamW, a cosine schedule, and 50 (for one image per class) to
     600 steps (for more than 8) of 32 images, but at least 10 epochs. The recipes of the papers use SGD (TCP: Adam),
     one warm-up epoch, a cosine schedule that is updated once per epoch, and no gradient clipping. The batch is divided
-    among the devices.
+    among the devices. `"clip-lora"` takes 500 steps of AdamW for each image per class, with a cosine schedule that is
+    updated at each step. All papers train on random crops and flips, see `augment` of [`~data.with_pixel_values`].
 
     Args:
         name (`str`):
-            `"default"` or the name of a preset, one of `PRESETS`.
+            `"default"`, the name of a preset, one of `PRESETS`, or `"clip-lora"`.
         model (`nn.Module`):
             The model with its adapter. All of its trainable parameters are trained.
         num_examples (`int`):
@@ -128,12 +157,16 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     ... )
     ```
     """
-    if name not in (DEFAULT, *SETTINGS):
-        raise ValueError(f"There is no recipe {name!r}; there are {[DEFAULT, *sorted(SETTINGS)]}.")
+    if name not in (DEFAULT, *SETTINGS, *STEP_SETTINGS):
+        raise ValueError(
+            f"There is no recipe {name!r}; there are {[DEFAULT, *sorted({**SETTINGS, **STEP_SETTINGS})]}."
+        )
     if num_examples < 1 or shots < 1:
         raise ValueError(f"num_examples and shots must be 1 or more, got {num_examples} and {shots}.")
     if name == DEFAULT:
         return _default_recipe(model, num_examples, shots, overrides)
+    if name in STEP_SETTINGS:
+        return _step_recipe(STEP_SETTINGS[name], model, num_examples, shots, overrides)
     settings, num_devices = SETTINGS[name], _num_devices(overrides)
     epochs = settings.epochs if isinstance(settings.epochs, dict) else {math.inf: settings.epochs}
     arguments = {
@@ -168,6 +201,28 @@ def _default_recipe(model: nn.Module, num_examples: int, shots: int, overrides: 
     batch_size = arguments["per_device_train_batch_size"] * num_devices
     num_epochs = math.ceil(num_steps / _steps_per_epoch(num_examples, batch_size, arguments))
     return Recipe({"num_train_epochs": max(num_epochs, MIN_EPOCHS), **arguments}, (None, None))
+
+
+def _step_recipe(settings: StepSettings, model: nn.Module, num_examples: int, shots: int, overrides: dict) -> Recipe:
+    _check_trainable(model)
+    num_devices = _num_devices(overrides)
+    arguments = {
+        "learning_rate": settings.learning_rate,
+        "per_device_train_batch_size": max(1, settings.batch_size // num_devices),
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": 0.0,
+        "dataloader_drop_last": False,
+        **overrides,
+    }
+    if "lr_scheduler_type" not in overrides:
+        arguments["lr_scheduler_type"] = "cosine_with_min_lr"
+        arguments.setdefault("lr_scheduler_kwargs", {"min_lr": settings.last_learning_rate})
+    if "num_train_epochs" not in overrides:
+        num_steps = arguments.setdefault("max_steps", settings.steps_per_shot * shots)
+        batch_size = arguments["per_device_train_batch_size"] * num_devices
+        # the Trainer goes by max_steps; this is what reports show
+        arguments["num_train_epochs"] = num_steps / _steps_per_epoch(num_examples, batch_size, arguments)
+    return Recipe(arguments, (None, None))
 
 
 def _num_devices(arguments: dict) -> int:

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
+from ..file_contents import foreign_content
+
 
 METHOD = "CLIP_PROMPT_TUNING"
 ADAPTER_TENSOR = re.compile(r"(^|\.)learnable_\w+(\.(weight|bias))?")
@@ -73,7 +75,8 @@ def read_config(path: str) -> PeftConfig:
     except ValueError as error:
         if type(error) is ValueError:  # it says what is wrong; subclasses are about JSON and Unicode
             raise
-        raise ValueError(f"{path} is damaged ({error}); download or save the adapter again.") from error
+        reason = foreign_content(path) or "download or save the adapter again"
+        raise ValueError(f"{path} is damaged ({error}); {reason}.") from error
     except (TypeError, KeyError, AttributeError, RecursionError) as error:  # peft does not expect other content
         raise ValueError(
             f"{path} is no configuration of an adapter, or of an unknown method ({type(error).__name__}: {error}); "
@@ -101,7 +104,11 @@ def fetch_weights(name_or_path: str | os.PathLike, config: PeftConfig, **kwargs)
         with safe_open(path, framework="pt") as file:  # reads the header only, and compares it with the file's length
             names = list(file.keys())
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); download or save the adapter again.") from error
+        what = foreign_content(path)
+        reason = (
+            f"no file of safetensors: {what}" if what else f"damaged ({error}); download or save the adapter again"
+        )
+        raise ValueError(f"{path} is {reason}.") from error
     modules = [f".{name}." for name in config.modules_to_save or ()]
     for name in names:
         if not ADAPTER_TENSOR.search(name) and not any(module in f".{name}" for module in modules):

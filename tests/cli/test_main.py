@@ -46,10 +46,14 @@ MISTAKES = [
     (["train", "--shots", "four"], "argument --shots: invalid int value: 'four'"),
     (["benchmark", "--shots", "1", "x"], "argument --shots: invalid int value: 'x'"),
     (["TRAIN"], "did you mean 'train'?"),
+    (["train", "-shots", "4"], "There is no argument '-shots'; did you mean --shots?"),
     (["train", "gone.yaml"], "The file 'gone.yaml' with arguments does not exist"),
     (["train", "photos"], "'photos' follows no argument"),
     (["report", "out", "--ouput", "x"], "There is no argument '--ouput'; did you mean --output?"),
-    (["benchmark", "--lora_rnk", "3"], "There is no argument '--lora_rnk'; did you mean --lora_rank?"),
+    (
+        ["benchmark", "--lora_learning_rat", "3"],
+        "There is no argument '--lora_learning_rat'; did you mean --lora_learning_rate?",
+    ),
     (["predict", "out"], "clip-prompt predict: error: the following arguments are required: IMAGE"),
     (["predict", "out", "cat.jpg", "--top_k", "0"], "expected a whole number of 1 or more, got '0'"),
     (["predict", "out", "cat.jpg", "--topk", "1"], "unrecognized arguments: --topk"),
@@ -120,3 +124,16 @@ def test_a_command_gets_its_arguments(monkeypatch, name):
 
 def test_a_command_in_a_message_can_be_typed():
     assert command_line("predict", "my out/seed1", "IMAGE ...") == "clip-prompt predict 'my out/seed1' IMAGE ..."
+
+
+def test_a_reader_that_goes_is_no_error():
+    script = (
+        "import sys, types; from clip_prompt_cli.main import main\n"
+        "lines = types.SimpleNamespace(main=lambda arguments: [print('x' * 9999) for _ in range(999)])\n"
+        "sys.modules['clip_prompt_peft.commands.demo'] = lines; main(['demo'])"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes) as program:
+        program.stdout.read(1)
+        program.stdout.close()
+        assert (program.wait(timeout=60), program.stderr.read()) == (141, b"")

@@ -7,7 +7,17 @@ import pytest
 from transformers import TrainingArguments
 
 from clip_prompt_cli.fields import METHODS, METRICS, STYLES
-from clip_prompt_cli.parsers import DATACLASSES, FIRST, HELP_ALL, MORE, check, field_names, flags_of, parser_of
+from clip_prompt_cli.parsers import (
+    DATACLASSES,
+    FIRST,
+    HELP_ALL,
+    MORE,
+    check,
+    field_names,
+    flags_of,
+    parser_of,
+    with_underscores,
+)
 from clip_prompt_peft import PRESETS
 from clip_prompt_peft.commands.arguments import parser as train_parser
 from clip_prompt_peft.commands.benchmark import BenchmarkArguments, TrainingSettings
@@ -15,6 +25,7 @@ from clip_prompt_peft.commands.common import DataclassParser
 from clip_prompt_peft.commands.data import DataArguments
 from clip_prompt_peft.data.known_datasets import STYLES as STYLES_THAT_THERE_ARE
 from clip_prompt_peft.evaluation.metrics import compute_metrics
+from clip_prompt_peft.training.configs import PEFT_METHODS
 
 
 PARSERS = {
@@ -30,7 +41,7 @@ def options_of(parser):
 
 
 def test_the_tables_are_those_of_the_library():
-    assert set(METHODS) == set(PRESETS)
+    assert set(METHODS) == {*PRESETS, *PEFT_METHODS}
     assert STYLES == STYLES_THAT_THERE_ARE
 
 
@@ -78,8 +89,10 @@ def test_all_arguments_are_shown_on_demand(name, capsys):
 
 
 def test_flags_may_be_written_with_dashes():
-    assert parser_of("predict").parse_args(["a", "b"]).top_k == 1
-    assert check("train", ["--train-dir", "photos"]) == ["--train-dir", "photos"]
+    parsed = parser_of("predict").parse_args(with_underscores(["a", "--top-k=2", "--", "--an-image.jpg"]))
+    assert (parsed.top_k, [str(path) for path in parsed.images]) == (2, ["--an-image.jpg"])
+    given = ["--train-dir", "photos", "--max-steps", "-1", "--no-dataloader-pin-memory"]
+    assert check("train", given) == given
 
 
 def test_metrics_are_those_that_are_computed():

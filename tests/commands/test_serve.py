@@ -203,10 +203,21 @@ def test_what_is_no_usable_image_is_refused_and_changes_nothing(loaded, image, s
     assert (classify(loaded, good, adapters="pets").json(), requests.get(f"{loaded}/adapters").json()) == before
 
 
+def test_the_only_adapter_answers_where_none_is_named(url):
+    assert classify(url, picture()).status_code == 422
+    assert requests.put(f"{url}/adapters/pets").status_code == 200
+    named, unnamed = classify(url, picture(), adapters="pets"), classify(url, picture())
+    zero_shot = classify(url, picture(), class_names=["cat", "dog"]).json()
+    assert requests.delete(f"{url}/adapters/pets").status_code == 204
+    assert unnamed.status_code == 200
+    assert unnamed.json() == named.json() and unnamed.json()[0]["adapter"] == "pets"
+    assert zero_shot[0]["adapter"] is None
+
+
 @pytest.mark.parametrize(
     ("form", "status", "message"),
     [
-        ({}, 422, "Give either adapters or class_names"),
+        ({}, 422, "Give either adapters or class_names; the adapters ['meals', 'pets'] are loaded"),
         ({"adapters": "pets", "class_names": "cat"}, 422, "Give either adapters or class_names"),
         ({"adapters": "birds"}, 404, "'birds' is not loaded; loaded are ['meals', 'pets']"),
         ({"adapters": "-untrained"}, 404, "'-untrained' is not loaded"),

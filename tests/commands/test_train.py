@@ -149,6 +149,11 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
         ("train", ["--metric_for_best_model", "speed"], "no --metric_for_best_model 'speed'"),
         ("train", ["--report_to", "wandb"], "wandb|WandbCallback"),
         ("train", ["--dataloader_num_workers", "-1"], "--dataloader_num_workers must be 0 or more"),
+        (
+            "train",
+            ["--method", "clip-lora", "--num_virtual_tokens", "4"],
+            "--num_virtual_tokens is about vectors, and --method clip-lora learns none",
+        ),
         ("train", ["--method", "kgcoop", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor keeps"),
         ("train", ["--output_dir", "/proc/none/out"], "--output_dir '/proc/none/out/seed1' cannot be written"),
         ("train", ["--output_dir", ""], "--output_dir must be the name of a folder"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 
 import pytest
 import torch
@@ -48,6 +49,25 @@ def test_the_table_shows_every_style_with_mean_and_deviation(tuned):
         expected = rf"{style} +{zero_shot:.1f} +{accuracies.mean():.1f} ± {accuracies.std(correction=0):.1f} "
         assert re.search(expected, printed), printed
     assert "Saved outputs/prompt_tuning/seed2: 2.2 KB" in printed
+
+
+def test_clip_lora_is_trained_and_the_printed_lines_load_it(run_here, tmp_path):
+    options = ["--shots", 1, "--num_seeds", 1, "--max_steps", 4, "--learning_rate", 0.02, "--prompt_template", "an {}"]
+    printed = run_here("train", "--method", "clip-lora", *options)
+    assert "Saved outputs/prompt_tuning/seed1: 53.8 KB of LORA of peft" in printed
+    names = {}
+    exec(textwrap.dedent(printed.partition("Load it with\n")[2]), names)
+    model = names["model"].eval()
+    dataset = load_image_dataset(files={"train": str(EMOJI / "fluenthc-test.parquet")})["train"]
+    examples = with_pixel_values(dataset, AutoImageProcessor.from_pretrained(TINY_CLIP))[:]
+    with torch.no_grad():
+        answers = model(pixel_values=torch.stack(examples["pixel_values"])).logits.argmax(dim=-1)
+    accuracy = (answers == torch.tensor(examples["labels"])).float().mean().item()
+    results = json.loads((tmp_path / "outputs/prompt_tuning/results.json").read_text())
+    assert results["tuned"][0]["fluenthc"]["accuracy"] == pytest.approx(accuracy)
+    assert accuracy != pytest.approx(results["zero_shot"]["fluenthc"]["accuracy"])
+    log = json.loads((tmp_path / "outputs/prompt_tuning/seed1/_training.json").read_text())["run"]
+    assert log["Learning rate"] == 0.02  # given; the schedule and the number of steps as well
 
 
 def test_the_zero_shot_row_is_what_plain_clip_answers(tuned, clip, tokenizer):
@@ -134,7 +154,7 @@ def test_ctrl_c_in_predict_shows_what_is_classified(tuned, run_here, capsys, tmp
             raise KeyboardInterrupt
         return process_images(*args)
 
-    monkeypatch.setattr("clip_prompt_peft.image_files.process_images", process_images_once)
+    monkeypatch.setattr("clip_prompt_peft.commands.predict.process_images", process_images_once)
     images = write_image_folder(tmp_path / "images", classes=("food", "clock"), num_images=2)
     with pytest.raises(SystemExit) as exit:
         run_here("predict", tuned[0] / "outputs/prompt_tuning/seed1", images, "--batch_size", 3)

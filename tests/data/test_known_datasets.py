@@ -1,5 +1,7 @@
 """Tests of the table of known datasets."""
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from huggingface_hub.utils import validate_repo_id
@@ -56,6 +58,8 @@ def test_a_dataset_is_loaded_with_its_columns_and_class_names(monkeypatch):
         asked.append((args, kwargs))
         return DatasetDict(train=dataset(["AnnualCrop", "SeaLake"]), test=dataset(["AnnualCrop", "SeaLake"]))
 
+    no_files = SimpleNamespace(config=SimpleNamespace(data_files=None), info=SimpleNamespace(features=None))
+    monkeypatch.setattr("clip_prompt_peft.data.sources.find_builder", lambda *_: no_files)  # it asks the Hub
     monkeypatch.setattr("clip_prompt_peft.data.sources.load_dataset", load_dataset)
     splits = load_known_dataset("eurosat", revision="abc")
     assert asked == [((known_datasets()["eurosat"].hub_id, None), {"revision": "abc"})]

@@ -65,7 +65,7 @@ def test_images_that_no_row_lists_and_repeated_ones_are_told(photos, caplog):
     [
         ("file_name,label\n1.png,cat\n3.png,dog\n", "1 of the 2 images .* do not exist, such as .*3.png"),
         ("file_name,label\n1.png,cat\n,dog\n", "1 rows of .* have no path in 'file_name', such as row 1"),
-        ("file_name;label\n1.png;cat\n", r"needs a column 'file_name'.*file_name;label"),
+        ("file_name/label\n1.png/cat\n", r"needs a column 'file_name'.*file_name/label"),
         ("file_name\n1.png\n", "has no column of class names"),
         ("file_name,label\n1.png,0\n2.png,1\n", "numbers alone do not say"),
         ("", "Cannot read .*metadata.csv"),
@@ -202,9 +202,6 @@ def test_a_folder_is_no_file(photos):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("labels.csv", b"PK\x03\x04" + bytes(200)),  # a table of a spreadsheet
-        ("labels.csv", "file_name,label\n1.png,caf\u00e9\n".encode("latin-1")),
-        ("labels.csv", "file_name,label\n1.png,cat\n".encode("utf-16")),
         ("labels.csv", b"file_name,label\n"),
         ("labels.tsv", b""),
         ("labels.jsonl", b""),
@@ -223,7 +220,7 @@ def test_a_folder_with_an_empty_table_is_named(tmp_path):
     folder = tmp_path / "tables"  # the cache lies in tmp_path
     folder.mkdir()
     (folder / "labels.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match=f"Cannot read '{folder}': a json file in it is empty"):
+    with pytest.raises(ValueError, match=f"Cannot read '{folder}/labels.jsonl' as json.*empty"):
         load_image_dataset(str(folder))
 
 

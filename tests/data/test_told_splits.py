@@ -84,7 +84,7 @@ def table(tmp_path):
     return pd.DataFrame({"file_name": [f"{number}.png" for number in range(8)], "label": ["cat", "dog"] * 4})
 
 
-@pytest.mark.parametrize("column", ["split", "Subset"])
+@pytest.mark.parametrize("column", ["split", "Subset", "what it is for"])
 @pytest.mark.parametrize("file", ["all.csv", "all.parquet", "metadata.csv"])
 def test_a_column_of_splits_divides_a_table(tmp_path, table, caplog, column, file):
     table[column] = ["train", "train ", "VAL", "val", "test", "test", "train", "train"]
@@ -177,7 +177,7 @@ def test_of_large_data_what_was_not_compared_is_counted(tmp_path):
     everything = shared_images(train, test, max_decoded=0)
     assert [row for row, _ in everything.rows] == list(range(6)) and everything.num_skipped == 0
     smallest = len(train.cast_column("image", Image(decode=False))[0]["image"]["bytes"])
-    some = shared_images(train, test.flatten_indices(), max_decoded=0, max_read=3 * smallest)
+    some = shared_images(train, test.flatten_indices(), max_decoded=0, max_read=3 * (smallest + 2**14))
     assert [row for row, _ in some.rows] == [0, 4] and some.num_skipped == 3 + 4
     chosen = shared_images(train.select([0, 2]), test, max_decoded=0, max_read=1)
     assert chosen.rows == [] and chosen.num_skipped == 2

@@ -128,6 +128,8 @@ def test_a_transform_that_opens_the_images_itself(tmp_path, image_processor, cla
     [
         (lambda batch: {"pixel_values": batch["image"]}, "returns pixel_values, but no 'image'"),
         (lambda batch: {"image": batch["image"][:1]}, "returns 1 images for 4 rows"),
+        (lambda batch: {"image": batch["image"][0]}, "returns a PngImageFile for 4 rows"),
+        (lambda batch: batch["image"], "returns a list, but no 'image'"),
         (lambda batch: {"image": [3] * len(batch["image"])}, "object of type int"),
         (lambda batch: {"image": [torch.randn(3, 8, 8) for _ in batch["image"]]}, "does not say which value is white"),
     ],

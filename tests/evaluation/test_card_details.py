@@ -99,3 +99,13 @@ def test_without_details_there_is_no_section(model, tmp_path):
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert "### " not in card.text.split("<!-- clip_prompt_peft: end -->")[0] and not card.data.eval_results
+
+
+def test_a_folder_as_base_model_has_no_revision(model, tmp_path):
+    model.active_peft_config.base_model_name_or_path = str(tmp_path / "tiny_clip")
+    model.save_pretrained(tmp_path / "adapter")
+    text = ModelCard.load(tmp_path / "adapter" / "README.md").text
+    assert (
+        "- Base model: `tiny_clip`, a folder (not on the Hub: pass `base_model_name_or_path` when loading)\n" in text
+    )
+    assert "abc123" not in text

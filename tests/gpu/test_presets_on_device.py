@@ -10,12 +10,13 @@ from adapters import as_if_trained
 from conftest import CLASS_NAMES, TINY_CLIP
 from peft import get_peft_model
 
-from clip_prompt_peft import PRESETS, CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import PRESETS, CLIPForPromptClassification, CLIPPromptTuningConfig, method_config
+from clip_prompt_peft.training.configs import PEFT_METHODS
 
 
 pytestmark = pytest.mark.gpu
 
-KINDS = [None, *PRESETS]
+KINDS = [None, *PRESETS, *PEFT_METHODS]
 # the dtype of autocast, the dtype of the frozen weights, and how far logits may be apart (of about 20)
 PRECISIONS = {
     "fp32": (None, torch.float32, 2e-3),
@@ -28,11 +29,11 @@ PRECISIONS = {
 @functools.cache
 def load_model(preset):
     classifier = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=CLASS_NAMES)
-    if preset is None:
-        config = CLIPPromptTuningConfig()
-    else:
-        config = CLIPPromptTuningConfig.from_preset(preset, model=classifier)
-    return as_if_trained(get_peft_model(classifier, config), std=0.02).train()
+    config = CLIPPromptTuningConfig() if preset is None else method_config(preset, classifier)
+    model = as_if_trained(get_peft_model(classifier, config), std=0.02).train()
+    for dropout in (part for part in model.modules() if isinstance(part, torch.nn.Dropout)):
+        dropout.p = 0.0  # each device draws numbers of its own
+    return model
 
 
 def model_on(device, preset, dtype=torch.float32):

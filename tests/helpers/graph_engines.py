@@ -4,9 +4,16 @@ import copy
 import time
 
 import torch
-from adapters import base_of
+from adapters import as_if_trained, base_of, prompted
+from cases import new_classifier
+from peft import LoraConfig, get_peft_model
 
+from clip_prompt_peft import CLIPPromptTuningConfig
 from clip_prompt_peft.text.graph import NUM_WARM_UPS, CudaEngine, GraphedEncoder
+
+
+NAMES = ["cat", "golden retriever", "lily of the valley", "food"]
+OTHER_NAMES = ["dog", "Boeing 737-800", "x-ray image", "a very long name of a class"]
 
 
 class StandIn:
@@ -140,3 +147,45 @@ def assert_as_eager(model, twin=None, tolerance=1e-6, **options):
     twin = eager_twin(model) if twin is None else twin
     expected = step(twin, **options)
     assert_same_results(step(model, **options), expected, base_of(model).device, tolerance)
+
+
+def prompts_on(place, **fields):
+    return graphed(as_if_trained(prompted(new_classifier(NAMES), **fields)).to(place))
+
+
+def lora_on(place, **fields):
+    config = LoraConfig(r=2, target_modules=r"text_model.*(q_proj|fc1)|text_projection", **fields)
+    return graphed(as_if_trained(get_peft_model(new_classifier(NAMES), config)).to(place))
+
+
+def lora_beside_prompts_on(place):
+    classifier = new_classifier(NAMES)
+    model = prompted(classifier)
+    classifier.add_adapter(LoraConfig(r=2, target_modules=r"text_model.*q_proj"), adapter_name="lora")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "learnable" in name)
+    return graphed(as_if_trained(model).to(place))
+
+
+def positions_on(place):
+    classifier = new_classifier(NAMES).requires_grad_(False)
+    classifier.text_model.embeddings.position_embedding.requires_grad_(True)
+    return graphed(classifier.to(place))
+
+
+def both(model):
+    """The model, and one in the ordinary way."""
+    return model, eager_twin(model)
+
+
+def other_adapter():
+    return CLIPPromptTuningConfig(num_virtual_tokens=2, prompt_tuning_init="RANDOM")
+
+
+def eager_embeds(model):
+    encoder = base_of(model).class_encoder
+    encoder.cuda_graph, setting = False, encoder.cuda_graph
+    try:
+        return base_of(model).get_class_embeds()
+    finally:
+        encoder.cuda_graph = setting

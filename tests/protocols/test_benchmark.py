@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMOJI, TINY_CLIP
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoImageProcessor
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import CLIPForPromptClassification, method_config
 from clip_prompt_peft.data import class_names_of, load_image_dataset, sample_few_shot, with_pixel_values
 from clip_prompt_peft.protocols import (
     Backbone,
@@ -157,7 +157,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(open_benchmark, backbone, m
 def test_lora_changes_both_towers_and_leaves_none_of_it(open_benchmark, backbone):
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     benchmark = open_benchmark()
-    lora, prompts, zero_shot = few_shot_curve("noto", ["lora", "prompt-tuning", "zero-shot"], (1,), (1,))
+    lora, prompts, zero_shot = few_shot_curve("noto", ["clip-lora", "prompt-tuning", "zero-shot"], (1,), (1,))
     benchmark.run([lora, prompts, zero_shot])
     confidence = [benchmark.results.predictions(run, "noto").confidence for run in (lora, prompts, zero_shot)]
     assert not np.allclose(confidence[0], confidence[2]) and not np.allclose(confidence[1], confidence[2])
@@ -166,17 +166,13 @@ def test_lora_changes_both_towers_and_leaves_none_of_it(open_benchmark, backbone
 
 def test_the_size_is_that_of_the_saved_adapter(open_benchmark, backbone, tmp_path):
     benchmark = open_benchmark()
-    runs = few_shot_curve("noto", ["zero-shot", "linear-probe", "lora", "coop"], (1,), (1,))
+    runs = few_shot_curve("noto", ["zero-shot", "linear-probe", "clip-lora", "coop"], (1,), (1,))
     benchmark.run(runs)
     zero_shot, probe, lora, coop = (benchmark.results.size(run) for run in runs)
     assert zero_shot == (0, 0) and probe == (12 * (backbone.model.config.projection_dim + 1), 0)
     backbone.model.set_class_names(["cat", "dog"])
-    configs = [
-        LoraConfig(r=SETTINGS.lora_rank, target_modules=["q_proj", "k_proj", "v_proj"]),
-        CLIPPromptTuningConfig.from_preset("coop", model=backbone.model),
-    ]
-    for config, size in zip(configs, (lora, coop)):
-        model = get_peft_model(backbone.model, config)
+    for name, size in zip(("clip-lora", "coop"), (lora, coop)):
+        model = get_peft_model(backbone.model, method_config(name, backbone.model))
         model.save_pretrained(tmp_path / "adapter")
         num_bytes = (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
         assert size == (model.get_nb_trainable_parameters()[0], num_bytes)
@@ -242,8 +238,9 @@ def test_published_methods_can_be_trained_as_their_papers_do(styles, backbone, t
     settings = TrainingSettings(num_train_epochs=7, when_fewer="all", paper_recipes=True)
     paper = Backbone(backbone.model, backbone.image_processor, settings)
     benchmark = Benchmark(lambda: paper, styles, Results(tmp_path, settings.fingerprint("tiny")))
-    benchmark.run(few_shot_curve("noto", ["kgcoop", "prompt-tuning"], (1,), (1,)))
-    kgcoop, own = seen
+    benchmark.run(few_shot_curve("noto", ["kgcoop", "clip-lora", "prompt-tuning"], (2,), (1,)))
+    kgcoop, lora, own = seen
     assert (kgcoop.args.num_train_epochs, kgcoop.args.max_grad_norm) == (100, 0)
     assert isinstance(kgcoop.optimizer, torch.optim.SGD)
+    assert (lora.args.max_steps, lora.args.learning_rate, lora.args.weight_decay) == (1000, 2e-4, 1e-2)
     assert (own.args.num_train_epochs, own.optimizer) == (7, None)

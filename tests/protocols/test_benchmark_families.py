@@ -2,18 +2,16 @@
 
 import numpy as np
 import pytest
-import torch
 from conftest import EMOJI, slow_param
 from families import FAMILIES
-from peft import LoraConfig, get_peft_model
 
 from clip_prompt_peft.data import load_image_dataset
 from clip_prompt_peft.protocols import Backbone, Benchmark, Results, TrainingSettings, few_shot_curve
 from clip_prompt_peft.protocols.image_set import ImagePool
-from clip_prompt_peft.protocols.methods import find_method, lora_targets
+from clip_prompt_peft.protocols.methods import find_method
 
 
-METHODS = ["zero-shot", "ensemble", "linear-probe", "lora", "prompt-tuning", "coop", "vpt-deep", "promptsrc"]
+METHODS = ["zero-shot", "ensemble", "linear-probe", "clip-lora", "prompt-tuning", "coop", "vpt-deep", "promptsrc"]
 SOME = ["CLIP", "Siglip", "ChineseCLIP"]
 
 
@@ -43,25 +41,8 @@ def test_every_method_is_trained_and_tested(name, icons, tmp_path):
         assert len(results.predictions(run, "noto").labels) == len(icons["test"])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_lora_trains_both_towers(name):
-    backbone = backbone_of(name)
-    model = get_peft_model(backbone.model, LoraConfig(r=2, target_modules=lora_targets(backbone.model)))
-    trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
-    for tower, layers in (("text_model", 3), ("vision_model", 3)):
-        assert sum(tower in key for key in trained) == layers * 3 * 2  # query, key and value; A and B
-
-
-def test_lora_refuses_a_tower_that_it_would_leave_alone():
-    backbone = backbone_of("CLIP")
-    for layer in backbone.model.text_model.encoder.layers:
-        layer.self_attn = torch.nn.Identity()
-    with pytest.raises(ValueError, match="text_model of CLIPForPromptClassification has none"):
-        lora_targets(backbone.model)
-
-
 @pytest.mark.parametrize("name", [SOME[0], *map(slow_param, SOME[1:])])
-@pytest.mark.parametrize("method", ["prompt-tuning", slow_param("lora"), "zero-shot"])
+@pytest.mark.parametrize("method", ["prompt-tuning", slow_param("clip-lora"), "zero-shot"])
 def test_every_module_keeps_its_training_mode(name, method, icons):
     backbone = backbone_of(name)
     backbone.model.train().vision_model.eval()

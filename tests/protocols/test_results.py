@@ -89,11 +89,11 @@ def test_files_without_sizes_can_be_read(results):
 
 
 def test_runs_that_train_the_same_become_one_with_all_tests():
-    curve, others = few_shot_curve("a", ["lora"], (1, 16), (1,)), transfer("a", ["b"], ["lora"], (16,), (1,))
+    curve, others = few_shot_curve("a", ["clip-lora"], (1, 16), (1,)), transfer("a", ["b"], ["clip-lora"], (16,), (1,))
     merged = merge_runs([*curve, *others])
     assert [(run.shots, run.tests) for run in merged] == [(1, ("a",)), (16, ("a", "b"))]
 
 
 def test_a_method_without_training_is_run_once():
     assert [(run.shots, run.seed) for run in few_shot_curve("a", ["zero-shot"])] == [(0, 0)]
-    assert len(few_shot_curve("a", ["lora"])) == 5 * 3
+    assert len(few_shot_curve("a", ["clip-lora"])) == 5 * 3

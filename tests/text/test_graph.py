@@ -1,5 +1,7 @@
 """When class embeddings come from a captured graph, and what is said where they do not."""
 
+import contextlib
+import functools
 import logging
 import re
 import types
@@ -153,10 +155,9 @@ class TestObstacles:
         assert len(told) == 1 and reason in next(iter(told))
 
     @pytest.mark.parametrize("change", OBSTACLES, ids=lambda change: change.__name__)
-    @pytest.mark.parametrize("is_later", [False, True], ids=["from the start", "after a capture"])
-    def test_a_change_of_the_model(self, model, change, is_later, caplog):
-        if is_later:
-            assert_as_eager(model)
+    def test_a_change_of_the_model(self, model, change, caplog):
+        step(model)
+        assert captured_of(model) is not None
         change(model)
         twin = eager_twin(model)
         with caplog.at_level(logging.DEBUG, LOGGER):
@@ -167,7 +168,7 @@ class TestObstacles:
                     results.append(step(m))
                 assert_same_results(*results, "cpu")
         assert captured_of(model) is None
-        assert engine_of(model).num_captures == is_later
+        assert engine_of(model).num_captures == 1
         (line,) = caplog.messages
         assert re.search(OBSTACLES[change], line)
 
@@ -221,6 +222,15 @@ class TestObstacles:
         model = new_model()
         base_of(model).text_model.encoder.layers[0].mlp.fc2.bias.requires_grad_(True)
         self.check(model, "cannot be followed")
+
+    def test_weights_without_a_version_are_an_error_of_torch_as_ever(self, model):
+        with torch.inference_mode():
+            bias = base_of(model).text_model.final_layer_norm.bias.clone()
+        norm = base_of(model).text_model.final_layer_norm
+        del norm.bias
+        norm.register_buffer("bias", bias)
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            step(model)
 
     def test_too_little_memory(self, model, monkeypatch):
         monkeypatch.setattr("clip_prompt_peft.text.graph.free_bytes", lambda device: 2**20)
@@ -324,6 +334,18 @@ class TestSetting:
         assert encoder.cuda_graph is False and encoder.path == "cut"
 
 
+def test_other_zero_shot_embeddings_of_the_classes_are_captured_anew():
+    model = new_model(class_aware_layer=1)
+    classifier, encoder = base_of(model), base_of(model).class_encoder
+    inputs = (classifier, classifier.class_prompts, classifier.prompt_layout)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        priors = torch.nn.functional.normalize(torch.randn(len(NAMES), classifier.embed_width), dim=-1)
+        expected = ClassEncoder()(*inputs, class_priors=priors)
+        assert torch.equal(encoder(*inputs, class_priors=priors), expected)
+    assert engine_of(model).num_captures == 2
+
+
 class TestEffort:
     def test_a_failed_capture_says_why_once(self, model, caplog):
         engine_of(model).error = RuntimeError("no such stream")
@@ -372,3 +394,87 @@ class TestEffort:
         value += 1
         replay()
         assert kept.tolist() == [2, 2]
+
+
+class Card:
+    """Writes down what the engine asks of `torch.cuda`. Its graphs compute nothing."""
+
+    def __init__(self):
+        self.events, self.stream_now = [], "main"
+
+    @contextlib.contextmanager
+    def stream(self, name):
+        before, self.stream_now = self.stream_now, name
+        try:
+            yield
+        finally:
+            self.stream_now = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.events.append(("capture", pool, str(stream), capture_error_mode))
+        self.stream_now = stream
+        yield  # as that of torch, it leaves its stream behind after an error
+        self.stream_now = "main"
+
+    def put_in(self, monkeypatch):
+        class Stream(str):
+            def __new__(cls, device):
+                return super().__new__(cls, f"side of {device}")
+
+            def wait_stream(self, other):
+                pass
+
+        main = Stream("cuda:0")
+        self.stream_now = main
+        for name, value in {
+            "Stream": Stream,
+            "stream": self.stream,
+            "graph": self.graph,
+            "device": lambda device: contextlib.nullcontext(),
+            "current_stream": lambda device=None: self.stream_now,
+            "graph_pool_handle": lambda: "pool",
+            "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: self.events.append("replay")),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr("clip_prompt_peft.text.graph._side_stream", lambda device: Stream("the engine"))
+        return main
+
+
+class TestCallsOfTheEngine:
+    """What can be seen of CUDA graphs without a card: the calls that make them."""
+
+    @pytest.fixture
+    def card(self, monkeypatch):
+        card = Card()
+        card.main = card.put_in(monkeypatch)
+        return card
+
+    def test_it_warms_up_on_a_side_stream_and_captures_into_one_pool(self, card):
+        functions = [
+            lambda name=name: card.events.append((name, str(card.stream_now))) or [torch.ones(1)] for name in "fb"
+        ]
+        forget = functools.partial(card.events.append, "forget")
+        replayables = CudaEngine().capture(torch.device("cuda:0"), functions, forget)
+        side = "side of the engine"
+        capture = ("capture", "pool", side, "thread_local")
+        assert card.events == [("f", side), ("b", side)] * 3 + ["forget"] + [
+            *(capture, ("f", side)),
+            *(capture, ("b", side)),
+            "forget",
+        ]
+        assert card.stream_now == card.main
+        for results, replay in replayables:
+            replay()
+            assert len(results) == 1
+        assert card.events[-2:] == ["replay", "replay"]
+
+    def test_after_a_failure_the_current_stream_is_the_old_one(self, card):
+        def failing():
+            if any(event[0] == "capture" for event in card.events):
+                raise RuntimeError("not permitted")
+            return [torch.ones(1)]
+
+        with pytest.raises(RuntimeError, match="not permitted"):
+            CudaEngine().capture(torch.device("cuda:0"), [failing], list)
+        assert card.stream_now == card.main

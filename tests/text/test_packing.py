@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from adapters import as_if_trained
 from families import FAMILIES, Case
 from peft import IA3Config, LNTuningConfig, LoraConfig, TrainableTokensConfig, get_peft_model
 
 from clip_prompt_peft import PRESETS
 from clip_prompt_peft.text.class_aware import pack_class_aware
-from clip_prompt_peft.text.packing import PACKED, PATHS, PLAIN, build_chunk, exact_path, num_shared_positions
+from clip_prompt_peft.text.packing import CUT, PACKED, PATHS, PLAIN, build_chunk, exact_path, num_shared_positions
 
 
 OTHER_METHODS = {
@@ -61,6 +62,22 @@ def assert_as_declared(classifier):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_of_every_family_and_every_kind_of_prompt(family, preset):
     assert_as_declared(Case(family).prompted(preset).get_base_model())
+
+
+def test_classes_share_no_dropout():
+    """CLIP-LoRA has one in front of its matrices; each class has random numbers of its own."""
+    classifier = Case("CLIP").classifier()
+    model = get_peft_model(classifier, LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.25))
+    as_if_trained(model, std=0.3)
+    assert exact_path(classifier.eval()) == PACKED
+    assert exact_path(classifier.train()) == CUT
+    means = []
+    for path in (PLAIN, CUT, PACKED):
+        torch.manual_seed(0)
+        embeds = torch.stack([encode(classifier, path)[0] for _ in range(60)])  # (60, C, E)
+        noise = (embeds - embeds.mean(dim=0)).flatten(2)
+        means.append((noise[:, 0] * noise[:, 1]).sum(dim=-1).mean() / noise.square().sum(dim=-1).mean())
+    assert abs(means[0]) < 0.1 and abs(means[1]) < 0.1 < means[2]
 
 
 @pytest.mark.parametrize("method", OTHER_METHODS)

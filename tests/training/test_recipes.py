@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from clip_prompt_peft import PRESETS, CLIPPromptTuningConfig, GaussianPromptAveraging, ProGradTrainer, training_recipe
@@ -16,7 +16,7 @@ def test_every_preset_has_a_recipe():
 
 
 def test_an_unknown_recipe_is_an_error_that_lists_all():
-    with pytest.raises(ValueError, match=r"no recipe 'coop-op'; there are \['default', 'cocoop', 'coop', "):
+    with pytest.raises(ValueError, match=r"no recipe 'coop-op'; there are \['default', 'clip-lora', 'cocoop', "):
         training_recipe("coop-op", torch.nn.Linear(1, 1), num_examples=1)
 
 
@@ -62,6 +62,47 @@ def test_a_recipe_has_the_settings_of_the_paper(clip, name, shots, epochs, batch
     assert recipe.arguments["per_device_train_batch_size"] == batch_size
     assert recipe.arguments["learning_rate"] == learning_rate
     assert recipe.arguments["max_grad_norm"] == 0.0
+
+
+@pytest.fixture
+def clip_lora(classifier):
+    return get_peft_model(classifier, LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(("shots", "steps", "epochs"), [(1, 500, 500), (16, 8000, 1000)])
+def test_clip_lora_takes_500_steps_for_each_image_of_a_class(clip_lora, shots, steps, epochs):
+    recipe = training_recipe("clip-lora", clip_lora, num_examples=16 * shots, shots=shots, use_cpu=True)
+    assert (recipe.arguments["max_steps"], recipe.arguments["num_train_epochs"]) == (steps, epochs)
+    assert recipe.arguments["per_device_train_batch_size"] == 32
+
+
+def test_clip_lora_trains_with_adamw_and_the_authors_cosine(clip_lora, tmp_path):
+    recipe = training_recipe("clip-lora", clip_lora, num_examples=40, shots=10, max_steps=10, use_cpu=True)
+    examples = [{"image_embeds": torch.randn(128), "labels": i % 4} for i in range(40)]
+    args = TrainingArguments(
+        tmp_path, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **recipe.arguments
+    )
+    trainer = recipe.trainer_class(clip_lora, args, train_dataset=examples, optimizers=recipe.optimizers)
+    trainer.train()
+    expected = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2e-4, betas=(0.9, 0.999), weight_decay=1e-2)
+    schedule, rates = torch.optim.lr_scheduler.CosineAnnealingLR(expected, 10, eta_min=1e-6), []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        expected.step()
+        schedule.step()
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(rates)
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW) and trainer.args.max_grad_norm == 0
+    (of_all,) = [group for group in trainer.optimizer.param_groups if group["params"]]
+    assert len(of_all["params"]) == sum(parameter.requires_grad for parameter in clip_lora.parameters())
+    names = ("betas", "eps", "weight_decay")
+    assert {name: of_all[name] for name in names} == {name: expected.defaults[name] for name in names}
+
+
+def test_arguments_of_the_user_replace_those_of_clip_lora(clip_lora):
+    given = {"num_train_epochs": 3, "lr_scheduler_type": "linear", "weight_decay": 0.0, "use_cpu": True}
+    arguments = training_recipe("clip-lora", clip_lora, num_examples=40, **given).arguments
+    assert arguments.items() >= given.items() and not {"max_steps", "lr_scheduler_kwargs"} & arguments.keys()
 
 
 @pytest.mark.parametrize(
@@ -139,5 +180,6 @@ def test_the_trainer_takes_as_many_steps_as_the_schedule_expects(classifier, tmp
 
 def test_a_model_without_trainable_parameters_is_an_error(clip):
     clip.requires_grad_(False)
-    with pytest.raises(ValueError, match="nothing to train; put an adapter into it first"):
-        training_recipe("coop", clip, num_examples=8, use_cpu=True)
+    for name in ("coop", "clip-lora"):
+        with pytest.raises(ValueError, match="nothing to train; put an adapter into it first"):
+            training_recipe(name, clip, num_examples=8, use_cpu=True)
