@@ -83,6 +83,14 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def datasets_with_caching():
+    """Benchmarks switch the caching of `datasets` off for the whole process."""
+    yield
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].enable_caching()
+
+
 @pytest.fixture
 def clip():
     return CLIPModel.from_pretrained(TINY_CLIP).eval()

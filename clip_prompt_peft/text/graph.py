@@ -345,6 +345,7 @@ class GraphedEncoder:
                 As in [`GraphedEncoder.tell`].
         """
         device = execution_device(model.text_model)
+        self.clear_elsewhere(device)
         modes = facts_of_modes(device, self.engine.device_type)
         reason = obstacle_to_capture(modes)
         if reason is None:
@@ -397,9 +398,8 @@ class GraphedEncoder:
             self._reason = CHANGING
         if self._reason is None:
             self._reason = self._capture(model, plan, state)
-            state = TowerState(
-                text_side(model), tensors
-            )  # a first use of an adapter notes that its weights were checked
+            # The state of now, since a first use of an adapter notes that its weights were checked.
+            state = TowerState(text_side(model), tensors)
             has_freed = has_freed or self._reason is not None
         self._key = (state, *key[1:])
         if has_freed:

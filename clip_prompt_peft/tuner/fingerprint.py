@@ -42,6 +42,7 @@ MAX_LEVELS = 1024  # 8 bits have 256 levels; a dequantized tensor that was round
 MIN_QUANTIZED = 0.3  # share of tensors; in a model that is not quantized a few seem to be, such as those of ones
 ROUNDING = 0.51  # of the distance between two numbers of a format, to the nearer one
 SMALLEST = 1e-7  # half precision has no finer steps near 0
+HALF = "f2:"  # in front of values in half precision
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples are spread evenly
 
 Places = list[list[tuple[int, int]]]  # the rows and columns of the values that are sampled from each tensor of a part
@@ -312,18 +313,25 @@ def _precision(values: torch.Tensor) -> torch.Tensor:
 
 
 def _encode(values: torch.Tensor) -> str:
+    """Returns float32 values as text, in half as many bytes if all of them are numbers of half precision."""
+    half = values.half()
+    if torch.equal(half.float().nan_to_num(torch.inf), values.nan_to_num(torch.inf)):
+        return HALF + base64.b64encode(half.numpy().astype("<f2").tobytes()).decode()
     return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
+
+
+def _floats(text: str) -> torch.Tensor:
+    data = bytearray(base64.b64decode(text.removeprefix(HALF), validate=True))
+    dtype = torch.float16 if text.startswith(HALF) else torch.float32
+    return torch.frombuffer(data, dtype=dtype).float()  # raises ValueError if there are none
 
 
 def _decode(fingerprint: dict) -> tuple[Sampling, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     try:
-        tensors = []
-        for field_name in ("values", "steps"):
-            encoded = fingerprint.get(field_name, {}).items()
-            decoded = {name: bytearray(base64.b64decode(text, validate=True)) for name, text in encoded}
-            tensors.append(
-                {name: torch.frombuffer(data, dtype=torch.float32) for name, data in decoded.items() if data}
-            )
+        values, steps = (
+            {name: _floats(text) for name, text in fingerprint.get(field_name, {}).items() if text}
+            for field_name in ("values", "steps")
+        )
         per_tensor, rows, tokens = (
             fingerprint["per_tensor"],
             fingerprint.get("rows", {}),
@@ -334,7 +342,6 @@ def _decode(fingerprint: dict) -> tuple[Sampling, dict[str, torch.Tensor], dict[
                 raise ValueError(f"{number!r} is no number of values or rows")
         if per_tensor > NUM_VALUES or len(tokens) > MAX_OWN_TOKENS:
             raise ValueError(f"per_tensor is {per_tensor!r}, and there are {len(tokens)} tokens")
-        values, steps = tensors
         if any(len(steps[name]) != len(values.get(name, ())) for name in steps):
             raise ValueError("values and steps differ in number")
         return Sampling(per_tensor, fingerprint.get("version", 1), rows, tokens), values, steps

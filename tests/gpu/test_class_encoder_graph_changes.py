@@ -147,7 +147,9 @@ class TestChanges:
 
 
 class TestMemory:
-    @pytest.mark.parametrize("how", [slow_param("clear"), "change", "deletion", "eval elsewhere", slow_param("off")])
+    @pytest.mark.parametrize(
+        "how", [slow_param("clear"), "change", "deletion", "eval elsewhere", "training elsewhere", slow_param("off")]
+    )
     def test_a_graph_that_is_not_needed_is_dropped(self, place, how):
         model = prompts_on(place)
         step(model)
@@ -163,8 +165,8 @@ class TestMemory:
             base_of(model).class_encoder.cuda_graph = False
             step(model)
         else:
-            model.eval().to("meta" if place.type == "cpu" else "cpu")
-            with torch.no_grad():
+            model.train(how == "training elsewhere").to("meta" if place.type == "cpu" else "cpu")
+            with torch.set_grad_enabled(model.training):
                 base_of(model).get_class_embeds()
         if place.type == "cpu":
             gc.collect()  # the stand-in holds on to the model

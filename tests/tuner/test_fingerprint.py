@@ -106,6 +106,15 @@ class TestTheSameModel:
         tuned(int8_round_trip(copy.deepcopy(clip), dim)).save_pretrained(tmp_path)
         assert warnings_with(clip, tmp_path) == []
 
+    def test_of_values_that_half_precision_does_not_hold(self, classifier, tmp_path):
+        """Those of the tiny CLIP are numbers of half precision, which are saved in half as many bytes."""
+        tuned(changed(classifier, lambda name: True)).save_pretrained(tmp_path)
+        fingerprint = json.loads((tmp_path / "adapter_config.json").read_text())["base_model_fingerprint"]
+        assert not fingerprint["values"]["text_model"].startswith("f2:")
+        clip = changed(CLIPModel.from_pretrained(TINY_CLIP), lambda name: True)
+        assert warnings_with(clip, tmp_path) == []
+        assert warnings_with(changed(clip, lambda name: "layers.1" in name), tmp_path)
+
     def test_whole_under_an_adapter_of_a_half_precision_one(self, clip, tmp_path):
         tuned(copy.deepcopy(clip).bfloat16()).save_pretrained(tmp_path)
         assert warnings_with(clip, tmp_path) == []
@@ -346,6 +355,7 @@ class TestAnAdapterWithoutAFingerprint:
         {"values": {"a": "?"}, "per_tensor": 1},
         {"version": 2, "values": {}, "per_tensor": 1, "rows": {"text_model.token_embedding": -1}},
         {"version": 2, "values": {}, "per_tensor": 1, "tokens": [-7]},
+        {"version": 2, "values": {"text_model": "f2:AAA="}, "per_tensor": 1, "steps": {"text_model": "f2:"}},
         {"version": 2, "values": {}, "per_tensor": 1, "tokens": "abc"},
         7,
     ],
