@@ -19,7 +19,7 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 # Each line in a process of its own, in which the later documents go on from the earlier ones, as their text says.
 CHAINS = [
-    [README, *(DOCS / f"{name}.md" for name in ("data", "methods", "training", "hub", "export"))],
+    [README, *(DOCS / f"{name}.md" for name in ("data", "methods", "training", "scaling", "hub", "export"))],
     [DOCS / "lora_beside_prompts.md"],
 ]
 ARE_NOT_RUN = {ROOT / "CONTRIBUTING.md"}  # changes to the library itself
