@@ -55,8 +55,8 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
     @property
     def disable_adapters(self) -> bool:
         """Whether the layer leaves its module alone: as in peft, and inside of [`without_prompts`]."""
-        # A context variable would break the graph of torch.compile.
-        return super().disable_adapters or (not torch.compiler.is_compiling() and _WITHOUT_PROMPTS.get())
+        # A context variable would break the graph of torch.compile, which takes the property of a base class for true.
+        return self._disable_adapters or (not torch.compiler.is_compiling() and _WITHOUT_PROMPTS.get())
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.prompt_layouts]
