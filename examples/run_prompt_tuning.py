@@ -70,7 +70,6 @@ for seed in SEEDS:
         logging_steps=0.25,
         save_strategy="no",
         report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
     trainer = Trainer(

@@ -70,7 +70,8 @@ class PromptArguments(PromptFields):
     ) -> Recipe:
         """Returns the training of the authors, or the default, changed by the arguments that the user gave."""
         names = [name for name in RECIPE_ARGUMENTS if name in given_by_user]
-        given = {name: getattr(training_args, name) for name in [*names, "use_cpu", "gradient_accumulation_steps"]}
+        names += ["use_cpu", "gradient_accumulation_steps", "dataloader_pin_memory"]
+        given = {name: getattr(training_args, name) for name in names}
         shots = shots or math.ceil(num_examples / len(model.class_names))
         return training_recipe(self.method or "default", model, num_examples, shots, **given)
 

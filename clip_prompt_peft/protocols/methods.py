@@ -259,7 +259,6 @@ def train_adapter(model, backbone: Backbone, train: ImageSet, seed: int, name: s
         args = TrainingArguments(
             folder,
             seed=seed,
-            dataloader_pin_memory=device != "cpu",
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

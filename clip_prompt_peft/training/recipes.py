@@ -142,7 +142,8 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
             The number of images per class, which determines the number of epochs of the default and of some methods.
         overrides (*optional*):
             Keyword arguments for `TrainingArguments` that replace those of the recipe. The schedule takes
-            `learning_rate`, `num_train_epochs`, the batch size and `gradient_accumulation_steps` into account.
+            `learning_rate`, `num_train_epochs`, the batch size and `gradient_accumulation_steps` into account. On a
+            CPU, memory is not pinned.
 
     Raises:
         ValueError: If the name is unknown, there are no examples or shots, or the model has no trainable parameters.
@@ -163,6 +164,8 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
         )
     if num_examples < 1 or shots < 1:
         raise ValueError(f"num_examples and shots must be 1 or more, got {num_examples} and {shots}.")
+    if not torch.accelerator.is_available() or overrides.get("use_cpu", False):
+        overrides = {"dataloader_pin_memory": False, **overrides}  # on a CPU, torch warns of it in every data loader
     if name == DEFAULT:
         return _default_recipe(model, num_examples, shots, overrides)
     if name in STEP_SETTINGS:

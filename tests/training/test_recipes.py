@@ -158,6 +158,24 @@ def test_tcp_trains_with_adam_and_a_large_eps(clip):
     }
 
 
+@pytest.mark.parametrize("name", ["default", "coop", "clip-lora"])
+@pytest.mark.parametrize(
+    ("has_accelerator", "given", "expected"),
+    [
+        (False, {}, False),
+        (False, {"dataloader_pin_memory": True}, True),
+        (True, {"use_cpu": True}, False),
+        (True, {}, None),
+    ],
+)
+def test_memory_is_pinned_for_an_accelerator_only(clip, monkeypatch, name, has_accelerator, given, expected):
+    """torch warns of it in every data loader otherwise."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
+    model = get_peft_model(clip, CLIPPromptTuningConfig())
+    recipe = training_recipe(name, model, num_examples=64, **given)
+    assert recipe.arguments.get("dataloader_pin_memory") is expected
+
+
 def test_batches_are_divided_among_processes(clip, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     model = get_peft_model(clip, CLIPPromptTuningConfig())
