@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
 from ..towers import trainable_parameters
+from ..tuner import CLIPPromptTuningConfig
 from ..tuner.presets import PRESETS
 from .callbacks import GaussianPromptAveraging
 from .prograd import ProGradTrainer
@@ -88,6 +91,15 @@ class StepSettings:
 
 
 STEP_SETTINGS: dict[str, StepSettings] = {"clip-lora": StepSettings(2e-4, 32, 500)}
+# The fields of a configuration that tell kinds of prompts apart.
+KIND = (
+    "class_specific",
+    "image_conditioned",
+    "num_vision_virtual_tokens",
+    "vision_prompts_from_text",
+    "class_aware_layer",
+    "regularizer",
+)
 DEFAULT = "default"  # the name of the recipe for a configuration without a preset
 DEFAULT_BATCH_SIZE = 32
 # Largest number of shots: learning rate and steps. Few images soon cost accuracy on others. Up to 4 shots, chosen on
@@ -166,6 +178,7 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
         raise ValueError(f"num_examples and shots must be 1 or more, got {num_examples} and {shots}.")
     if not torch.accelerator.is_available() or overrides.get("use_cpu", False):
         overrides = {"dataloader_pin_memory": False, **overrides}  # on a CPU, torch warns of it in every data loader
+    _warn_of_other_prompts(name, model)
     if name == DEFAULT:
         return _default_recipe(model, num_examples, shots, overrides)
     if name in STEP_SETTINGS:
@@ -226,6 +239,31 @@ def _step_recipe(settings: StepSettings, model: nn.Module, num_examples: int, sh
         # the Trainer goes by max_steps; this is what reports show
         arguments["num_train_epochs"] = num_steps / _steps_per_epoch(num_examples, batch_size, arguments)
     return Recipe(arguments, (None, None))
+
+
+def _warn_of_other_prompts(name: str, model: nn.Module) -> None:
+    """Warns if a model has prompts of another kind than those that the recipe of a paper is for."""
+    if name == DEFAULT or not isinstance(model, PeftModel):
+        return
+    for config in (model.peft_config[adapter] for adapter in model.active_adapters):
+        other = _other_kind(name, config) if isinstance(config, CLIPPromptTuningConfig) else None
+        if other is not None:
+            warnings.warn(
+                f"The recipe {name!r} is for other prompts than those of the model, whose configuration {other}. Make "
+                f"the adapter with get_peft_model(model, method_config({name!r}, model)), or leave it so to train "
+                "other prompts with these settings.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _other_kind(name: str, config: CLIPPromptTuningConfig) -> str | None:
+    """Returns in what prompts differ from those of a method, or `None` if they are of its kind."""
+    if name not in PRESETS:
+        return "learns vectors"
+    fields = (field for field in KIND if bool(getattr(config, field)) != bool(PRESETS[name].get(field)))
+    first = next(fields, None)
+    return None if first is None else f"has {first}={getattr(config, first)!r}"
 
 
 def _num_devices(arguments: dict) -> int:

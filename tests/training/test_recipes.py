@@ -158,6 +158,31 @@ def test_tcp_trains_with_adam_and_a_large_eps(clip):
     }
 
 
+@pytest.mark.parametrize(
+    ("recipe", "fields", "message"),
+    [
+        ("maple", {}, "configuration has num_vision_virtual_tokens=0. Make .*method_config\\('maple', model\\)"),
+        ("coop", {"regularizer": "kgcoop"}, "configuration has regularizer='kgcoop'"),
+        ("tcp", {"regularizer": "kgcoop"}, "configuration has class_aware_layer=None"),
+        ("clip-lora", {}, "configuration learns vectors"),
+    ],
+)
+def test_prompts_of_another_kind_than_the_recipe_is_for_are_told(clip, recipe, fields, message):
+    model = get_peft_model(clip, CLIPPromptTuningConfig(**fields))
+    with pytest.warns(UserWarning, match=message):
+        training_recipe(recipe, model, num_examples=64)
+
+
+@pytest.mark.parametrize("name", ["default", *sorted(PRESETS)])
+def test_prompts_of_the_recipes_own_kind_are_not_told(classifier, name, recwarn):
+    fields = {"prompt_template": "a photo of a {}."}
+    config = (
+        CLIPPromptTuningConfig(**fields) if name == "default" else CLIPPromptTuningConfig.from_preset(name, classifier)
+    )
+    training_recipe(name, get_peft_model(classifier, config), num_examples=64)
+    assert not [warning for warning in recwarn if "recipe" in str(warning.message)]
+
+
 @pytest.mark.parametrize("name", ["default", "coop", "clip-lora"])
 @pytest.mark.parametrize(
     ("has_accelerator", "given", "expected"),
