@@ -200,9 +200,10 @@ class TestTheTeacherOnADevice:
     @pytest.fixture
     def model(self, classifier, monkeypatch):
         monkeypatch.setattr("clip_prompt_peft.text.cache.NEAR", ())
-        monkeypatch.setattr(torch, "equal", None)  # raises where values are compared
         classifier.add_adapter(LoraConfig(target_modules=r"text_model.*q_proj", init_lora_weights=False), "lora")
-        return get_peft_model(classifier, CLIPPromptTuningConfig(regularizer="kgcoop")).train()
+        model = get_peft_model(classifier, CLIPPromptTuningConfig(regularizer="kgcoop")).train()
+        monkeypatch.setattr(torch, "equal", None)  # raises where values are compared
+        return model
 
     @pytest.fixture
     def num_computed(self, monkeypatch):

@@ -74,5 +74,5 @@ def test_figures_are_saved(tmp_path):
 
 def test_without_matplotlib_it_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install .*\[report\]"):
+    with pytest.raises(ImportError, match=r'Plots need matplotlib; pip install "matplotlib>=.*"jinja2>='):
         plots.plot_bars({"a": {"b": 1}})

@@ -74,7 +74,7 @@ def test_more_images_than_are_shown_are_counted(parts, tmp_path, monkeypatch):
 
 def test_without_jinja2_it_is_told_how_to_get_it(parts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r"\[report\]"):
+    with pytest.raises(ImportError, match=r'A report needs jinja2; pip install .*"jinja2>='):
         write_report(tmp_path / "report.html", *parts, "title")
 
 

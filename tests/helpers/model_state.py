@@ -19,7 +19,7 @@ KINDS = {
     "deep": {"num_virtual_tokens": 2, "text_prompt_depth": 2},
     "vision": {"num_virtual_tokens": 0, "num_vision_virtual_tokens": 3, "vision_prompt_depth": 2},
     "meta_net": {"num_virtual_tokens": 2, "image_conditioned": True},
-    "class_aware": {"num_virtual_tokens": 2, "class_aware_layer": 2},
+    "class_aware": {"num_virtual_tokens": 2, "class_aware_layer": 1},
     "maple": {
         "num_virtual_tokens": 2,
         "text_prompt_depth": 2,
