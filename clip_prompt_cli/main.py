@@ -9,12 +9,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from .messages import COMMANDS, PROGRAM, exit_with
+from .messages import COMMANDS, NOBODY_READS, PROGRAM, STOPPED, exit_with
 from .parsers import HELP_ALL, OneLineParser, check, field_names, fill
-
-
-# The exit codes of a shell for a program that was stopped by Ctrl-C, or whose reader has gone, as in `... | head`.
-STOPPED, NOBODY_READS = 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

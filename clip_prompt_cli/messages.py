@@ -9,6 +9,8 @@ from typing import NoReturn
 
 
 PROGRAM = "clip-prompt"
+# The exit codes of a shell for a program that was stopped by Ctrl-C, or whose reader has gone, as in `... | head`.
+STOPPED, NOBODY_READS = 130, 141
 COMMANDS = {
     "train": "tune the prompt of a CLIP on a few images per class",
     "predict": "classify image files with an adapter",

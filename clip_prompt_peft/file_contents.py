@@ -41,10 +41,10 @@ CONTENTS: tuple[tuple[int, bytes, str, str], ...] = (
         "an array of NumPy",
         "save it as an image, with Image.fromarray(numpy.load(FILE)).save('1.png')",
     ),
-    (0, b"\x80\x02", "a pickle of Python, which is not opened, since it can run code", SAVE_AS_IMAGE),
-    (0, b"\x80\x03", "a pickle of Python, which is not opened, since it can run code", SAVE_AS_IMAGE),
-    (0, b"\x80\x04", "a pickle of Python, which is not opened, since it can run code", SAVE_AS_IMAGE),
-    (0, b"\x80\x05", "a pickle of Python, which is not opened, since it can run code", SAVE_AS_IMAGE),
+    *(
+        (0, bytes((0x80, protocol)), "a pickle of Python, which is not opened, since it can run code", SAVE_AS_IMAGE)
+        for protocol in range(2, 6)
+    ),
     (0, b"par1", "a parquet file", "give it the ending .parquet and name it as a file"),
     (0, b"arrow1", "an arrow file", "give it the ending .arrow and name it as a file"),
     (0, b"\x89hdf", "an HDF5 file", "save the images as files, or a table as csv or parquet"),

@@ -185,8 +185,8 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         if torch.compiler.is_exporting():
             self._prepare_to_export()
         if layout is None or not layout.image_conditioned:
-            priors = self._class_priors(layout)
-            return self.class_encoder(self, self._class_prompts(layout), layout, class_priors=priors)
+            prompts = self._class_prompts(layout)
+            return self.class_encoder(self, prompts, layout, class_priors=self._class_priors(layout))
         if image_embeds is None:
             raise ValueError(
                 "The active adapter makes its class embeddings for each image; pass image_embeds, (B, "
@@ -198,8 +198,6 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         """Returns the zero-shot class embeddings (C, E) that an adapter with a `class_aware_layer` starts from."""
         if layout is None or layout.class_prior_templates is None:
             return None
-        if self._class_names(layout) is None:
-            self._class_prompts(layout)  # raises
         return self.teacher.class_embeds(self, layout.class_prior_templates)
 
     @torch.compiler.assume_constant_result

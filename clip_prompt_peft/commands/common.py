@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from clip_prompt_cli.messages import exit_with, program_name
+from clip_prompt_cli.messages import STOPPED, exit_with, program_name
 from clip_prompt_cli.parsers import HELP_ALL, OneLineParser, follows_no_argument, no_such_argument, with_underscores
 
 from ..assets import TINY_CLIP
@@ -28,7 +28,6 @@ from ..installing import how_to_install
 COLUMNS = {"accuracy": "accuracy", "mean_class_accuracy": "class mean"}
 # Arguments of functions that a flag of another name sets.
 FLAG_OF = {"image_column": "image_column_name", "label_column": "label_column_name", "num_shots": "shots"}
-STOPPED = 130  # the exit code of a shell for a program that was stopped by Ctrl-C
 
 Results = Mapping[str, Mapping[str, float]]  # test set -> metric -> value from 0 to 1
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -209,6 +209,30 @@ def choose_test_set(splits: DatasetDict, train_val_split: float) -> dict[str, Da
             f"{error} A larger --train_val_split, or --test_dir or --test_file, does."
         ) from error
     return {HELD_OUT: held_out}
+
+
+def find_test_set(data_args: DataArguments, split: str | None) -> tuple[str, Dataset]:
+    """Returns the name and the images of the split to test on: by default, that of the command `train`.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
+    for kind in ("dir", "file"):
+        paths = data_args.source(kind)
+        if paths and "train" not in paths:  # any images with labels can be tested on
+            name, path = next((name, paths[name]) for name in ("test", "validation") if name in paths)
+            # as training and as test images, so that none of them are held out
+            alone = {f"train_{kind}": path, f"test_{kind}": path, f"validation_{kind}": None}
+            splits, _ = load_data(replace(data_args, **alone))
+            return name, splits["test"]
+    splits, test_sets = load_data(data_args)
+    available = {**test_sets, **splits}
+    name = next(iter(test_sets)) if split is None else split
+    if data_args.is_embedded and split == "test":
+        name = data_args.style
+    if name not in available:
+        raise ValueError(f"There is no --split {name!r} in the data; there are {', '.join(available)}.")
+    return name, available[name]
 
 
 def warn_of_shared_images(used: Dataset, others: Mapping[str, Dataset], kind: str = "training") -> None:

@@ -17,9 +17,8 @@ from ..export import NEEDED_PACKAGES, ExportReport, export_classifier
 from ..templates import check_label_names
 from .adapters import find_adapter, load_adapter
 from .common import check_device, check_extra, errors_in_one_line, progress_bars_of_datasets, stopped_in_one_line
-from .data import DataArguments
+from .data import DataArguments, find_test_set
 from .outputs import check_can_be_written
-from .report import find_test_set
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

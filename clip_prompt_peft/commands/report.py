@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import datasets
-from datasets import Dataset
 
 from clip_prompt_cli.parsers import add_to_report, check
 
@@ -27,7 +26,7 @@ from .common import (
     progress_bars_of_datasets,
     stopped_in_one_line,
 )
-from .data import DataArguments, load_data
+from .data import DataArguments, find_test_set
 from .outputs import read_record
 
 
@@ -111,30 +110,6 @@ def facts_of_training(adapter: str) -> dict[str, str]:
     shots = record.get("settings", {}).get("shots")
     facts = {"Images of each class": shots or "all of them", **record.get("run", {})}
     return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in facts.items()}
-
-
-def find_test_set(data_args: DataArguments, split: str | None) -> tuple[str, Dataset]:
-    """Returns the name and the images of the split to test on: by default, that of the command `train`.
-
-    Raises:
-        ValueError: If there is no such split.
-    """
-    for kind in ("dir", "file"):
-        paths = data_args.source(kind)
-        if paths and "train" not in paths:  # any images with labels can be tested on
-            name, path = next((name, paths[name]) for name in ("test", "validation") if name in paths)
-            # as training and as test images, so that none of them are held out
-            alone = {f"train_{kind}": path, f"test_{kind}": path, f"validation_{kind}": None}
-            splits, _ = load_data(replace(data_args, **alone))
-            return name, splits["test"]
-    splits, test_sets = load_data(data_args)
-    available = {**test_sets, **splits}
-    name = next(iter(test_sets)) if split is None else split
-    if data_args.is_embedded and split == "test":
-        name = data_args.style
-    if name not in available:
-        raise ValueError(f"There is no --split {name!r} in the data; there are {', '.join(available)}.")
-    return name, available[name]
 
 
 if __name__ == "__main__":

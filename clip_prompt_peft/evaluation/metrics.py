@@ -10,9 +10,10 @@ import evaluate
 import numpy as np
 from transformers import EvalPrediction
 
+from ..labels import IGNORED_LABEL
+
 
 TOP_K = 5
-IGNORED = -100  # the label of images that the loss ignores, as in PyTorch
 CLASS_INDEX = datasets.Value("int64")
 SCORES = datasets.Sequence(datasets.Value("float64"))  # one per class
 
@@ -249,9 +250,9 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
             f"Expected logits (N, C) and labels (N,), got predictions of shape {logits.shape} and label_ids of shape "
             f"{references.shape}."
         )
-    is_labeled = references != IGNORED
+    is_labeled = references != IGNORED_LABEL
     if not is_labeled.any():
-        raise ValueError(f"None of the {len(references)} images has a label (other than {IGNORED}).")
+        raise ValueError(f"None of the {len(references)} images has a label (other than {IGNORED_LABEL}).")
     logits, references = logits[is_labeled], references[is_labeled]
     metrics = {}
     for metric in (Accuracy, MeanClassAccuracy, MacroF1):

@@ -200,13 +200,15 @@ class ClassEncoder:
         is_shared = self._is_shared(model, num_classes)
         classes = share_of_classes(num_classes) if is_shared else range(num_classes)
         chunks, _ = self._chunks_of(model, prompts, layout, classes)
+
+        def encode(chunk: Chunk) -> torch.Tensor:
+            return chunk.encode(model, layout, class_priors=class_priors)[0]
+
         if len(chunks) == 1:
-            embeds = chunks[0].encode(model, layout, class_priors=class_priors)[0]
+            embeds = encode(chunks[0])
         else:
-            encode = keep_casts(
-                lambda chunk: chunk.encode(model, layout, class_priors=class_priors)[0], text_side(model)
-            )
-            embeds = encode_in_chunks(encode, chunks, trainable_parameters(text_side(model)))
+            parts = text_side(model)
+            embeds = encode_in_chunks(keep_casts(encode, parts), chunks, trainable_parameters(parts))
         return gather_shares(embeds, num_classes) if is_shared else embeds
 
     def _encode_for_images(self, model, prompts, layout, image_embeds) -> torch.Tensor:

@@ -203,10 +203,9 @@ class CLIPPromptTuningConfig(PeftConfig):
         self.prompt_tuning_init = _as_member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
         self.class_token_position = _as_member(ClassTokenPosition, self.class_token_position, "class_token_position")
         self.class_token_count = _as_member(ClassTokenCount, self.class_token_count, "class_token_count")
-        for check in (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts):
+        checks = (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts)
+        for check in (*checks, _check_class_aware, _check_regularizer, _check_teacher_templates):
             check(self)
-        _check_class_aware(self)
-        _check_regularizer(self)
         self.source: str | None = None  # the folder or Hub id that it was read from
         self.checked_tokenizer: int | None = None  # the id() of the tokenizer that `tokenizer_fingerprint` fits
         self.set_at_injection: dict[str, object] = {}  # field to value, of a configuration that `resolve` has made
@@ -439,7 +438,6 @@ def _check_regularizer(config) -> None:
             is_used = name == "teacher_templates" and config.class_aware_layer is not None
             if getattr(config, name) is not None and not is_used:
                 raise ValueError(f"{name}={getattr(config, name)!r} needs a regularizer; name one.")
-        _check_teacher_templates(config)
         return
     if config.regularizer not in REGULARIZER_WEIGHTS:
         raise ValueError(
@@ -454,7 +452,6 @@ def _check_regularizer(config) -> None:
             raise ValueError(f"regularizer_weights[{key!r}] must be a number of at least 0, got {value!r}.")
         if key == "temperature" and value == 0:
             raise ValueError(f"temperature must be positive, got {value!r}.")
-    _check_teacher_templates(config)
 
 
 def _check_teacher_templates(config) -> None:
