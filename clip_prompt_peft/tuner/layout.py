@@ -32,13 +32,8 @@ from ..towers import (
     takes_patches,
     token_table_name,
 )
-from .config import (
-    PROBLEM_TYPES,
-    ClassTokenPosition,
-    CLIPPromptTuningConfig,
-    check_coupled_depths,
-    check_deep_prompts_end,
-)
+from .config import ClassTokenPosition, CLIPPromptTuningConfig
+from .config_checks import PROBLEM_TYPES, check_coupled_depths, check_deep_prompts_end
 from .fingerprint import check_fingerprint, fingerprint_of
 from .hub import COMMIT, HubSettings, hub_settings_of, load_tokenizer
 from .token_ids import check_token_ids, record_token_ids
