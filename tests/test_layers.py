@@ -23,6 +23,7 @@ LAYERS = [
     {"regularizers"},
     {"loss"},
     {"pretrained"},
+    {"calibrated"},
     {"modeling"},
     {"families"},
     {"data", "training"},

@@ -81,6 +81,7 @@ OVERRIDDEN = {
     "BaseTuner._replace_module": "unloading would copy weights over",
     "BaseTuner._unload_and_optionally_merge": "unload would leave merged rows, and LoRA in deep layers",
     "Module._load_from_state_dict": "an adapter whose weights were never loaded would be used",
+    "Pipeline._sanitize_parameters": "the pipeline would not take a coverage; transformers documents it for pipelines",
 }
 
 

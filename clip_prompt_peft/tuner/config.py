@@ -120,6 +120,13 @@ class CLIPPromptTuningConfig(PeftConfig):
         teacher_templates (`list[str]`, *optional*):
             The templates of the zero-shot class embeddings that the regularizer compares with, and from which
             `class_aware_layer` starts. By default those of the regularizer, or `prompt_template`.
+        temperature (`float`, *optional*):
+            The number by which the classifier divides the logits of this adapter in evaluation, see
+            [`~evaluation.calibration.fit_temperature`], which sets it. By default they stay as they are. The
+            classifier reads it here, and `conformal_scores`, too.
+        conformal_scores (`dict`, *optional*):
+            What [`~evaluation.conformal.ConformalClassifier`] needs for sets of classes with a coverage. Set by its
+            `fit`.
         target_modules (`list[str]` or `str`, *optional*):
             The names, or a regex, of the embedding modules. By default all of the model. Deep prompts are put into the
             towers whose embeddings are chosen.
@@ -169,6 +176,8 @@ class CLIPPromptTuningConfig(PeftConfig):
     regularizer: str | None = _option(None, "Loss term beside the cross entropy: kgcoop, prograd or promptsrc.")
     regularizer_weights: dict[str, float] | None = _option(None, "Weights of the regularizer; by default the paper's.")
     teacher_templates: list[str] | None = _option(None, "Templates that the regularizer compares with.")
+    temperature: float | None = _option(None, "Number by which logits are divided in evaluation; by default none.")
+    conformal_scores: dict | None = _option(None, "Set by ConformalClassifier.fit: scores of validation images.")
     target_modules: list[str] | str | None = _option(None, "Embedding modules to wrap; by default all of the model.")
     exclude_modules: list[str] | str | None = _option(None, "Modules to leave out.")
     modules_to_save: list[str] | None = _option(None, "Further modules to train and to save with the vectors.")

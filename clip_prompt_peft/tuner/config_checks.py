@@ -13,6 +13,7 @@ FORMAT_VERSION = 1  # of adapter_config.json; files without a version are of thi
 MULTI_LABEL = "multi_label_classification"  # transformers' name for it in `config.problem_type`
 PROBLEM_TYPES = ("single_label_classification", MULTI_LABEL)
 MAX_TOKENS = 1000  # the literature uses up to 200; a file must not be able to ask for any amount of memory
+TEMPERATURES = (1e-3, 1e3)  # CLIP multiplies similarities by 100; this reaches from a factor of 0.1 to 100,000
 
 # The names and weights of the regularizers in `clip_prompt_peft.regularizers`. They are repeated here since the tuner
 # knows nothing of classifiers and their losses; a test compares the two.
@@ -28,6 +29,25 @@ def check_config(config) -> None:
     checks = (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts)
     for check in (*checks, _check_class_aware, _check_regularizer, _check_teacher_templates):
         check(config)
+    check_temperature(config.temperature)
+    check_conformal_scores(config.conformal_scores)
+
+
+def check_temperature(temperature) -> None:
+    """Raises `ValueError` unless a temperature is `None` or a number from 0.001 to 1000."""
+    low, high = TEMPERATURES
+    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if temperature is not None and not (is_number and low <= temperature <= high):
+        raise ValueError(
+            f"temperature must be a number from {low:g} to {high:g}, by which logits are divided, or None, got "
+            f"{temperature!r}."
+        )
+
+
+def check_conformal_scores(scores) -> None:
+    """Raises `ValueError` unless conformal scores are a dictionary or `None`. Its values are checked when used."""
+    if scores is not None and not isinstance(scores, dict):
+        raise ValueError(f"conformal_scores must be a dictionary that ConformalClassifier.fit made, got {scores!r}.")
 
 
 def check_coupled_depths(config) -> None:
