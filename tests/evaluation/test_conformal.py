@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from adapters import as_if_trained, change_config, tuned
-from conftest import EMOJI, TINY_CLIP
-from peft import LoraConfig, get_peft_model
+from conftest import EMOJI, TINY_CLIP, slow_param
+from families import FAMILIES, Case
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from clip_prompt_peft import (
     AutoModelForPromptClassification,
@@ -224,6 +225,21 @@ class TestGoWith:
         model.save_pretrained(tmp_path)
         loaded = AutoPeftModelForPromptClassification.from_pretrained(tmp_path)
         assert ConformalClassifier(loaded).predict_set(pictures, 0.8).names == expected
+
+
+@pytest.mark.parametrize("family", [name if name in ("Siglip", "Siglip2") else slow_param(name) for name in FAMILIES])
+def test_every_family_is_calibrated_and_loaded_again(family, tmp_path):
+    case = Case(family)
+    model = case.prompted()
+    raw = model(**case.images).logits.detach()
+    model.set_temperature(2.0)
+    logits, labels = torch.randn(30, 4), torch.randint(0, 4, (30,))
+    expected = ConformalClassifier.fit(model, logits=logits, labels=labels).predict_set(coverage=0.7, **case.images)
+    assert np.allclose(expected.probabilities, (raw / 2).softmax(-1).numpy(), atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(case.classifier(), tmp_path)
+    sets = ConformalClassifier(loaded).predict_set(coverage=0.7, **case.images)
+    assert loaded.temperature == 2.0 and sets.names == expected.names
 
 
 class TestAreRefused:
