@@ -272,7 +272,7 @@ class BakedClassifier(nn.Module):
         self.visual_projection = getattr(classifier, "visual_projection", nn.Identity())
         self.register_buffer("class_embeds", class_embeds)
         temperature = classifier.temperature or 1.0
-        self.register_buffer("scale", classifier.logit_scale.detach().exp() / temperature)
+        self.register_buffer("scale", classifier.log_scale.detach().exp() / temperature)
         bias = getattr(classifier, "logit_bias", torch.zeros_like(self.scale))
         self.register_buffer("bias", bias.detach() / temperature)
 
