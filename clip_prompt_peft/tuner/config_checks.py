@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from numbers import Real
 
 from peft import PromptTuningInit
 
@@ -36,7 +37,7 @@ def check_config(config) -> None:
 def check_temperature(temperature) -> None:
     """Raises `ValueError` unless a temperature is `None` or a number from 0.001 to 1000."""
     low, high = TEMPERATURES
-    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    is_number = isinstance(temperature, Real) and not isinstance(temperature, bool)
     if temperature is not None and not (is_number and low <= temperature <= high):
         raise ValueError(
             f"temperature must be a number from {low:g} to {high:g}, by which logits are divided, or None, got "
