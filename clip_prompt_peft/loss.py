@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .labels import IGNORED_LABEL
 from .regularizers import Prediction, Regularizer
-from .tuner.config import MULTI_LABEL
+from .tuner.base_config import MULTI_LABEL
 
 
 SOFTMAX, SIGMOID = "softmax", "sigmoid"

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import enum
-import os
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass
 
 from peft import PeftConfig, PromptTuningInit
 from torch import nn
 
 from ..templates import check_class_names, check_template
 from ..towers import num_tower_layers
+from .base_config import (
+    FORMAT_VERSION,
+    PROBLEM_TYPES,
+    ClassifierAdapterConfig,
+    CLIPPromptPeftType,
+    as_member,
+    check_format_version,
+    is_int_from,
+    option,
+)
 from .presets import preset_settings
 
 
-FORMAT_VERSION = 1  # of adapter_config.json; files without a version are of this one, too
-MULTI_LABEL = "multi_label_classification"  # transformers' name for it in `config.problem_type`
-PROBLEM_TYPES = ("single_label_classification", MULTI_LABEL)
 MAX_TOKENS = 1000  # the literature uses up to 200; a file must not be able to ask for any amount of memory
 
 # The names and weights of the regularizers in `clip_prompt_peft.regularizers`. They are repeated here since the tuner
@@ -27,21 +32,6 @@ REGULARIZER_WEIGHTS = {
     "prograd": ("projection", "temperature"),
     "promptsrc": ("text", "image", "logits"),
 }
-
-
-class CLIPPromptPeftType(str, enum.Enum):
-    """The peft type of this method. It has its own enum, since `peft.PeftType` is a closed one.
-
-    It is a member of a `str` enum and not a string, since transformers reads `peft_type.value` when it loads adapters.
-    """
-
-    CLIP_PROMPT_TUNING = "CLIP_PROMPT_TUNING"
-
-
-class CLIPPromptTaskType(str, enum.Enum):
-    """The task type of this method, with which `get_peft_model` returns a [`PeftModelForPromptClassification`]."""
-
-    PROMPT_CLASSIFICATION = "PROMPT_CLASSIFICATION"
 
 
 class ClassTokenPosition(str, enum.Enum):
@@ -59,12 +49,8 @@ class ClassTokenCount(str, enum.Enum):
     ALONE = "alone"
 
 
-def _option(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
-class CLIPPromptTuningConfig(PeftConfig):
+class CLIPPromptTuningConfig(ClassifierAdapterConfig, PeftConfig):
     """
     Configuration of a [`CLIPPromptTuningModel`].
 
@@ -161,52 +147,48 @@ class CLIPPromptTuningConfig(PeftConfig):
         ValueError: If a value is not one of those described above, or values exclude each other.
     """
 
-    num_virtual_tokens: int | None = _option(None, "Number of vectors; by default that of the init text's tokens.")
-    prompt_tuning_init: PromptTuningInit | str = _option(PromptTuningInit.TEXT, "TEXT, RANDOM or SAMPLE_VOCAB.")
-    prompt_tuning_init_text: str | None = _option(None, "Text of num_virtual_tokens tokens to start from, with TEXT.")
-    tokenizer_name_or_path: str | None = _option(None, "Tokenizer for template and init text; by default the model's.")
-    prompt_template: str | None = _option(None, "Text with one {} for the class name; by default 'a photo of a {}.'.")
-    start_idx: int | None = _option(None, "First replaced position; by default the one after the begin token.")
-    class_names: list[str] | None = _option(None, "Class names; taken from the classifier.")
-    problem_type: str | None = _option(None, "One label per image or several; taken from the classifier.")
-    class_specific: bool = _option(False, "Whether every class has its own vectors.")
-    class_token_position: ClassTokenPosition | str = _option(ClassTokenPosition.END, "end, middle or front.")
-    class_token_count: ClassTokenCount | str = _option(
+    num_virtual_tokens: int | None = option(None, "Number of vectors; by default that of the init text's tokens.")
+    prompt_tuning_init: PromptTuningInit | str = option(PromptTuningInit.TEXT, "TEXT, RANDOM or SAMPLE_VOCAB.")
+    prompt_tuning_init_text: str | None = option(None, "Text of num_virtual_tokens tokens to start from, with TEXT.")
+    tokenizer_name_or_path: str | None = option(None, "Tokenizer for template and init text; by default the model's.")
+    prompt_template: str | None = option(None, "Text with one {} for the class name; by default 'a photo of a {}.'.")
+    start_idx: int | None = option(None, "First replaced position; by default the one after the begin token.")
+    class_names: list[str] | None = option(None, "Class names; taken from the classifier.")
+    problem_type: str | None = option(None, "One label per image or several; taken from the classifier.")
+    class_specific: bool = option(False, "Whether every class has its own vectors.")
+    class_token_position: ClassTokenPosition | str = option(ClassTokenPosition.END, "end, middle or front.")
+    class_token_count: ClassTokenCount | str = option(
         ClassTokenCount.IN_PROMPT, "Count the tokens of a class name inside of its prompt (in_prompt) or alone."
     )
-    text_prompt_depth: int | None = _option(1, "Number of text layers with prompts; None means every layer.")
-    class_aware_layer: int | None = _option(None, "Text layer before which vectors of each class come in (TCP).")
-    num_vision_virtual_tokens: int = _option(0, "Number of vectors that are appended to the image patches.")
-    vision_prompt_depth: int | None = _option(1, "Number of image layers with prompts; None means every layer.")
-    vision_prompts_from_text: bool = _option(False, "Whether vision prompts are linear maps of the text prompts.")
-    image_conditioned: bool = _option(False, "Whether a small network shifts the vectors depending on the image.")
-    regularizer: str | None = _option(None, "Loss term beside the cross entropy: kgcoop, prograd or promptsrc.")
-    regularizer_weights: dict[str, float] | None = _option(None, "Weights of the regularizer; by default the paper's.")
-    teacher_templates: list[str] | None = _option(None, "Templates that the regularizer compares with.")
-    target_modules: list[str] | str | None = _option(None, "Embedding modules to wrap; by default all of the model.")
-    exclude_modules: list[str] | str | None = _option(None, "Modules to leave out.")
-    modules_to_save: list[str] | None = _option(None, "Further modules to train and to save with the vectors.")
-    padded_template: str | None = _option(None, "Set at injection: the template with room for all vectors.")
-    replaced_token_ids: list[int] | None = _option(None, "Set at injection: the ids of the replaced tokens.")
-    init_token_ids: list[int] | None = _option(None, "Set at injection: the token ids that TEXT started from.")
-    base_model_subfolder: str | None = _option(None, "Set at injection: folder of the base model in its repository.")
-    base_model_fingerprint: dict | None = _option(None, "Set at injection: some values of the base model.")
-    tokenizer_fingerprint: dict | None = _option(None, "Set at injection: the token ids of the adapter's texts.")
-    format_version: int = _option(FORMAT_VERSION, "Version of the file format.")
+    text_prompt_depth: int | None = option(1, "Number of text layers with prompts; None means every layer.")
+    class_aware_layer: int | None = option(None, "Text layer before which vectors of each class come in (TCP).")
+    num_vision_virtual_tokens: int = option(0, "Number of vectors that are appended to the image patches.")
+    vision_prompt_depth: int | None = option(1, "Number of image layers with prompts; None means every layer.")
+    vision_prompts_from_text: bool = option(False, "Whether vision prompts are linear maps of the text prompts.")
+    image_conditioned: bool = option(False, "Whether a small network shifts the vectors depending on the image.")
+    regularizer: str | None = option(None, "Loss term beside the cross entropy: kgcoop, prograd or promptsrc.")
+    regularizer_weights: dict[str, float] | None = option(None, "Weights of the regularizer; by default the paper's.")
+    teacher_templates: list[str] | None = option(None, "Templates that the regularizer compares with.")
+    target_modules: list[str] | str | None = option(None, "Embedding modules to wrap; by default all of the model.")
+    exclude_modules: list[str] | str | None = option(None, "Modules to leave out.")
+    modules_to_save: list[str] | None = option(None, "Further modules to train and to save with the vectors.")
+    padded_template: str | None = option(None, "Set at injection: the template with room for all vectors.")
+    replaced_token_ids: list[int] | None = option(None, "Set at injection: the ids of the replaced tokens.")
+    init_token_ids: list[int] | None = option(None, "Set at injection: the token ids that TEXT started from.")
+    base_model_subfolder: str | None = option(None, "Set at injection: folder of the base model in its repository.")
+    base_model_fingerprint: dict | None = option(None, "Set at injection: some values of the base model.")
+    tokenizer_fingerprint: dict | None = option(None, "Set at injection: the token ids of the adapter's texts.")
+    format_version: int = option(FORMAT_VERSION, "Version of the file format.")
 
     def __post_init__(self):
-        # peft's check accepts its own task types only, so it runs without ours.
-        self.task_type, task_type = None, self.task_type
-        super().__post_init__()
-        self.task_type = _as_member(CLIPPromptTaskType, task_type or "PROMPT_CLASSIFICATION", "task_type")
+        self.check_task_type(super().__post_init__)
         self.peft_type = CLIPPromptPeftType.CLIP_PROMPT_TUNING
-        self.prompt_tuning_init = _as_member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
-        self.class_token_position = _as_member(ClassTokenPosition, self.class_token_position, "class_token_position")
-        self.class_token_count = _as_member(ClassTokenCount, self.class_token_count, "class_token_count")
+        self.prompt_tuning_init = as_member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
+        self.class_token_position = as_member(ClassTokenPosition, self.class_token_position, "class_token_position")
+        self.class_token_count = as_member(ClassTokenCount, self.class_token_count, "class_token_count")
         checks = (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts)
         for check in (*checks, _check_class_aware, _check_regularizer, _check_teacher_templates):
             check(self)
-        self.source: str | None = None  # the folder or Hub id that it was read from
         self.checked_tokenizer: int | None = None  # the id() of the tokenizer that `tokenizer_fingerprint` fits
         self.set_at_injection: dict[str, object] = {}  # field to value, of a configuration that `resolve` has made
         if self.has_weights:
@@ -236,21 +218,6 @@ class CLIPPromptTuningConfig(PeftConfig):
         """
         num_layers = () if model is None else (num_tower_layers(model, "text"), num_tower_layers(model, "vision"))
         return cls(**{**preset_settings(name, *num_layers), **overrides})
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Self:
-        try:
-            config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except TypeError as error:  # a field that cannot be one, such as "self"
-            name = str(pretrained_model_name_or_path)
-            raise ValueError(f"The configuration of {name!r} is damaged: {error}") from error
-        config.source = str(pretrained_model_name_or_path)
-        return config
-
-    @property
-    def described(self) -> str:
-        """What messages call the adapter: the folder or Hub id that it was read from, if that is known."""
-        return repr(self.source) if self.source else "of this configuration"
 
     @property
     def has_weights(self) -> bool:
@@ -283,14 +250,6 @@ def check_deep_prompts_end(config: CLIPPromptTuningConfig) -> None:
         )
 
 
-def _as_member(enum_class: type[enum.Enum], value, field_name: str):
-    try:
-        return enum_class(value)
-    except ValueError:
-        allowed = ", ".join(repr(member.value) for member in enum_class)
-        raise ValueError(f"{field_name} must be one of {allowed}, got {value!r}.") from None
-
-
 def _check_types(config) -> None:
     # The values may come from a file; of a wrong type, they would fail somewhere deep inside of other libraries.
     strings = ("base_model_name_or_path", "base_model_subfolder", "peft_version", "regularizer", "revision")
@@ -312,25 +271,21 @@ def _check_types(config) -> None:
         for name in names:
             if not is_of_kind(getattr(config, name)):
                 raise ValueError(f"{name} must be {kind}, got {getattr(config, name)!r}.")
-    if not _is_int_from(1, config.format_version) or config.format_version > FORMAT_VERSION:
-        raise ValueError(
-            f"The adapter has the file format {config.format_version!r}, but this version of clip_prompt_peft reads "
-            f"formats up to {FORMAT_VERSION}; install a newer version."
-        )
+    check_format_version(config)
 
 
 def _check_numbers(config) -> None:
     n = config.num_virtual_tokens
     smallest = 1 if config.num_vision_virtual_tokens == 0 else 0
-    if n is not None and not _is_int_from(smallest, n):
+    if n is not None and not is_int_from(smallest, n):
         hint = " (0, no text vectors, only with num_vision_virtual_tokens)" if n == 0 else ""
         raise ValueError(f"num_virtual_tokens must be a positive integer, got {n!r}{hint}.")
-    if config.start_idx is not None and not _is_int_from(0, config.start_idx):
+    if config.start_idx is not None and not is_int_from(0, config.start_idx):
         raise ValueError(
             "start_idx must be an integer of at least 0, or None for the position after the begin token, got "
             f"{config.start_idx!r}."
         )
-    if not _is_int_from(0, config.num_vision_virtual_tokens):
+    if not is_int_from(0, config.num_vision_virtual_tokens):
         raise ValueError(
             f"num_vision_virtual_tokens must be an integer of at least 0, got {config.num_vision_virtual_tokens!r}."
         )
@@ -339,7 +294,7 @@ def _check_numbers(config) -> None:
             raise ValueError(f"{name} must be at most {MAX_TOKENS}, got {getattr(config, name)}.")
     for name in ("text_prompt_depth", "vision_prompt_depth"):
         depth = getattr(config, name)
-        if depth is not None and not _is_int_from(1, depth):
+        if depth is not None and not is_int_from(1, depth):
             raise ValueError(f"{name} must be a positive integer, or None for every layer, got {depth!r}.")
 
 
@@ -394,7 +349,7 @@ def _check_class_aware(config) -> None:
     layer = config.class_aware_layer
     if layer is None:
         return
-    if not _is_int_from(1, layer):
+    if not is_int_from(1, layer):
         raise ValueError(
             "class_aware_layer must be the index of a text layer from 1 on, or None for none, got "
             f"{layer!r}. For vectors of each class in the input, use class_specific."
@@ -483,8 +438,4 @@ def _is_patterns(value) -> bool:
 
 
 def _is_token_ids(value) -> bool:
-    return isinstance(value, list) and all(_is_int_from(0, i) for i in value)
-
-
-def _is_int_from(smallest: int, value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+    return isinstance(value, list) and all(is_int_from(0, i) for i in value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
@@ -12,10 +11,11 @@ from torch import nn
 
 from ..towers import Tower, has_adapters
 from .base_layer import CLIPPromptLayer
+from .base_model import check_adapter_name, warn_of_other_classes
 from .config import CLIPPromptTuningConfig
 from .files import check_values
 from .layer import CLIPTextLearnableEmbeddings
-from .layout import PromptLayout, chosen_towers, embed_width_of, resolve, warn_of_other_classes
+from .layout import PromptLayout, chosen_towers, embed_width_of, resolve
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 
 
@@ -58,11 +58,7 @@ class CLIPPromptTuningModel(BaseTuner):
     target_module_mapping = {}  # targets are found by structure
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        if not adapter_name or re.search(r"[./\\\x00]", adapter_name):
-            raise ValueError(
-                f"An adapter cannot be named {adapter_name!r}: a module and a folder are named after it, so it must "
-                "not be empty nor hold '.', '/' or a backslash."
-            )
+        check_adapter_name(adapter_name)
         # peft activates the first adapter of a tuner, and transformers makes a new tuner for each adapter.
         self._becomes_active, self._injected = not hasattr(self, "_injected"), adapter_name
         super().inject_adapter(model, adapter_name, *args, **kwargs)
