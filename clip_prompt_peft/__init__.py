@@ -9,6 +9,7 @@ from importlib import import_module
 
 from .assets import load_templates
 from .auto import AutoModelForPromptClassification, AutoPeftModelForPromptClassification
+from .class_head import ClassHeadConfig, ClassHeadModel
 from .evaluation.ensembles import description_ensemble, template_ensemble
 from .families import (
     AltCLIPForPromptClassification,
@@ -26,6 +27,7 @@ from .text.prompts import build_class_prompts
 from .training.callbacks import GaussianPromptAveraging, StopAtNonFinite
 from .training.checkpoints import last_whole_checkpoint
 from .training.configs import method_config
+from .training.heads import TwoStageTuning, fit_class_head, start_class_head
 from .training.prograd import ProGradMixin, ProGradTrainer
 from .training.recipes import training_recipe
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
@@ -49,6 +51,8 @@ __all__ = [
     "CLIPPromptTuningConfig",
     "CLIPPromptTuningModel",
     "CLIPTextLearnableEmbeddings",
+    "ClassHeadConfig",
+    "ClassHeadModel",
     "GaussianPromptAveraging",
     "PRESETS",
     "PeftModelForPromptClassification",
@@ -57,13 +61,16 @@ __all__ = [
     "PromptClassificationMixin",
     "PromptClassificationPipeline",
     "StopAtNonFinite",
+    "TwoStageTuning",
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",
+    "fit_class_head",
     "last_whole_checkpoint",
     "load_templates",
     "method_config",
     "pad_template",
+    "start_class_head",
     "template_ensemble",
     "training_recipe",
 ]

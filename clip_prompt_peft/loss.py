@@ -118,4 +118,5 @@ def compute_loss(
         terms[name] = regularizer(prediction, teacher)
         if regularizer.adds_to_loss:
             loss = loss + terms[name]
-    return loss, terms
+    of_head = model.class_head.loss_terms() if model.training else {}
+    return sum(of_head.values(), loss), {**terms, **of_head}

@@ -106,11 +106,11 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
 
     @property
     def class_names(self) -> list[str] | None:
-        """The classes in use: those of the active prompt adapter if it has any, otherwise those of the classifier."""
+        """The classes in use: those of the active adapter if it brings any, otherwise those of the classifier."""
         return self._class_names(self.prompt_layout)
 
     def _class_names(self, layout: PromptLayout | None) -> list[str] | None:
-        return (layout and layout.class_names) or self.config.class_names
+        return (layout and layout.class_names) or self.class_head.class_names or self.config.class_names
 
     @property
     def prompt_template(self) -> str:
@@ -132,6 +132,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         if layout is not None:
             self.text_embeddings.check_tokenizer(self._get_tokenizer())  # before the token ids of the new names count
             self.text_embeddings.set_class_names(class_names, self._get_tokenizer())
+        self.class_head.set_class_names(class_names)
         name_labels(self.config, class_names)
         self._class_prompts(self.prompt_layout)
 

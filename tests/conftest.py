@@ -157,9 +157,10 @@ class GoldenCase:
         self.name = name
         self.info = json.loads((GOLDEN / "public" / f"{name}.json").read_text())
         self.tensors = load_file(GOLDEN / "public" / f"{name}.safetensors")
-        inputs = load_file(GOLDEN / "public" / "inputs.safetensors")
-        key = self.info["inputs_key"]
-        self.pixel_values, self.labels = inputs[f"{key}.pixel_values"], inputs[f"{key}.labels"]
+        if "inputs_key" in self.info:  # others hold embeddings of their own
+            inputs = load_file(GOLDEN / "public" / "inputs.safetensors")
+            key = self.info["inputs_key"]
+            self.pixel_values, self.labels = inputs[f"{key}.pixel_values"], inputs[f"{key}.labels"]
 
     def __getitem__(self, name):
         return self.tensors[name]

@@ -13,7 +13,7 @@ from ..towers import Tower, has_adapters
 from .base_layer import CLIPPromptLayer
 from .base_model import check_adapter_name, warn_of_other_classes
 from .config import CLIPPromptTuningConfig
-from .files import check_values
+from .files import check_tensors
 from .layer import CLIPTextLearnableEmbeddings
 from .layout import PromptLayout, chosen_towers, embed_width_of, resolve
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
@@ -231,13 +231,17 @@ class CLIPPromptTuningModel(BaseTuner):
         if was_active and self.active_adapters:  # each layer has chosen among its own adapters, which may differ
             self.set_adapter(self.active_adapters)
 
+    def tensors_of(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """Returns all tensors of an adapter, by their names in the state dict of the model."""
+        return adapter_tensors(self, adapter_name)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Renames tensors as peft does, also for a tower at another path than in training, and checks them."""
         expected = adapter_tensors(model, adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         state_dict = {_key_at_other_path(key, expected): value for key, value in state_dict.items()}
-        _check_tensors(state_dict, expected, config, adapter_name)
+        check_tensors(state_dict, expected, config, adapter_name)
         return state_dict
 
 
@@ -268,30 +272,6 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tens
         if isinstance(module, CLIPPromptLayer)
         for name, parameter in module.parameters_of(adapter_name)
     }
-
-
-def _check_tensors(state_dict: dict, expected: dict, config: CLIPPromptTuningConfig, adapter_name: str) -> None:
-    """Raises `ValueError` unless the tensors are those that model and configuration ask for, with valid values."""
-    for key, parameter in expected.items():
-        if key not in state_dict:
-            raise ValueError(
-                f"The adapter's weights hold no {key!r}, only {sorted(state_dict)}; the file is damaged or belongs to "
-                "another method."
-            )
-        shape, wanted = tuple(state_dict[key].shape), tuple(parameter.shape)
-        if shape != wanted:
-            raise ValueError(
-                f"The adapter's {key!r} has shape {shape}, but this model and the adapter's configuration ask for "
-                f"{wanted} (num_virtual_tokens, class_names, hidden sizes). The adapter was trained on "
-                f"{config.base_model_name_or_path!r}; load that base model."
-            )
-    check_values(state_dict)
-    for key in state_dict:
-        if key not in expected and f".modules_to_save.{adapter_name}." not in key:
-            raise ValueError(
-                f"The adapter's weights hold {key!r}, which its configuration does not ask for and which could change "
-                "the frozen model; the file is damaged, or not to be trusted."
-            )
 
 
 def _key_at_other_path(key: str, expected: dict) -> str:
