@@ -217,7 +217,7 @@ HEAD = "base_model.model.class_head.ln_tuning_head."
 LAYER = "base_model.model.vision_model."
 HOSTILE = {
     "a frozen weight": ({"add": {"base_model.model.text_projection.weight": torch.zeros(128, 128)}}, "no part of"),
-    "the module in an adapter": ({"add": {LAYER + "post_layernorm.base_layer.weight": torch.zeros(128)}}, "no part of"),
+    "a wrapped module": ({"add": {LAYER + "post_layernorm.base_layer.weight": torch.zeros(128)}}, "no part of"),
     "a LayerNorm that is not named": (
         {"add": {LAYER + "post_layernorm.ln_tuning_layers.weight": torch.zeros(128)}},
         "does not ask for",
