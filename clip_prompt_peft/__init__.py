@@ -26,8 +26,10 @@ from .text.prompts import build_class_prompts
 from .training.callbacks import GaussianPromptAveraging, StopAtNonFinite
 from .training.checkpoints import last_whole_checkpoint
 from .training.configs import method_config
+from .training.dynamic_adapter import DynamicAdapter
 from .training.prograd import ProGradMixin, ProGradTrainer
 from .training.recipes import training_recipe
+from .training.test_time import TestTimeTuner
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
 from .tuner.presets import PRESETS
 
@@ -49,6 +51,7 @@ __all__ = [
     "CLIPPromptTuningConfig",
     "CLIPPromptTuningModel",
     "CLIPTextLearnableEmbeddings",
+    "DynamicAdapter",
     "GaussianPromptAveraging",
     "PRESETS",
     "PeftModelForPromptClassification",
@@ -57,6 +60,7 @@ __all__ = [
     "PromptClassificationMixin",
     "PromptClassificationPipeline",
     "StopAtNonFinite",
+    "TestTimeTuner",
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",
