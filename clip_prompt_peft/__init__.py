@@ -11,9 +11,11 @@ from .assets import load_templates
 from .auto import AutoModelForPromptClassification, AutoPeftModelForPromptClassification
 from .evaluation.ensembles import description_ensemble, template_ensemble
 from .families import (
+    Aimv2ForPromptClassification,
     AltCLIPForPromptClassification,
     ChineseCLIPForPromptClassification,
     CLIPForPromptClassification,
+    GroupViTForPromptClassification,
     MetaClip2ForPromptClassification,
     Siglip2ForPromptClassification,
     SiglipForPromptClassification,
@@ -40,11 +42,13 @@ register()
 register_task()
 
 __all__ = [
+    "Aimv2ForPromptClassification",
     "AltCLIPForPromptClassification",
     "AutoModelForPromptClassification",
     "AutoPeftModelForPromptClassification",
     "CLIPForPromptClassification",
     "ChineseCLIPForPromptClassification",
+    "GroupViTForPromptClassification",
     "MetaClip2ForPromptClassification",
     "Siglip2ForPromptClassification",
     "SiglipForPromptClassification",

@@ -264,7 +264,7 @@ class BakedClassifier(nn.Module):
         self.vision_model = classifier.vision_model
         self.visual_projection = getattr(classifier, "visual_projection", nn.Identity())
         self.register_buffer("class_embeds", class_embeds)
-        self.register_buffer("scale", classifier.logit_scale.detach().exp())
+        self.register_buffer("scale", classifier.log_scale.detach().exp())
         bias = getattr(classifier, "logit_bias", torch.zeros_like(self.scale))
         self.register_buffer("bias", bias.detach().clone())
 

@@ -420,6 +420,11 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
             )
         return super().forward(**inputs)
 
+    @property
+    def log_scale(self) -> torch.Tensor:
+        """The logarithm of the factor by which similarities are multiplied, as the family takes it."""
+        return self.logit_scale
+
     def predict(self, image_embeds: torch.Tensor, class_embeds: torch.Tensor) -> Prediction:
         """Computes the logits for image embeddings (B, E) and normalized class embeddings (C, E) or (B, C, E)."""
-        return Prediction.of(image_embeds, class_embeds, self.logit_scale, getattr(self, "logit_bias", None))
+        return Prediction.of(image_embeds, class_embeds, self.log_scale, getattr(self, "logit_bias", None))

@@ -51,6 +51,7 @@ IMPORTED = {
     "transformers.trainer.OPTIMIZER_NAME": "a half-written checkpoint would be taken for a whole one",
     "transformers.trainer.SCHEDULER_NAME": "a half-written checkpoint would be taken for a whole one",
     "transformers.trainer.TRAINER_STATE_NAME": "a half-written checkpoint would be taken for a whole one",
+    "transformers.models.groupvit.modeling_groupvit.GroupViTTextTransformer": "GroupViT's prompts: not packed",
     "transformers.pipelines.PIPELINE_REGISTRY": "pipeline would not know the task prompt-image-classification",
     "transformers.trainer_callback.ExportableState": "averaging over epochs would not survive a resumed training",
     "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": "the last whole checkpoint would not be found",

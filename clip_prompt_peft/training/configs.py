@@ -7,7 +7,7 @@ from collections.abc import Callable
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from ..towers import attention_inputs
+from ..towers import attention_inputs, outside_of_layers
 from ..tuner import CLIPPromptTuningConfig
 from ..tuner.hub import hub_settings_of
 
@@ -75,6 +75,8 @@ def clip_lora_config(model: nn.Module, **overrides) -> LoraConfig:
     }
     if "target_modules" not in fields:
         fields["target_modules"] = attention_inputs(model)
+        # AIMv2 pools images, and GroupViT groups patches, by attention of their own with the same names.
+        fields.setdefault("exclude_modules", outside_of_layers(model, fields["target_modules"]) or None)
     return LoraConfig(**fields)
 
 

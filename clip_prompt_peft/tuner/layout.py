@@ -376,7 +376,7 @@ def _check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
             f"{name} has no CLIP text embeddings (a module with a token table and a position table; one like BERT's "
             "only beside an image tower), so there is nothing to tune. Models that have them: CLIPModel, "
             "CLIPTextModel, CLIPTextModelWithProjection, those of MetaCLIP 2, SigLIP and SigLIP 2, ChineseCLIPModel, "
-            "AltCLIPModel, and the classifiers made of them (CLIPForPromptClassification, ...)."
+            "AltCLIPModel, Aimv2Model, GroupViTModel, and the classifiers made of them (CLIPForPromptClassification)."
         )
     needs_width = "image_conditioned" if config.image_conditioned else "class_aware_layer"
     if (config.image_conditioned or config.class_aware_layer is not None) and embed_width_of(model) is None:
@@ -442,6 +442,11 @@ def _check_fits(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
 
 def _check_depth(field: str, depth: int, towers: list[Tower]) -> None:
     for tower in towers:
+        if depth > 1 and tower.has_stages:
+            raise ValueError(
+                f"{field}={depth} puts prompts in front of deeper layers, but those beside {tower.embeddings_key!r} "
+                f"belong to stages, between which patches and prompts are put together in groups; take {field}=1."
+            )
         if depth > max(1, len(tower.layer_keys)):
             raise ValueError(
                 f"{field}={depth} is more than the {len(tower.layer_keys)} layers beside {tower.embeddings_key!r}; "
