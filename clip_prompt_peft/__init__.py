@@ -29,9 +29,11 @@ from .text.prompts import build_class_prompts
 from .training.callbacks import GaussianPromptAveraging, StopAtNonFinite
 from .training.checkpoints import last_whole_checkpoint
 from .training.configs import method_config
+from .training.dynamic_adapter import DynamicAdapter
 from .training.heads import TwoStageTuning, fit_class_head, start_class_head
 from .training.prograd import ProGradMixin, ProGradTrainer
 from .training.recipes import training_recipe
+from .training.test_time import TestTimeTuner
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
 from .tuner.presets import PRESETS
 
@@ -57,6 +59,7 @@ __all__ = [
     "CLIPTextLearnableEmbeddings",
     "ClassHeadConfig",
     "ClassHeadModel",
+    "DynamicAdapter",
     "GaussianPromptAveraging",
     "PRESETS",
     "PeftModelForPromptClassification",
@@ -66,6 +69,7 @@ __all__ = [
     "PromptClassificationPipeline",
     "StopAtNonFinite",
     "TwoStageTuning",
+    "TestTimeTuner",
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",
