@@ -20,6 +20,7 @@ from .families import (
     Siglip2ForPromptClassification,
     SiglipForPromptClassification,
 )
+from .known_checkpoints import KnownCheckpoint, known_checkpoints
 from .modeling import PromptClassificationMixin
 from .peft_model import PeftModelForPromptClassification, register
 from .pipelines import PromptClassificationPipeline, register_task
@@ -54,6 +55,7 @@ __all__ = [
     "CLIPPromptTuningModel",
     "CLIPTextLearnableEmbeddings",
     "GaussianPromptAveraging",
+    "KnownCheckpoint",
     "PRESETS",
     "PeftModelForPromptClassification",
     "ProGradMixin",
@@ -64,6 +66,7 @@ __all__ = [
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",
+    "known_checkpoints",
     "last_whole_checkpoint",
     "load_templates",
     "method_config",

@@ -25,7 +25,7 @@ LAYERS = [
     {"pretrained"},
     {"modeling"},
     {"families"},
-    {"data", "training"},
+    {"data", "training", "known_checkpoints"},
     {"evaluation"},
     {"peft_model"},
     {"auto"},
