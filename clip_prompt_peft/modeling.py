@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Self
 
 import torch
 from torch import nn
 from transformers.utils import can_return_tuple
 
+from .heads import ClassHead, ImageHead
 from .labels import LabelCheck
 from .loss import PromptClassifierOutput, check_regularizers, compute_loss
 from .pretrained import PretrainedClassifierMixin
@@ -46,6 +48,8 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         - **padding** (`str`): How the text tower treats padding, see [`~tokenization.encode_texts`].
         - **default_template** (`str`): The template of zero-shot prompts.
         - **class_encoder** (`ClassEncoder`): Encodes the class prompts. It has settings of speed and memory.
+        - **image_head**, **class_head** (`ImageHead`, `ClassHead`): Where adapters change image and class embeddings
+          behind the towers.
         - **regularizers** (`dict[str, Regularizer]`): Further loss terms by name, added in training to that of the
           active adapter.
     """
@@ -66,6 +70,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         self.config.prompt_template = getattr(config, "prompt_template", None) or self.default_template
         self.tokenizer = None
         self.hub_settings = HubSettings()
+        self.image_head, self.class_head = ImageHead(), ClassHead()
         self.class_encoder = ClassEncoder()
         self.regularizers: dict[str, Regularizer] = {}
         self.teacher = ZeroShotTeacher()
@@ -180,6 +185,10 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         return embeds if embeds.requires_grad else embeds.clone()  # the encoder may keep its own for the next call
 
     def _class_embeds(self, layout: PromptLayout | None, image_embeds: torch.Tensor | None) -> torch.Tensor:
+        return self.class_head.class_embeds(self._class_names(layout), lambda: self._encode(layout, image_embeds))
+
+    def _encode(self, layout: PromptLayout | None, image_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Returns the class embeddings of the prompts."""
         if layout is None and self._fixed_class_embeds is not None:
             return self._fixed_class_embeds.to(execution_device(self))
         if torch.compiler.is_exporting():
@@ -337,7 +346,9 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
                 f"image_embeds must be (B, {self.embed_width}), the projected image features of this model, got "
                 f"{tuple(image_embeds.shape)}."
             )
-        prediction = self.predict(image_embeds, self._class_embeds(layout, image_embeds))
+        prediction = self.predict(self.image_head(image_embeds), self._class_embeds(layout, image_embeds))
+        logits = self.class_head(prediction.image_embeds, prediction.logits, self._class_names(layout))
+        prediction = replace(prediction, logits=logits)
         loss = loss_terms = None
         if labels is not None:
             template = (layout and layout.prompt_template) or self.prompt_template

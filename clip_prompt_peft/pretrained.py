@@ -154,6 +154,7 @@ class PretrainedClassifierMixin(ModelBase):
                 "on the PeftModel first and then this method on what it returns."
             )
         plain = with_modules_of(self, self.base_class)
+        del plain.image_head, plain.class_head
         unnamed = type(plain.config)()
         plain.config.id2label, plain.config.label2id = unnamed.id2label, unnamed.label2id
         if hasattr(plain.config, "custom_pipelines"):  # of a saved classifier
