@@ -21,6 +21,7 @@ from .families import (
     Siglip2ForPromptClassification,
     SiglipForPromptClassification,
 )
+from .known_checkpoints import KnownCheckpoint, known_checkpoints
 from .modeling import PromptClassificationMixin
 from .peft_model import PeftModelForPromptClassification, register
 from .pipelines import PromptClassificationPipeline, register_task
@@ -61,6 +62,7 @@ __all__ = [
     "ClassHeadModel",
     "DynamicAdapter",
     "GaussianPromptAveraging",
+    "KnownCheckpoint",
     "PRESETS",
     "PeftModelForPromptClassification",
     "ProGradMixin",
@@ -74,6 +76,7 @@ __all__ = [
     "check_label_names",
     "description_ensemble",
     "fit_class_head",
+    "known_checkpoints",
     "last_whole_checkpoint",
     "load_templates",
     "method_config",
