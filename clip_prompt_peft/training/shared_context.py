@@ -10,7 +10,7 @@ from ..modeling import PromptClassificationMixin
 from ..templates import context_text
 from ..towers import text_side
 from ..tuner import CLIPPromptTuningConfig
-from ..tuner.config import MULTI_LABEL
+from ..tuner.base_config import MULTI_LABEL
 from ..tuner.layout import PromptLayout, resolve
 
 
