@@ -120,6 +120,11 @@ class DataTrainingFields(DataFields):
     augment: bool = argument(
         False, "Random resized crops and flips of the training images. The image tower then runs in every step."
     )
+    calibrate: bool = argument(
+        False,
+        "Fit a temperature on half of the validation images, and scores for sets of classes (`predict --coverage`) "
+        "on the other half. Both are saved with the adapter.",
+    )
 
 
 @dataclass

@@ -137,6 +137,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """Returns the share that an argument gives, for `add_argument(type=share)`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, such as 0.9, got {text!r}")
+    return value
+
+
 def port(text: str) -> int:
     """Returns the port that an argument gives, for `add_argument(type=port)`."""
     if not text.isdecimal() or not 0 <= int(text) < 2**16:
@@ -172,8 +183,13 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 def add_to_predict(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files, or folders of them")
+    parser.add_argument("--top_k", metavar="NUMBER", type=positive, help="how many labels to show for each image (1)")
     parser.add_argument(
-        "--top_k", metavar="NUMBER", type=positive, default=1, help="how many labels to show for each image (1)"
+        "--coverage",
+        metavar="SHARE",
+        type=share,
+        help="show sets of classes, which hold the right one for this share of images, such as 0.9, of the kind that "
+        "the adapter was calibrated with (`train --calibrate true`)",
     )
     parser.add_argument("--batch_size", metavar="NUMBER", type=positive, default=32, help="images at a time (32)")
 

@@ -157,8 +157,16 @@ class PretrainedClassifierMixin(ModelBase):
         del plain.image_head, plain.class_head
         unnamed = type(plain.config)()
         plain.config.id2label, plain.config.label2id = unnamed.id2label, unnamed.label2id
-        if hasattr(plain.config, "custom_pipelines"):  # of a saved classifier
-            del plain.config.custom_pipelines
+        if getattr(plain.config, "logit_temperature", None) is not None:
+            logger.warning(
+                "The temperature %.4g of the classifier is left out, which a plain %s would not apply: divide its "
+                "logits by it for the same probabilities.",
+                plain.config.logit_temperature,
+                self.base_class.__name__,
+            )
+        for name in ("custom_pipelines", "logit_temperature", "conformal_scores"):  # of a classifier
+            if hasattr(plain.config, name):
+                delattr(plain.config, name)
         return plain
 
     @classmethod

@@ -24,6 +24,7 @@ LAYERS = [
     {"regularizers"},
     {"loss"},
     {"pretrained"},
+    {"calibrated"},
     {"modeling"},
     {"families"},
     {"data", "training", "known_checkpoints"},

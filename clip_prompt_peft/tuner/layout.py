@@ -30,12 +30,8 @@ from ..towers import (
     token_table_name,
 )
 from .base_model import check_base_model, config_value, name_base_model
-from .config import (
-    ClassTokenPosition,
-    CLIPPromptTuningConfig,
-    check_coupled_depths,
-    check_deep_prompts_end,
-)
+from .config import ClassTokenPosition, CLIPPromptTuningConfig
+from .config_checks import check_coupled_depths, check_deep_prompts_end
 from .hub import hub_settings_of, load_tokenizer
 from .token_ids import check_token_ids, record_token_ids
 

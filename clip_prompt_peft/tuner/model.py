@@ -194,7 +194,7 @@ class CLIPPromptTuningModel(BaseTuner):
             parameter.data = parameter.data.to(dtype)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
-        layout = None
+        layout = calibrated = None
         if merge:
             names = self.active_adapters if adapter_names is None else adapter_names
             unknown = [name for name in names if name not in self.peft_config]
@@ -203,6 +203,7 @@ class CLIPPromptTuningModel(BaseTuner):
                     f"There is no adapter {unknown[0]!r} to merge; the model has {sorted(self.peft_config)}."
                 )
             layout = PromptLayout.of(self.peft_config[names[0]]) if names else None
+            calibrated = self.peft_config[names[0]] if len(names) == 1 else None  # of several, nothing is known
         else:
             self._restore_base_weights()
         text_layers = [part for part in self.model.modules() if isinstance(part, CLIPTextLearnableEmbeddings)]
@@ -215,7 +216,7 @@ class CLIPPromptTuningModel(BaseTuner):
         for layer in text_layers:  # no longer in the model; the labels are those of its own classes again
             layer.set_adapter([])
         if layout is not None and hasattr(model, "adopt_prompt_layout"):
-            model.adopt_prompt_layout(layout)  # the merged rows belong to its texts
+            model.adopt_prompt_layout(layout, calibrated)  # the merged rows belong to its texts
         return model
 
     def _restore_base_weights(self) -> None:
