@@ -20,6 +20,7 @@ METHODS = (
     "kgcoop",
     "maple",
     "prograd",
+    "promptkd",
     "promptsrc",
     "tcp",
     "vpt-deep",
@@ -126,6 +127,12 @@ class PromptFields:
         "A published method, with its prompts and its training (optimizer, schedule, learning rate, epochs, batch "
         "size), except for arguments that are given. By default the words in front of {} become vectors, trained with "
         "AdamW.",
+    )
+    teacher: str | None = argument(
+        None,
+        "Hub id or folder of the teacher of --method promptkd: a larger CLIP, or an adapter. Labels then only choose "
+        "the images, --shots of each class or all, and are not learned from.",
+        "MODEL",
     )
     prompt_template: str = argument("a photo of a {}.", "Words to start from; {} is the class name.", "TEXT")
     num_virtual_tokens: int | None = argument(

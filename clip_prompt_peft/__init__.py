@@ -26,6 +26,7 @@ from .text.prompts import build_class_prompts
 from .training.callbacks import GaussianPromptAveraging, StopAtNonFinite
 from .training.checkpoints import last_whole_checkpoint
 from .training.configs import method_config
+from .training.distillation import DistillationTrainer, distillation_loss
 from .training.prograd import ProGradMixin, ProGradTrainer
 from .training.recipes import training_recipe
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
@@ -49,6 +50,7 @@ __all__ = [
     "CLIPPromptTuningConfig",
     "CLIPPromptTuningModel",
     "CLIPTextLearnableEmbeddings",
+    "DistillationTrainer",
     "GaussianPromptAveraging",
     "PRESETS",
     "PeftModelForPromptClassification",
@@ -60,6 +62,7 @@ __all__ = [
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",
+    "distillation_loss",
     "last_whole_checkpoint",
     "load_templates",
     "method_config",

@@ -263,6 +263,7 @@ class BakedClassifier(nn.Module):
         super().__init__()
         self.vision_model = classifier.vision_model
         self.visual_projection = getattr(classifier, "visual_projection", nn.Identity())
+        self.image_head = classifier.image_head
         self.register_buffer("class_embeds", class_embeds)
         self.register_buffer("scale", classifier.logit_scale.detach().exp())
         bias = getattr(classifier, "logit_bias", torch.zeros_like(self.scale))
@@ -270,7 +271,7 @@ class BakedClassifier(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pooled = self.vision_model(pixel_values=pixel_values).pooler_output
-        image_embeds = normalize(self.visual_projection(pooled))  # (B, E)
+        image_embeds = normalize(self.image_head(self.visual_projection(pooled)))  # (B, E)
         return self.scale * image_embeds @ self.class_embeds.T + self.bias, image_embeds  # (B, C), (B, E)
 
 

@@ -81,6 +81,7 @@ OVERRIDDEN = {
     "BaseTuner._replace_module": "unloading would copy weights over",
     "BaseTuner._unload_and_optionally_merge": "unload would leave merged rows, and LoRA in deep layers",
     "Module._load_from_state_dict": "an adapter whose weights were never loaded would be used",
+    "Trainer._set_signature_columns_if_needed": "the columns of a teacher would be removed from a data set",
 }
 
 

@@ -3,10 +3,13 @@
 | file | content |
 |---|---|
 | `config.py`, `presets.py` | the configuration, and the published methods as presets of it |
+| `config_values.py` | checks of what a configuration from a file holds |
 | `layout.py` | from the configuration and a model to the positions of the vectors |
+| `fits.py` | whether a model has what a configuration asks for |
 | `base_layer.py` | the base class of all layers |
 | `layer.py` | vectors in the text (CoOp), also conditioned on the image (CoCoOp) |
 | `vectors.py` | vectors in deeper layers and in the image tower (VPT, IVLP), mapped from text vectors (MaPLe) |
+| `projection.py` | a projector behind the image tower, and class embeddings of a teacher (PromptKD) |
 | `tensors.py` | new tensors of an adapter |
 | `model.py` | injecting, merging, and fitting saved tensors to the model |
 | `files.py` | reading and checking the files of an adapter |
@@ -18,6 +21,7 @@
 from .config import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig
 from .layer import CLIPTextLearnableEmbeddings
 from .model import CLIPPromptTuningModel
+from .projection import CLIPProjectedImages, CLIPTeacherClasses
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 
 
@@ -27,6 +31,8 @@ __all__ = [
     "CLIPPromptTaskType",
     "CLIPPromptTuningConfig",
     "CLIPPromptTuningModel",
+    "CLIPProjectedImages",
+    "CLIPTeacherClasses",
     "CLIPTextLearnableEmbeddings",
     "CLIPVisionLearnableEmbeddings",
 ]

@@ -12,12 +12,13 @@ from torch import nn
 
 from ..templates import check_class_names, check_template
 from ..towers import num_tower_layers
+from .config_values import FORMAT_VERSION, check_resolved, check_types, is_int_from
 from .presets import preset_settings
 
 
-FORMAT_VERSION = 1  # of adapter_config.json; files without a version are of this one, too
 MULTI_LABEL = "multi_label_classification"  # transformers' name for it in `config.problem_type`
 PROBLEM_TYPES = ("single_label_classification", MULTI_LABEL)
+MAX_PROJECTION = 8192  # the widest embeddings of known models have 2048
 MAX_TOKENS = 1000  # the literature uses up to 200; a file must not be able to ask for any amount of memory
 
 # The names and weights of the regularizers in `clip_prompt_peft.regularizers`. They are repeated here since the tuner
@@ -127,6 +128,10 @@ class CLIPPromptTuningConfig(PeftConfig):
             Whether the vision prompts are linear maps of the text prompts, with one map for each depth (MaPLe).
         image_conditioned (`bool`, *optional*, defaults to `False`):
             Whether a small network shifts the vectors depending on the image embedding (CoCoOp).
+        projection_dim (`int`, *optional*):
+            The width of the class embeddings of a teacher (PromptKD). A small network maps image embeddings to this
+            width, and images are compared with the embeddings of the teacher, which are saved with the adapter. The
+            text tower is not used, so `num_virtual_tokens` must be 0. By default there is no teacher.
         regularizer (`str`, *optional*):
             A loss term beside the cross entropy: `"kgcoop"`, `"prograd"` (needs [`ProGradTrainer`]) or `"promptsrc"`.
         regularizer_weights (`dict[str, float]`, *optional*):
@@ -141,6 +146,9 @@ class CLIPPromptTuningConfig(PeftConfig):
             The names, or a regex, of modules to leave out.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train and save, such as `["text_projection"]`.
+        teacher_class_names (`list[str]`, *optional*):
+            Set at injection: the names of the classes that the adapter has embeddings of a teacher for. Those in
+            `class_names` are among them.
         padded_template (`str`, *optional*):
             Set at injection: the template with room for all vectors.
         replaced_token_ids (`list[int]`, *optional*):
@@ -180,12 +188,14 @@ class CLIPPromptTuningConfig(PeftConfig):
     vision_prompt_depth: int | None = _option(1, "Number of image layers with prompts; None means every layer.")
     vision_prompts_from_text: bool = _option(False, "Whether vision prompts are linear maps of the text prompts.")
     image_conditioned: bool = _option(False, "Whether a small network shifts the vectors depending on the image.")
+    projection_dim: int | None = _option(None, "Width of a teacher's class embeddings to map images to (PromptKD).")
     regularizer: str | None = _option(None, "Loss term beside the cross entropy: kgcoop, prograd or promptsrc.")
     regularizer_weights: dict[str, float] | None = _option(None, "Weights of the regularizer; by default the paper's.")
     teacher_templates: list[str] | None = _option(None, "Templates that the regularizer compares with.")
     target_modules: list[str] | str | None = _option(None, "Embedding modules to wrap; by default all of the model.")
     exclude_modules: list[str] | str | None = _option(None, "Modules to leave out.")
     modules_to_save: list[str] | None = _option(None, "Further modules to train and to save with the vectors.")
+    teacher_class_names: list[str] | None = _option(None, "Set at injection: classes with embeddings of a teacher.")
     padded_template: str | None = _option(None, "Set at injection: the template with room for all vectors.")
     replaced_token_ids: list[int] | None = _option(None, "Set at injection: the ids of the replaced tokens.")
     init_token_ids: list[int] | None = _option(None, "Set at injection: the token ids that TEXT started from.")
@@ -203,14 +213,14 @@ class CLIPPromptTuningConfig(PeftConfig):
         self.prompt_tuning_init = _as_member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
         self.class_token_position = _as_member(ClassTokenPosition, self.class_token_position, "class_token_position")
         self.class_token_count = _as_member(ClassTokenCount, self.class_token_count, "class_token_count")
-        checks = (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts)
-        for check in (*checks, _check_class_aware, _check_regularizer, _check_teacher_templates):
+        checks = (check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts)
+        for check in (*checks, _check_class_aware, _check_projection, _check_regularizer, _check_teacher_templates):
             check(self)
         self.source: str | None = None  # the folder or Hub id that it was read from
         self.checked_tokenizer: int | None = None  # the id() of the tokenizer that `tokenizer_fingerprint` fits
         self.set_at_injection: dict[str, object] = {}  # field to value, of a configuration that `resolve` has made
         if self.has_weights:
-            _check_resolved(self)
+            check_resolved(self)
 
     @classmethod
     def from_preset(cls, name: str, model: nn.Module | None = None, **overrides) -> CLIPPromptTuningConfig:
@@ -291,46 +301,18 @@ def _as_member(enum_class: type[enum.Enum], value, field_name: str):
         raise ValueError(f"{field_name} must be one of {allowed}, got {value!r}.") from None
 
 
-def _check_types(config) -> None:
-    # The values may come from a file; of a wrong type, they would fail somewhere deep inside of other libraries.
-    strings = ("base_model_name_or_path", "base_model_subfolder", "peft_version", "regularizer", "revision")
-    strings = (*strings, "tokenizer_name_or_path")
-    dictionaries = ("auto_mapping", "base_model_fingerprint", "regularizer_weights", "tokenizer_fingerprint")
-    flags = ("class_specific", "image_conditioned", "inference_mode", "vision_prompts_from_text")
-    for names, kind, is_of_kind in (
-        (strings, "a string", lambda value: value is None or isinstance(value, str)),
-        (flags, "True or False", lambda value: isinstance(value, bool)),
-        (("target_modules", "exclude_modules"), "a list of strings, or a string", _is_patterns),
-        (("modules_to_save",), "a list of strings", lambda value: _is_patterns(value) and not isinstance(value, str)),
-        (
-            dictionaries,
-            "a dictionary",
-            lambda value: isinstance(value, dict | None),
-        ),
-        (("init_token_ids",), "a list of token ids", lambda value: value is None or _is_token_ids(value)),
-    ):
-        for name in names:
-            if not is_of_kind(getattr(config, name)):
-                raise ValueError(f"{name} must be {kind}, got {getattr(config, name)!r}.")
-    if not _is_int_from(1, config.format_version) or config.format_version > FORMAT_VERSION:
-        raise ValueError(
-            f"The adapter has the file format {config.format_version!r}, but this version of clip_prompt_peft reads "
-            f"formats up to {FORMAT_VERSION}; install a newer version."
-        )
-
-
 def _check_numbers(config) -> None:
     n = config.num_virtual_tokens
-    smallest = 1 if config.num_vision_virtual_tokens == 0 else 0
-    if n is not None and not _is_int_from(smallest, n):
-        hint = " (0, no text vectors, only with num_vision_virtual_tokens)" if n == 0 else ""
+    smallest = 1 if config.num_vision_virtual_tokens == 0 and config.projection_dim is None else 0
+    if n is not None and not is_int_from(smallest, n):
+        hint = " (0, no text vectors, only with num_vision_virtual_tokens or projection_dim)" if n == 0 else ""
         raise ValueError(f"num_virtual_tokens must be a positive integer, got {n!r}{hint}.")
-    if config.start_idx is not None and not _is_int_from(0, config.start_idx):
+    if config.start_idx is not None and not is_int_from(0, config.start_idx):
         raise ValueError(
             "start_idx must be an integer of at least 0, or None for the position after the begin token, got "
             f"{config.start_idx!r}."
         )
-    if not _is_int_from(0, config.num_vision_virtual_tokens):
+    if not is_int_from(0, config.num_vision_virtual_tokens):
         raise ValueError(
             f"num_vision_virtual_tokens must be an integer of at least 0, got {config.num_vision_virtual_tokens!r}."
         )
@@ -339,7 +321,7 @@ def _check_numbers(config) -> None:
             raise ValueError(f"{name} must be at most {MAX_TOKENS}, got {getattr(config, name)}.")
     for name in ("text_prompt_depth", "vision_prompt_depth"):
         depth = getattr(config, name)
-        if depth is not None and not _is_int_from(1, depth):
+        if depth is not None and not is_int_from(1, depth):
             raise ValueError(f"{name} must be a positive integer, or None for every layer, got {depth!r}.")
 
 
@@ -394,7 +376,7 @@ def _check_class_aware(config) -> None:
     layer = config.class_aware_layer
     if layer is None:
         return
-    if not _is_int_from(1, layer):
+    if not is_int_from(1, layer):
         raise ValueError(
             "class_aware_layer must be the index of a text layer from 1 on, or None for none, got "
             f"{layer!r}. For vectors of each class in the input, use class_specific."
@@ -405,6 +387,29 @@ def _check_class_aware(config) -> None:
             "to that layer, the vectors are the same, and stand at the same positions, in the texts of all classes."
         )
     check_deep_prompts_end(config)
+
+
+def _check_projection(config) -> None:
+    width = config.projection_dim
+    if width is None:
+        return
+    if not is_int_from(1, width) or width > MAX_PROJECTION:
+        raise ValueError(f"projection_dim must be an integer from 1 to {MAX_PROJECTION}, or None, got {width!r}.")
+    if config.num_virtual_tokens != 0:
+        raise ValueError(
+            f"projection_dim={width} compares images with the class embeddings of a teacher, so that text vectors "
+            f"would have no effect; set num_virtual_tokens=0, got {config.num_virtual_tokens!r}."
+        )
+    if config.regularizer is not None:
+        raise ValueError(
+            f"regularizer={config.regularizer!r} compares with the zero-shot model, whose embeddings are not of the "
+            f"width projection_dim={width}; leave one of them out."
+        )
+    if config.teacher_class_names is not None:
+        config.teacher_class_names = check_class_names(config.teacher_class_names)
+        unknown = [name for name in config.class_names or () if name not in config.teacher_class_names]
+        if unknown:
+            raise ValueError(f"class_names holds {unknown[0]!r}, which is not in teacher_class_names.")
 
 
 def _check_vision_prompts(config) -> None:
@@ -462,29 +467,3 @@ def _check_teacher_templates(config) -> None:
         for template in templates:
             check_template(template)
         config.teacher_templates = list(templates)
-
-
-def _check_resolved(config) -> None:
-    ids, n = config.replaced_token_ids, config.num_virtual_tokens
-    if not _is_token_ids(ids) or len(ids) != n:
-        raise ValueError(
-            f"replaced_token_ids must be {n} token ids, one for each virtual token, got {ids!r}; the adapter's "
-            "configuration is damaged."
-        )
-    check_template(config.padded_template)
-    if config.start_idx is None:
-        raise ValueError("start_idx must be given with replaced_token_ids; the adapter's configuration is damaged.")
-
-
-def _is_patterns(value) -> bool:
-    if value is None or isinstance(value, str):
-        return True
-    return isinstance(value, (list, tuple, set)) and all(isinstance(item, str) and item for item in value)
-
-
-def _is_token_ids(value) -> bool:
-    return isinstance(value, list) and all(_is_int_from(0, i) for i in value)
-
-
-def _is_int_from(smallest: int, value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest

@@ -23,7 +23,7 @@ from ..file_contents import foreign_content
 
 
 METHOD = "CLIP_PROMPT_TUNING"
-ADAPTER_TENSOR = re.compile(r"(^|\.)learnable_\w+(\.(weight|bias))?")
+ADAPTER_TENSOR = re.compile(r"(^|\.)learnable_\w+(\.(weight|bias|running_mean|running_var))?")
 LARGEST = torch.finfo(torch.float16).max  # no training comes near it, and half precision has only Inf beyond it
 CHECKPOINT = re.compile(r"checkpoint-\d+")  # of a Trainer
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
