@@ -12,6 +12,8 @@ from typing import Any, Literal
 # The library's own tables are not imported here; a test holds these equal to them.
 STYLES = ("fluenthc", "noto", "fluent3d")
 METHODS = (
+    "2sfs",
+    "clap",
     "clip-lora",
     "cocoop",
     "coop",
@@ -23,8 +25,11 @@ METHODS = (
     "promptkd",
     "promptsrc",
     "tcp",
+    "tip-adapter",
+    "tip-adapter-f",
     "vpt-deep",
     "vpt-shallow",
+    "zs-lp",
 )
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "expected_calibration_error")
 DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for the user's own data
@@ -127,6 +132,7 @@ class PromptFields:
         "A published method, with its prompts and its training (optimizer, schedule, learning rate, epochs, batch "
         "size), except for arguments that are given. By default the words in front of {} become vectors, trained with "
         "AdamW.",
+        "METHOD",
     )
     teacher: str | None = argument(
         None,

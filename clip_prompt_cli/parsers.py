@@ -113,7 +113,8 @@ def add_field(parser, field: Field, of_type: type, is_shown: bool = True) -> Non
     options = dict(field.metadata)
     if choices is not None:
         options["choices"] = choices
-        options.pop("metavar", None)
+        if "metavar" in options:  # too many to stand beside the name
+            options["help"] += f" One of {', '.join(choices)}."
     elif hint is bool:
         options |= {"nargs": "?", "const": True, "metavar": "BOOL"}
     elif list in (get_origin(kind) for kind in (hint, *kinds)):

@@ -106,11 +106,11 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
 
     @property
     def class_names(self) -> list[str] | None:
-        """The classes in use: those of the active prompt adapter if it has any, otherwise those of the classifier."""
+        """The classes in use: those of the active adapter if it brings any, otherwise those of the classifier."""
         return self._class_names(self.prompt_layout)
 
     def _class_names(self, layout: PromptLayout | None) -> list[str] | None:
-        return (layout and layout.class_names) or self.config.class_names
+        return (layout and layout.class_names) or self.class_head.class_names or self.config.class_names
 
     @property
     def prompt_template(self) -> str:
@@ -134,6 +134,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         if layout is not None:
             self.text_embeddings.check_tokenizer(self._get_tokenizer())  # before the token ids of the new names count
             self.text_embeddings.set_class_names(class_names, self._get_tokenizer())
+        self.class_head.set_class_names(class_names)
         name_labels(self.config, class_names)
         self._class_prompts(self.prompt_layout)
 
@@ -197,6 +198,11 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         ```
         """
         self.class_head.set_teacher_class_embeds(class_embeds, check_class_names(class_names or self.class_names))
+
+    @property
+    def has_fixed_class_embeds(self) -> bool:
+        """Whether `set_class_embeds` has set class embeddings, which are used while no prompt adapter is active."""
+        return self._fixed_class_embeds is not None
 
     def get_class_embeds(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Returns L2-normalized class embeddings, differentiable with respect to the active adapter.
@@ -442,6 +448,11 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
             )
         return super().forward(**inputs)
 
+    @property
+    def log_scale(self) -> torch.Tensor:
+        """The logarithm of the factor by which similarities are multiplied, as the family takes it."""
+        return self.logit_scale
+
     def predict(self, image_embeds: torch.Tensor, class_embeds: torch.Tensor) -> Prediction:
         """Computes the logits for image embeddings (B, E) and normalized class embeddings (C, E) or (B, C, E)."""
-        return Prediction.of(image_embeds, class_embeds, self.logit_scale, getattr(self, "logit_bias", None))
+        return Prediction.of(image_embeds, class_embeds, self.log_scale, getattr(self, "logit_bias", None))

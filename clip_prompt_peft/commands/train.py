@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from clip_prompt_cli.messages import command_line
 from clip_prompt_cli.parsers import check
 
-from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig
+from .. import AutoModelForPromptClassification, ClassHeadConfig, CLIPPromptTuningConfig
 from ..data import (
     cache_image_embeds,
     class_names_of,
@@ -36,7 +36,9 @@ from ..evaluation.tables import counted
 from ..peft_model import without_warning_of_renamed_property
 from ..training.callbacks import StopAtNonFinite
 from ..training.configs import trains_image_tower
+from ..training.heads import NUM_VIEWS, fit_class_head
 from ..training.recipes import Recipe
+from ..tuner import ClassifierAdapterConfig
 from ..tuner.files import WEIGHTS_NAME
 from ..tuner.hub import load_image_processor
 from .arguments import parse_arguments, parser
@@ -135,12 +137,13 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         test_name, test_set = next(iter(test_sets.items()))
         record["test"] = {"name": test_name, "num_images": len(test_set), "content_hash": content_hash(test_set)}
 
-    def embed(dataset: Dataset, description: str) -> Dataset:
+    def embed(dataset: Dataset, description: str, num_views: int | None = None) -> Dataset:
         if trains_image_tower(config):
             return with_pixel_values(dataset, image_processor)
         batch_size = training_args.per_device_eval_batch_size
         description = f"Embedding images ({description})"
         settings = {"description": description, "num_workers": training_args.dataloader_num_workers}
+        settings |= {} if num_views is None else {"num_views": num_views}
         with progress_bars_of_datasets(shows_bars):
             return cache_image_embeds(dataset, model, image_processor, batch_size, **settings)
 
@@ -158,17 +161,20 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             drawn, validation_set = draw(splits, data_args, run_args)
             if is_main_process:
                 print(f"Seed {run_args.seed}: {counted(len(drawn), 'training image')}", flush=True)
+            num_views = NUM_VIEWS.get(prompt_args.method) if data_args.augment else None
             if teacher is not None:
                 train_set = teacher.training_images(drawn, image_processor, data_args.augment)
-            elif data_args.augment:
+            elif data_args.augment and num_views is None:
                 train_set = with_pixel_values(drawn, image_processor, augment=True)
             else:
-                train_set = embed(drawn, "train")
+                train_set = embed(drawn, "train", num_views)
             if validation_set is not None:
                 validation_set = embed(validation_set, "validation")
             set_seed(run_args.seed)
             with without_warning_of_renamed_property():
                 model = get_peft_model(model, config)
+            if isinstance(config, ClassHeadConfig) and not trains_image_tower(config):
+                fit_class_head(model, train_set)
             recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots, given)
             trainer = make_trainer(model, train_set, validation_set, image_processor, run_args, recipe, **of_teacher)
             trainer.train(resume_from_checkpoint=find_checkpoint(run_args))
@@ -330,12 +336,15 @@ def report(runs: list[TrainingArguments], zero_shot: Results, tuned: list[Result
         json.dump({"seeds": seeds, "zero_shot": zero_shot, "tuned": tuned}, file, indent=2)
     spread = f", mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     print(f"\nPercent of images classified correctly{spread}\n\n{results_table(zero_shot, tuned)}\n")
-    kind = "learned vectors" if learns_prompts(model) else f"{model.active_peft_config.peft_type.value} of peft"
+    config = model.active_peft_config
+    kind = "learned vectors" if learns_prompts(model) else f"{config.peft_type.value} of peft"
+    if isinstance(config, ClassHeadConfig):
+        kind = "a class head" + ("" if config.target_modules is None else " and tuned LayerNorms")
     for run_args in runs:
         size = os.path.getsize(os.path.join(run_args.output_dir, WEIGHTS_NAME))
         print(f"Saved {run_args.output_dir}: {size / 1024:.1f} KB of {kind}")
     folder = runs[0].output_dir
-    if not learns_prompts(model):
+    if not isinstance(config, ClassifierAdapterConfig):
         print("\nIt holds neither class names nor a template. Load it with")
         print("    from clip_prompt_peft import AutoModelForPromptClassification")
         print("    model = AutoModelForPromptClassification.from_pretrained(")

@@ -12,11 +12,13 @@ from .path_lists import split_by_list
 from .sources import load_image_dataset
 from .standard import standardize
 from .teacher_logits import cache_teacher_logits
+from .views import RandomViews
 
 
 __all__ = [
     "KnownDataset",
     "RandomResizedCropFlip",
+    "RandomViews",
     "SharedImages",
     "UnreadableImageError",
     "base_new_names",

@@ -20,12 +20,14 @@ from safetensors.torch import save
 from transformers import BatchFeature, PrinterCallback, TrainingArguments, set_seed
 
 from ..assets import load_templates
+from ..class_head import ClassHeadConfig
 from ..evaluation.ensembles import template_ensemble
 from ..modeling import PromptClassificationMixin
 from ..peft_model import without_warning_of_renamed_property
 from ..towers import eval_mode
 from ..training.configs import PEFT_METHODS, method_config, trains_image_tower
-from ..training.recipes import Recipe, training_recipe
+from ..training.heads import fit_class_head
+from ..training.recipes import HEAD_SETTINGS, Recipe, training_recipe
 from ..tuner import CLIPPromptTuningConfig
 from ..tuner.presets import PRESETS
 from .image_set import ImageSet
@@ -208,12 +210,11 @@ def _distilled(all_classes: bool, backbone: Backbone, train: ImageSet, seed: int
     of the classes in `train` (inductive). Then the teacher gives it embeddings of new classes after its training.
     """
     of_teacher = replace(backbone, model=copy.deepcopy(backbone.model))
-    with _tuned(of_teacher, train, seed, method_config(TEACHER, of_teacher.model), TEACHER) as teacher:
+    with _tuned(of_teacher, train, seed, method_config(TEACHER, of_teacher.model), TEACHER) as (teacher, _):
         images = train.pool.classes() if all_classes else train.whole_classes()
         teacher.set_class_names(images.class_names)
-        width = teacher.get_base_model().embed_width
-        config = method_config("promptkd", backbone.model, projection_dim=width)
-        with _tuned(backbone, images, seed, config, "promptkd", teacher) as model:
+        config = method_config("promptkd", backbone.model, projection_dim=teacher.get_base_model().embed_width)
+        with _tuned(backbone, images, seed, config, "promptkd", teacher) as (model, num_trainable):
 
             def score(images: ImageSet) -> np.ndarray:
                 known = model.active_peft_config.teacher_class_names
@@ -224,7 +225,7 @@ def _distilled(all_classes: bool, backbone: Backbone, train: ImageSet, seed: int
                 model.set_class_names(images.class_names)
                 return _logits(backbone, model, images, from_pixels=True)
 
-            yield _fitted(model, score)
+            yield FittedMethod(score, num_trainable, _num_bytes(model))
 
 
 METHODS: dict[str, Method] = {
@@ -246,7 +247,7 @@ def _adapter(
     name: str | None = None,
 ) -> Iterator[FittedMethod]:
     """Trains any peft adapter with the `Trainer`."""
-    with _tuned(backbone, train, seed, config, name) as model:
+    with _tuned(backbone, train, seed, config, name) as (model, num_trainable):
 
         def score(images: ImageSet) -> np.ndarray | None:
             if getattr(config, "class_specific", False) and images.class_names != train.class_names:
@@ -254,13 +255,12 @@ def _adapter(
             model.set_class_names(images.class_names)
             return _logits(backbone, model, images, trains_image_tower(config))
 
-        yield _fitted(model, score)
+        yield FittedMethod(score, num_trainable, _num_bytes(model))
 
 
-def _fitted(model: PeftModel, score: Score) -> FittedMethod:
+def _num_bytes(model: PeftModel) -> int:
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    num_bytes = len(save(tensors, metadata={"format": "pt"}))  # as in the file that save_pretrained writes
-    return FittedMethod(score, model.get_nb_trainable_parameters()[0], num_bytes)
+    return len(save(tensors, metadata={"format": "pt"}))  # as in the file that save_pretrained writes
 
 
 @contextmanager
@@ -271,16 +271,19 @@ def _tuned(
     config: PeftConfig,
     name: str | None = None,
     teacher: PeftModel | None = None,
-) -> Iterator[PeftModel]:
-    """Trains any peft adapter with the `Trainer`, yields the model, and takes the adapter out again."""
+) -> Iterator[tuple[PeftModel, int]]:
+    """Trains an adapter, yields the model and the number of trained parameters, and takes the adapter out again."""
     backbone.model.set_class_names(train.class_names)
     modes = [(module, module.training) for module in backbone.model.modules()]
     set_seed(seed)
     with without_warning_of_renamed_property():  # peft's own model, if the method is peft's
         model = get_peft_model(backbone.model, config)
     try:
+        if isinstance(config, ClassHeadConfig) and not trains_image_tower(config):
+            fit_class_head(model, _dataset(backbone, train, from_pixels=False))
+        num_trainable = model.get_nb_trainable_parameters()[0]  # before the second of two stages freezes some
         train_adapter(model, backbone, train, seed, name, teacher)
-        yield model
+        yield model, num_trainable
     finally:
         model.unload()
         for module, mode in modes:  # the Trainer has put all of them into training mode
@@ -348,8 +351,12 @@ def _recipe(model, settings: TrainingSettings, train: ImageSet, name: str | None
     if name is None:
         return Recipe({**common, "use_cpu": use_cpu}, (None, None))
     shots = max(Counter(train.labels).values())
-    if settings.paper_recipes:
+    if settings.paper_recipes or name in HEAD_SETTINGS:  # other settings would be other methods
         return training_recipe(name, model, len(train.rows), shots, use_cpu=use_cpu)
+    if name == "2sfs":  # whose two stages have an optimizer and a schedule of their own
+        return training_recipe(
+            name, model, len(train.rows), shots, use_cpu=use_cpu, num_train_epochs=settings.num_train_epochs
+        )
     own = training_recipe(name, model, len(train.rows), shots, use_cpu=use_cpu, **common)
     return replace(own, optimizers=(None, None))  # the Trainer's defaults, as for all other methods
 

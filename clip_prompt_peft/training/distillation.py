@@ -13,7 +13,7 @@ from ..loss import TEACHER, TEACHER_LOGITS
 from ..modeling import PromptClassificationMixin
 from ..regularizers.promptsrc import mean_divergence
 from ..towers import execution_device
-from ..tuner.config import MULTI_LABEL
+from ..tuner.base_config import MULTI_LABEL
 
 
 # What image processors of the families return besides pixel values.

@@ -2,10 +2,9 @@
 
 | file | content |
 |---|---|
+| `base_config.py`, `base_model.py` | what all adapters of this package have in common: configuration, base model |
 | `config.py`, `presets.py` | the configuration, and the published methods as presets of it |
-| `config_values.py` | checks of what a configuration from a file holds |
 | `layout.py` | from the configuration and a model to the positions of the vectors |
-| `fits.py` | whether a model has what a configuration asks for |
 | `base_layer.py` | the base class of all layers |
 | `layer.py` | vectors in the text (CoOp), also conditioned on the image (CoCoOp) |
 | `vectors.py` | vectors in deeper layers and in the image tower (VPT, IVLP), mapped from text vectors (MaPLe) |
@@ -18,7 +17,8 @@
 | `token_ids.py` | the token ids of the adapter's texts, to tell another tokenizer |
 """
 
-from .config import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig
+from .base_config import ClassifierAdapterConfig, CLIPPromptPeftType, CLIPPromptTaskType
+from .config import CLIPPromptTuningConfig
 from .layer import CLIPTextLearnableEmbeddings
 from .model import CLIPPromptTuningModel
 from .projection import CLIPProjectedImages, CLIPTeacherClasses
@@ -35,4 +35,5 @@ __all__ = [
     "CLIPTeacherClasses",
     "CLIPTextLearnableEmbeddings",
     "CLIPVisionLearnableEmbeddings",
+    "ClassifierAdapterConfig",
 ]

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import enum
-import os
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass
 
 from peft import PeftConfig, PromptTuningInit
 from torch import nn
 
 from ..templates import check_class_names, check_template
 from ..towers import num_tower_layers
-from .config_values import FORMAT_VERSION, check_resolved, check_types, is_int_from
+from .base_config import (
+    FORMAT_VERSION,
+    PROBLEM_TYPES,
+    ClassifierAdapterConfig,
+    CLIPPromptPeftType,
+    as_member,
+    check_format_version,
+    is_int_from,
+    option,
+)
 from .presets import preset_settings
 
 
-MULTI_LABEL = "multi_label_classification"  # transformers' name for it in `config.problem_type`
-PROBLEM_TYPES = ("single_label_classification", MULTI_LABEL)
 MAX_PROJECTION = 8192  # the widest embeddings of known models have 2048
 MAX_TOKENS = 1000  # the literature uses up to 200; a file must not be able to ask for any amount of memory
 
@@ -28,21 +33,6 @@ REGULARIZER_WEIGHTS = {
     "prograd": ("projection", "temperature"),
     "promptsrc": ("text", "image", "logits"),
 }
-
-
-class CLIPPromptPeftType(str, enum.Enum):
-    """The peft type of this method. It has its own enum, since `peft.PeftType` is a closed one.
-
-    It is a member of a `str` enum and not a string, since transformers reads `peft_type.value` when it loads adapters.
-    """
-
-    CLIP_PROMPT_TUNING = "CLIP_PROMPT_TUNING"
-
-
-class CLIPPromptTaskType(str, enum.Enum):
-    """The task type of this method, with which `get_peft_model` returns a [`PeftModelForPromptClassification`]."""
-
-    PROMPT_CLASSIFICATION = "PROMPT_CLASSIFICATION"
 
 
 class ClassTokenPosition(str, enum.Enum):
@@ -60,12 +50,8 @@ class ClassTokenCount(str, enum.Enum):
     ALONE = "alone"
 
 
-def _option(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
-class CLIPPromptTuningConfig(PeftConfig):
+class CLIPPromptTuningConfig(ClassifierAdapterConfig, PeftConfig):
     """
     Configuration of a [`CLIPPromptTuningModel`].
 
@@ -169,58 +155,54 @@ class CLIPPromptTuningConfig(PeftConfig):
         ValueError: If a value is not one of those described above, or values exclude each other.
     """
 
-    num_virtual_tokens: int | None = _option(None, "Number of vectors; by default that of the init text's tokens.")
-    prompt_tuning_init: PromptTuningInit | str = _option(PromptTuningInit.TEXT, "TEXT, RANDOM or SAMPLE_VOCAB.")
-    prompt_tuning_init_text: str | None = _option(None, "Text of num_virtual_tokens tokens to start from, with TEXT.")
-    tokenizer_name_or_path: str | None = _option(None, "Tokenizer for template and init text; by default the model's.")
-    prompt_template: str | None = _option(None, "Text with one {} for the class name; by default 'a photo of a {}.'.")
-    start_idx: int | None = _option(None, "First replaced position; by default the one after the begin token.")
-    class_names: list[str] | None = _option(None, "Class names; taken from the classifier.")
-    problem_type: str | None = _option(None, "One label per image or several; taken from the classifier.")
-    class_specific: bool = _option(False, "Whether every class has its own vectors.")
-    class_token_position: ClassTokenPosition | str = _option(ClassTokenPosition.END, "end, middle or front.")
-    class_token_count: ClassTokenCount | str = _option(
+    num_virtual_tokens: int | None = option(None, "Number of vectors; by default that of the init text's tokens.")
+    prompt_tuning_init: PromptTuningInit | str = option(PromptTuningInit.TEXT, "TEXT, RANDOM or SAMPLE_VOCAB.")
+    prompt_tuning_init_text: str | None = option(None, "Text of num_virtual_tokens tokens to start from, with TEXT.")
+    tokenizer_name_or_path: str | None = option(None, "Tokenizer for template and init text; by default the model's.")
+    prompt_template: str | None = option(None, "Text with one {} for the class name; by default 'a photo of a {}.'.")
+    start_idx: int | None = option(None, "First replaced position; by default the one after the begin token.")
+    class_names: list[str] | None = option(None, "Class names; taken from the classifier.")
+    problem_type: str | None = option(None, "One label per image or several; taken from the classifier.")
+    class_specific: bool = option(False, "Whether every class has its own vectors.")
+    class_token_position: ClassTokenPosition | str = option(ClassTokenPosition.END, "end, middle or front.")
+    class_token_count: ClassTokenCount | str = option(
         ClassTokenCount.IN_PROMPT, "Count the tokens of a class name inside of its prompt (in_prompt) or alone."
     )
-    text_prompt_depth: int | None = _option(1, "Number of text layers with prompts; None means every layer.")
-    class_aware_layer: int | None = _option(None, "Text layer before which vectors of each class come in (TCP).")
-    num_vision_virtual_tokens: int = _option(0, "Number of vectors that are appended to the image patches.")
-    vision_prompt_depth: int | None = _option(1, "Number of image layers with prompts; None means every layer.")
-    vision_prompts_from_text: bool = _option(False, "Whether vision prompts are linear maps of the text prompts.")
-    image_conditioned: bool = _option(False, "Whether a small network shifts the vectors depending on the image.")
-    projection_dim: int | None = _option(None, "Width of a teacher's class embeddings to map images to (PromptKD).")
-    regularizer: str | None = _option(None, "Loss term beside the cross entropy: kgcoop, prograd or promptsrc.")
-    regularizer_weights: dict[str, float] | None = _option(None, "Weights of the regularizer; by default the paper's.")
-    teacher_templates: list[str] | None = _option(None, "Templates that the regularizer compares with.")
-    target_modules: list[str] | str | None = _option(None, "Embedding modules to wrap; by default all of the model.")
-    exclude_modules: list[str] | str | None = _option(None, "Modules to leave out.")
-    modules_to_save: list[str] | None = _option(None, "Further modules to train and to save with the vectors.")
-    teacher_class_names: list[str] | None = _option(None, "Set at injection: classes with embeddings of a teacher.")
-    padded_template: str | None = _option(None, "Set at injection: the template with room for all vectors.")
-    replaced_token_ids: list[int] | None = _option(None, "Set at injection: the ids of the replaced tokens.")
-    init_token_ids: list[int] | None = _option(None, "Set at injection: the token ids that TEXT started from.")
-    base_model_subfolder: str | None = _option(None, "Set at injection: folder of the base model in its repository.")
-    base_model_fingerprint: dict | None = _option(None, "Set at injection: some values of the base model.")
-    tokenizer_fingerprint: dict | None = _option(None, "Set at injection: the token ids of the adapter's texts.")
-    format_version: int = _option(FORMAT_VERSION, "Version of the file format.")
+    text_prompt_depth: int | None = option(1, "Number of text layers with prompts; None means every layer.")
+    class_aware_layer: int | None = option(None, "Text layer before which vectors of each class come in (TCP).")
+    num_vision_virtual_tokens: int = option(0, "Number of vectors that are appended to the image patches.")
+    vision_prompt_depth: int | None = option(1, "Number of image layers with prompts; None means every layer.")
+    vision_prompts_from_text: bool = option(False, "Whether vision prompts are linear maps of the text prompts.")
+    image_conditioned: bool = option(False, "Whether a small network shifts the vectors depending on the image.")
+    projection_dim: int | None = option(None, "Width of a teacher's class embeddings to map images to (PromptKD).")
+    regularizer: str | None = option(None, "Loss term beside the cross entropy: kgcoop, prograd or promptsrc.")
+    regularizer_weights: dict[str, float] | None = option(None, "Weights of the regularizer; by default the paper's.")
+    teacher_templates: list[str] | None = option(None, "Templates that the regularizer compares with.")
+    target_modules: list[str] | str | None = option(None, "Embedding modules to wrap; by default all of the model.")
+    exclude_modules: list[str] | str | None = option(None, "Modules to leave out.")
+    modules_to_save: list[str] | None = option(None, "Further modules to train and to save with the vectors.")
+    teacher_class_names: list[str] | None = option(None, "Set at injection: classes with embeddings of a teacher.")
+    padded_template: str | None = option(None, "Set at injection: the template with room for all vectors.")
+    replaced_token_ids: list[int] | None = option(None, "Set at injection: the ids of the replaced tokens.")
+    init_token_ids: list[int] | None = option(None, "Set at injection: the token ids that TEXT started from.")
+    base_model_subfolder: str | None = option(None, "Set at injection: folder of the base model in its repository.")
+    base_model_fingerprint: dict | None = option(None, "Set at injection: some values of the base model.")
+    tokenizer_fingerprint: dict | None = option(None, "Set at injection: the token ids of the adapter's texts.")
+    format_version: int = option(FORMAT_VERSION, "Version of the file format.")
 
     def __post_init__(self):
-        # peft's check accepts its own task types only, so it runs without ours.
-        self.task_type, task_type = None, self.task_type
-        super().__post_init__()
-        self.task_type = _as_member(CLIPPromptTaskType, task_type or "PROMPT_CLASSIFICATION", "task_type")
+        self.check_task_type(super().__post_init__)
         self.peft_type = CLIPPromptPeftType.CLIP_PROMPT_TUNING
-        self.prompt_tuning_init = _as_member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
-        self.class_token_position = _as_member(ClassTokenPosition, self.class_token_position, "class_token_position")
-        self.class_token_count = _as_member(ClassTokenCount, self.class_token_count, "class_token_count")
-        checks = (check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts)
+        self.prompt_tuning_init = as_member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
+        self.class_token_position = as_member(ClassTokenPosition, self.class_token_position, "class_token_position")
+        self.class_token_count = as_member(ClassTokenCount, self.class_token_count, "class_token_count")
+        checks = (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts)
         for check in (*checks, _check_class_aware, _check_projection, _check_regularizer, _check_teacher_templates):
             check(self)
-        self.source: str | None = None  # the folder or Hub id that it was read from
         self.checked_tokenizer: int | None = None  # the id() of the tokenizer that `tokenizer_fingerprint` fits
         self.set_at_injection: dict[str, object] = {}  # field to value, of a configuration that `resolve` has made
         if self.has_weights:
-            check_resolved(self)
+            _check_resolved(self)
 
     @classmethod
     def from_preset(cls, name: str, model: nn.Module | None = None, **overrides) -> CLIPPromptTuningConfig:
@@ -246,21 +228,6 @@ class CLIPPromptTuningConfig(PeftConfig):
         """
         num_layers = () if model is None else (num_tower_layers(model, "text"), num_tower_layers(model, "vision"))
         return cls(**{**preset_settings(name, *num_layers), **overrides})
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Self:
-        try:
-            config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except TypeError as error:  # a field that cannot be one, such as "self"
-            name = str(pretrained_model_name_or_path)
-            raise ValueError(f"The configuration of {name!r} is damaged: {error}") from error
-        config.source = str(pretrained_model_name_or_path)
-        return config
-
-    @property
-    def described(self) -> str:
-        """What messages call the adapter: the folder or Hub id that it was read from, if that is known."""
-        return repr(self.source) if self.source else "of this configuration"
 
     @property
     def has_weights(self) -> bool:
@@ -293,12 +260,28 @@ def check_deep_prompts_end(config: CLIPPromptTuningConfig) -> None:
         )
 
 
-def _as_member(enum_class: type[enum.Enum], value, field_name: str):
-    try:
-        return enum_class(value)
-    except ValueError:
-        allowed = ", ".join(repr(member.value) for member in enum_class)
-        raise ValueError(f"{field_name} must be one of {allowed}, got {value!r}.") from None
+def _check_types(config) -> None:
+    # The values may come from a file; of a wrong type, they would fail somewhere deep inside of other libraries.
+    strings = ("base_model_name_or_path", "base_model_subfolder", "peft_version", "regularizer", "revision")
+    strings = (*strings, "tokenizer_name_or_path")
+    dictionaries = ("auto_mapping", "base_model_fingerprint", "regularizer_weights", "tokenizer_fingerprint")
+    flags = ("class_specific", "image_conditioned", "inference_mode", "vision_prompts_from_text")
+    for names, kind, is_of_kind in (
+        (strings, "a string", lambda value: value is None or isinstance(value, str)),
+        (flags, "True or False", lambda value: isinstance(value, bool)),
+        (("target_modules", "exclude_modules"), "a list of strings, or a string", _is_patterns),
+        (("modules_to_save",), "a list of strings", lambda value: _is_patterns(value) and not isinstance(value, str)),
+        (
+            dictionaries,
+            "a dictionary",
+            lambda value: isinstance(value, dict | None),
+        ),
+        (("init_token_ids",), "a list of token ids", lambda value: value is None or _is_token_ids(value)),
+    ):
+        for name in names:
+            if not is_of_kind(getattr(config, name)):
+                raise ValueError(f"{name} must be {kind}, got {getattr(config, name)!r}.")
+    check_format_version(config)
 
 
 def _check_numbers(config) -> None:
@@ -467,3 +450,30 @@ def _check_teacher_templates(config) -> None:
         for template in templates:
             check_template(template)
         config.teacher_templates = list(templates)
+
+
+def _check_resolved(config) -> None:
+    ids, n = config.replaced_token_ids, config.num_virtual_tokens
+    if not _is_token_ids(ids) or len(ids) != n:
+        raise ValueError(
+            f"replaced_token_ids must be {n} token ids, one for each virtual token, got {ids!r}; the adapter's "
+            "configuration is damaged."
+        )
+    check_template(config.padded_template)
+    if config.start_idx is None:
+        raise ValueError("start_idx must be given with replaced_token_ids; the adapter's configuration is damaged.")
+    if (config.projection_dim is None) != (config.teacher_class_names is None):
+        raise ValueError(
+            f"projection_dim={config.projection_dim!r} and teacher_class_names={config.teacher_class_names!r} must be "
+            "given together or not at all; the adapter's configuration is damaged."
+        )
+
+
+def _is_patterns(value) -> bool:
+    if value is None or isinstance(value, str):
+        return True
+    return isinstance(value, (list, tuple, set)) and all(isinstance(item, str) and item for item in value)
+
+
+def _is_token_ids(value) -> bool:
+    return isinstance(value, list) and all(is_int_from(0, i) for i in value)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import warnings
 from dataclasses import dataclass, fields
-from itertools import chain
 
 from peft import PromptTuningInit
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from ..heads import ClassHead, ImageHead
 from ..templates import (
     DEFAULT_TEMPLATE,
     check_class_names,
@@ -20,16 +19,26 @@ from ..templates import (
     pad_template,
     warn_of_names_without_words,
 )
+from ..towers import (
+    Tower,
+    embed_width,
+    find_towers,
+    is_text_embeddings,
+    is_vision_embeddings,
+    num_positions,
+    num_rows,
+    takes_patches,
+    token_table_name,
+    unwrapped,
+)
+from .base_model import check_base_model, config_value, name_base_model
 from .config import (
-    PROBLEM_TYPES,
     ClassTokenPosition,
     CLIPPromptTuningConfig,
     check_coupled_depths,
     check_deep_prompts_end,
 )
-from .fingerprint import check_fingerprint, fingerprint_of
-from .fits import check_fits, check_towers, chosen_towers
-from .hub import COMMIT, HubSettings, hub_settings_of, load_tokenizer
+from .hub import hub_settings_of, load_tokenizer
 from .token_ids import check_token_ids, record_token_ids
 
 
@@ -129,143 +138,49 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> CLIPPromptTunin
     Raises:
         ValueError: If the model cannot take the prompts that the configuration asks for.
     """
-    check_towers(config, model)
+    _check_towers(config, model)
     resolved = copy.copy(config)
     for name, value in config.set_at_injection.items():
         if getattr(config, name) == value:  # otherwise it was changed since
             setattr(resolved, name, None)
     empty = [field.name for field in fields(config) if getattr(resolved, field.name) is None]
-    names = _config_value(model, "class_names")
+    names = config_value(model, "class_names")
     if resolved.class_names is not None and resolved.class_names != names and not config.has_weights:
         warn_of_names_without_words(resolved.class_names)
     if resolved.class_names is None and names is not None:
         resolved.class_names = check_class_names(names)
     if resolved.problem_type is None:
-        resolved.problem_type = _config_value(model, "problem_type")
+        resolved.problem_type = config_value(model, "problem_type")
     if resolved.projection_dim is not None and resolved.teacher_class_names is None:
         resolved.teacher_class_names = resolved.class_names
     _resolve_depths(resolved, model)
     if not config.has_weights:
         if resolved.prompt_template is None:
-            resolved.prompt_template = _config_value(model, "prompt_template") or DEFAULT_TEMPLATE
+            resolved.prompt_template = config_value(model, "prompt_template") or DEFAULT_TEMPLATE
         tokenizer = _tokenizer_for(config, model)
         _resolve_tokens(resolved, tokenizer)
-        _name_base_model(resolved, model, record_token_ids(resolved, tokenizer))
+        name_base_model(resolved, model, record_token_ids(resolved, tokenizer))
         resolved.set_at_injection = {name: getattr(resolved, name) for name in empty}
-    check_fits(resolved, model)
+    _check_fits(resolved, model)
     if config.has_weights:
-        _check_base_model(config, model)
+        check_base_model(config, model)
         if getattr(model, "tokenizer", None) is not None:  # otherwise, when it writes the first prompts
             check_token_ids(resolved, model.tokenizer)
     return resolved
 
 
-def warn_of_other_classes(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
-    """Warns if an adapter that was loaded takes the place of other class names, or another kind of labels, of a model.
-
-    Args:
-        config (`CLIPPromptTuningConfig`):
-            The resolved configuration of the adapter.
-        model (`torch.nn.Module`):
-            The model. Nothing is compared unless it is a classifier that was given class names.
-    """
-    if not getattr(model, "names_were_given", False):
-        return
-    adapter, own = config.described, _config_value(model, "class_names")
-    if own is not None and config.class_names is not None and list(own) != config.class_names:
-        warnings.warn(
-            f"{_other_classes(adapter, config.class_names, list(own))} While the adapter is active, labels have to be "
-            f"numbered by its names (model.config.label2id). {_how_to_keep(config)}",
-            UserWarning,
-            stacklevel=2,
-        )
-    kinds = [kind or PROBLEM_TYPES[0] for kind in (config.problem_type, _config_value(model, "problem_type"))]
-    if kinds[0] != kinds[1]:
-        warnings.warn(
-            f"The adapter {adapter} was trained with problem_type={kinds[0]!r}, and the model has {kinds[1]!r}, which "
-            f"decides on loss and probabilities; set model.config.problem_type = {kinds[0]!r} for the adapter's.",
-            UserWarning,
-            stacklevel=2,
-        )
+def chosen_towers(config: CLIPPromptTuningConfig, model: nn.Module, kind: str) -> list[Tower]:
+    """Returns the towers, `"text"` or `"vision"`, whose embeddings `target_modules` names. By default all are."""
+    towers = find_towers(model, kind)
+    if config.target_modules is None:
+        return towers
+    return [tower for tower in towers if check_target_module_exists(config, tower.embeddings_key)]
 
 
-def _other_classes(adapter: str, names: list[str], own: list[str]) -> str:
-    """Says how the class names of an adapter differ from those of the model."""
-    pairs = enumerate(zip(names, own))
-    at = next((label for label, (name, other) in pairs if name != other), min(len(names), len(own)))
-    if sorted(names) == sorted(own):
-        return (
-            f"The adapter {adapter} brings the class names of the model in another order: label {at} is "
-            f"{names[at]!r}, not {own[at]!r} as in the model."
-        )
-    added, missing = ([name for name in some if name not in others] for some, others in ((names, own), (own, names)))
-    parts = [f"{len(some)} {what} ({some[:5]})" for some, what in ((added, "new"), (missing, "missing")) if some]
-    numbers = "" if len(names) == len(own) else f"; it has {len(names)} classes instead of {len(own)}"
-    return f"The adapter {adapter} brings class names of its own in place of the model's: {', '.join(parts)}{numbers}."
-
-
-def _how_to_keep(config: CLIPPromptTuningConfig) -> str:
-    if config.class_specific:
-        return "Its vectors belong to its classes; with model.disable_adapter() the model has its own again."
-    return "To classify by the model's instead, call model.set_class_names([...]) with these."
-
-
-def _check_base_model(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
-    """Warns if the model is not the one that an adapter was trained on, by its values or else by its name."""
-    adapter, trained_on = config.described, _named_base(config)
-    if config.base_model_fingerprint is not None:
-        check_fingerprint(config.base_model_fingerprint, model, adapter, trained_on)
-        return
-    name, revision = getattr(model, "name_or_path", None), hub_settings_of(model).revision
-    recorded = config.base_model_name_or_path
-    if not name or not recorded or os.path.exists(name) or os.path.exists(recorded):
-        return  # a folder may hold any model
-    # A branch may be at this commit, so only a commit tells another state.
-    is_other_state = (
-        revision is not None and COMMIT.fullmatch(config.revision or "") is not None and revision != config.revision
-    )
-    if name != recorded or is_other_state:
-        warnings.warn(
-            f"The adapter {adapter} was trained on {trained_on}, and is loaded into {name!r}"
-            f"{f' at revision {revision!r}' if revision else ''}. It holds no values of its base model to compare. If "
-            "the weights differ, its predictions will be worse than they were; load the base model that it names.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def _name_base_model(config: CLIPPromptTuningConfig, model: nn.Module, token_ids: list[list[int]]) -> None:
-    """Sets commit, subfolder and fingerprint of the base model; `token_ids` are those of the adapter's texts."""
-    hub = hub_settings_of(model)
-    if config.revision not in (None, hub.revision) and hub.revision is not None:
-        name = getattr(model, "name_or_path", None)
-        if _commit_of(name, hub.at(config.revision, hub.subfolder)) != hub.revision:
-            warnings.warn(
-                f"The configuration says revision={config.revision!r}, but the model was loaded from {name!r} at "
-                f"{hub.revision!r}, which is what the adapter names as its base model's revision.",
-                UserWarning,
-                stacklevel=2,
-            )
-    config.revision = hub.revision or config.revision
-    config.base_model_subfolder = hub.subfolder or None
-    config.base_model_fingerprint = fingerprint_of(model, list(chain.from_iterable(token_ids)))
-
-
-def _commit_of(name: str | None, hub: HubSettings) -> str | None:
-    try:
-        return hub.pinned(name).revision
-    except OSError:  # offline, or no such revision
-        return None
-
-
-def _named_base(config: CLIPPromptTuningConfig) -> str:
-    revision = f" at revision {config.revision!r}" if config.revision else ""
-    return f"{config.base_model_name_or_path!r}{revision}"
-
-
-def _config_value(model: nn.Module, name: str):
-    """Returns a field of the model's config, or `None`: a module around a CLIP need not have a config."""
-    return getattr(getattr(model, "config", None), name, None)
+def embed_width_of(model: nn.Module) -> int | None:
+    """Returns E, the width of image and class embeddings: that of the outermost module whose config says it."""
+    widths = (embed_width(getattr(module, "config", None)) for module in model.modules())
+    return next((width for width in widths if width is not None), None)
 
 
 def _resolve_depths(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
@@ -344,3 +259,155 @@ def _tokenizer_for(config: CLIPPromptTuningConfig, model: nn.Module):
         "classifier first, with AutoModelForPromptClassification.from_pretrained(..., token=...)."
     )
     return load_tokenizer(name, hub, remedy)
+
+
+def _check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    """Checks that the model, or the part of it that `target_modules` names, has the towers that are needed."""
+    _check_targets(config, model)
+    name = type(model).__name__
+    if not find_towers(model, "text"):
+        raise ValueError(
+            f"{name} has no CLIP text embeddings (a module with a token table and a position table; one like BERT's "
+            "only beside an image tower), so there is nothing to tune. Models that have them: CLIPModel, "
+            "CLIPTextModel, CLIPTextModelWithProjection, those of MetaCLIP 2, SigLIP and SigLIP 2, ChineseCLIPModel, "
+            "AltCLIPModel, Aimv2Model, GroupViTModel, and the classifiers made of them (CLIPForPromptClassification)."
+        )
+    needs_width = "image_conditioned" if config.image_conditioned else "class_aware_layer"
+    if (config.image_conditioned or config.class_aware_layer is not None) and embed_width_of(model) is None:
+        raise ValueError(
+            f"{needs_width} needs to know the width of image and class embeddings, and neither this {name} nor a "
+            "module in it has a config with projection_dim; put the prompts into the CLIPModel, or set "
+            "config.projection_dim."
+        )
+    if config.image_conditioned and not find_towers(model, "vision"):
+        raise ValueError(
+            f"image_conditioned needs image embeddings, and {name} has no image tower; use a "
+            "CLIPForPromptClassification."
+        )
+    if config.projection_dim is not None:
+        _check_heads(config, model)
+    if not config.num_vision_virtual_tokens:
+        return
+    if not chosen_towers(config, model, "text"):
+        raise ValueError("target_modules must name the text embeddings too; they know the template and the classes.")
+    towers = chosen_towers(config, model, "vision")
+    if not towers:
+        problem = "target_modules names none" if config.target_modules is not None else f"{name} has none"
+        raise ValueError(
+            f"The adapter has vision prompts (num_vision_virtual_tokens={config.num_vision_virtual_tokens}), which "
+            f"need an image tower, and {problem}; use a CLIPModel or a CLIPForPromptClassification."
+        )
+    takes_mask = any(takes_patches(model.get_submodule(tower.embeddings_key)) for tower in towers)
+    if takes_mask and not getattr(model, "masks_vision_prompts", False):
+        raise ValueError(
+            f"{name} masks the patches of an image, and its mask would not cover vision prompts; use "
+            "Siglip2ForPromptClassification (from_base), or leave num_vision_virtual_tokens out."
+        )
+
+
+def _check_heads(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    if find_heads(model) is None:
+        raise ValueError(
+            "projection_dim puts a projector behind the image tower, and class embeddings in place of the text tower, "
+            f"for which {type(model).__name__} has no place; use a classifier such as CLIPForPromptClassification, "
+            "which AutoModelForPromptClassification.from_base makes of it."
+        )
+
+
+def find_heads(model: nn.Module) -> tuple[str, str] | None:
+    """Returns the paths of the image head and the class head of the classifier in a model, `None` without one."""
+    heads = [
+        next((path for path, module in model.named_modules() if isinstance(unwrapped(module), kind)), None)
+        for kind in (ImageHead, ClassHead)
+    ]
+    return None if None in heads else (heads[0], heads[1])
+
+
+def _check_targets(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    if config.target_modules is None:
+        return
+    for key, module in model.named_modules():
+        is_target = key and ".base_layer" not in key and check_target_module_exists(config, key)
+        is_used = is_text_embeddings(module) or (config.num_vision_virtual_tokens > 0 and is_vision_embeddings(module))
+        if is_target and not is_used:
+            raise ValueError(
+                f"Target module {key!r} is a {type(module).__name__} and holds no CLIP text embeddings; leave "
+                "target_modules out to find them."
+            )
+
+
+def _check_fits(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    """Checks that the model has the layers, positions and tokens that a resolved configuration asks for."""
+    text = chosen_towers(config, model, "text")
+    _check_depth("text_prompt_depth", config.text_prompt_depth, text)
+    _check_class_aware_layer(config, text)
+    if config.num_vision_virtual_tokens:
+        _check_depth("vision_prompt_depth", config.vision_prompt_depth, chosen_towers(config, model, "vision"))
+    if config.vision_prompts_from_text:
+        _check_coupling(config, text)
+    if config.projection_dim is not None and config.class_names is None:
+        raise ValueError(
+            "projection_dim stores an embedding of the teacher for each class, but no class names are known; give "
+            "class_names, or put the adapter into a classifier that has some."
+        )
+    if config.class_specific and config.class_names is None:
+        raise ValueError(
+            "class_specific makes vectors for each class, but no class names are known; give class_names, or put the "
+            "adapter into a classifier that has some."
+        )
+    for tower in text:
+        _check_room(config, model.get_submodule(tower.embeddings_key))
+
+
+def _check_depth(field: str, depth: int, towers: list[Tower]) -> None:
+    for tower in towers:
+        if depth > 1 and tower.has_stages:
+            raise ValueError(
+                f"{field}={depth} puts prompts in front of deeper layers, but those beside {tower.embeddings_key!r} "
+                f"belong to stages, between which patches and prompts are put together in groups; take {field}=1."
+            )
+        if depth > max(1, len(tower.layer_keys)):
+            raise ValueError(
+                f"{field}={depth} is more than the {len(tower.layer_keys)} layers beside {tower.embeddings_key!r}; "
+                f"take at most that many, or {field}=None for all of them."
+            )
+
+
+def _check_class_aware_layer(config: CLIPPromptTuningConfig, towers: list[Tower]) -> None:
+    for tower in towers if config.class_aware_layer is not None else ():
+        last = len(tower.layer_keys) - 1
+        if config.class_aware_layer > last:
+            raise ValueError(
+                f"class_aware_layer={config.class_aware_layer} is not there: the last of the layers beside "
+                f"{tower.embeddings_key!r} has the index {last}; take an index from 1 to {last}."
+            )
+
+
+def _check_coupling(config: CLIPPromptTuningConfig, text: list[Tower]) -> None:
+    if config.num_virtual_tokens != config.num_vision_virtual_tokens:
+        raise ValueError(
+            "vision_prompts_from_text maps each text vector to one vision prompt, so num_vision_virtual_tokens="
+            f"{config.num_vision_virtual_tokens} must equal the number of text vectors, {config.num_virtual_tokens}."
+        )
+    if len(text) != 1:
+        raise ValueError(
+            f"vision_prompts_from_text needs one text tower to map from, but there are {len(text)}; name one in "
+            "target_modules."
+        )
+
+
+def _check_room(config: CLIPPromptTuningConfig, embeddings: nn.Module) -> None:
+    end = config.start_idx + config.num_virtual_tokens
+    if end + 1 >= num_positions(embeddings):  # a class token and the end token follow
+        raise ValueError(
+            f"start_idx={config.start_idx} and num_virtual_tokens={config.num_virtual_tokens} reach position "
+            f"{end - 1}, but the text tower has {num_positions(embeddings)} positions and needs at least two after "
+            "the vectors, for the class name and the end token; take fewer vectors."
+        )
+    vocab_size = num_rows(getattr(embeddings, token_table_name(embeddings)))
+    highest = max(config.replaced_token_ids + (config.init_token_ids or []), default=0)
+    if highest >= vocab_size:
+        raise ValueError(
+            f"The adapter names token {highest}, but the model's vocabulary has {vocab_size} tokens: the adapter "
+            "belongs to another base model, or the tokenizer is not this model's."
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
@@ -13,11 +12,11 @@ from torch import nn
 from ..heads import ImageHead
 from ..towers import Tower, has_adapters
 from .base_layer import CLIPPromptLayer
+from .base_model import check_adapter_name, warn_of_other_classes
 from .config import CLIPPromptTuningConfig
-from .files import check_values
-from .fits import chosen_towers, embed_width_of, find_heads
+from .files import check_tensors
 from .layer import CLIPTextLearnableEmbeddings
-from .layout import PromptLayout, resolve, warn_of_other_classes
+from .layout import PromptLayout, chosen_towers, embed_width_of, find_heads, resolve
 from .projection import CLIPProjectedImages, CLIPTeacherClasses
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 
@@ -61,11 +60,7 @@ class CLIPPromptTuningModel(BaseTuner):
     target_module_mapping = {}  # targets are found by structure
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        if not adapter_name or re.search(r"[./\\\x00]", adapter_name):
-            raise ValueError(
-                f"An adapter cannot be named {adapter_name!r}: a module and a folder are named after it, so it must "
-                "not be empty nor hold '.', '/' or a backslash."
-            )
+        check_adapter_name(adapter_name)
         # peft activates the first adapter of a tuner, and transformers makes a new tuner for each adapter.
         self._becomes_active, self._injected = not hasattr(self, "_injected"), adapter_name
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -263,13 +258,17 @@ class CLIPPromptTuningModel(BaseTuner):
         if was_active and self.active_adapters:  # each layer has chosen among its own adapters, which may differ
             self.set_adapter(self.active_adapters)
 
+    def tensors_of(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """Returns all tensors of an adapter, by their names in the state dict of the model."""
+        return adapter_tensors(self, adapter_name)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Renames tensors as peft does, also for a tower at another path than in training, and checks them."""
         expected = adapter_tensors(model, adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         state_dict = {_key_at_other_path(key, expected): value for key, value in state_dict.items()}
-        _check_tensors(state_dict, expected, config, adapter_name)
+        check_tensors(state_dict, expected, config, adapter_name)
         return state_dict
 
 
@@ -300,30 +299,6 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tens
         if isinstance(module, CLIPPromptLayer)
         for name, parameter in module.parameters_of(adapter_name)
     }
-
-
-def _check_tensors(state_dict: dict, expected: dict, config: CLIPPromptTuningConfig, adapter_name: str) -> None:
-    """Raises `ValueError` unless the tensors are those that model and configuration ask for, with valid values."""
-    for key, parameter in expected.items():
-        if key not in state_dict:
-            raise ValueError(
-                f"The adapter's weights hold no {key!r}, only {sorted(state_dict)}; the file is damaged or belongs to "
-                "another method."
-            )
-        shape, wanted = tuple(state_dict[key].shape), tuple(parameter.shape)
-        if shape != wanted:
-            raise ValueError(
-                f"The adapter's {key!r} has shape {shape}, but this model and the adapter's configuration ask for "
-                f"{wanted} (num_virtual_tokens, class_names, hidden sizes). The adapter was trained on "
-                f"{config.base_model_name_or_path!r}; load that base model."
-            )
-    check_values(state_dict)
-    for key in state_dict:
-        if key not in expected and f".modules_to_save.{adapter_name}." not in key:
-            raise ValueError(
-                f"The adapter's weights hold {key!r}, which its configuration does not ask for and which could change "
-                "the frozen model; the file is damaged, or not to be trusted."
-            )
 
 
 def _key_at_other_path(key: str, expected: dict) -> str:

@@ -15,6 +15,8 @@ from .tensors import empty_linear, empty_vectors, trainable_dtype
 
 
 TEACHER_EMBEDS = "learnable_teacher_embeds"
+# What a class head does that teachers have no part in.
+OF_CLASS_HEAD = ("adapter_config", "baked", "class_names", "label_with", "loss_terms", "set_class_names")
 
 
 class ProjectorNorm(nn.BatchNorm1d):
@@ -215,6 +217,11 @@ class CLIPTeacherClasses(CLIPPromptLayer):
             row_of = {class_name: row for row, class_name in enumerate(known)}
             self._rows = key, torch.tensor([row_of[class_name] for class_name in class_names], device=device)
         return self._rows[1]
+
+    def __getattr__(self, name):
+        if name in OF_CLASS_HEAD:
+            return getattr(self.base_layer, name)
+        return super().__getattr__(name)
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         """Returns the logits as the wrapped head does."""
