@@ -21,6 +21,7 @@ from .families import (
     Siglip2ForPromptClassification,
     SiglipForPromptClassification,
 )
+from .known_checkpoints import KnownCheckpoint, known_checkpoints
 from .modeling import PromptClassificationMixin
 from .peft_model import PeftModelForPromptClassification, register
 from .pipelines import PromptClassificationPipeline, register_task
@@ -29,9 +30,11 @@ from .text.prompts import build_class_prompts
 from .training.callbacks import GaussianPromptAveraging, StopAtNonFinite
 from .training.checkpoints import last_whole_checkpoint
 from .training.configs import method_config
+from .training.dynamic_adapter import DynamicAdapter
 from .training.heads import TwoStageTuning, fit_class_head, start_class_head
 from .training.prograd import ProGradMixin, ProGradTrainer
 from .training.recipes import training_recipe
+from .training.test_time import TestTimeTuner
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
 from .tuner.presets import PRESETS
 
@@ -57,7 +60,9 @@ __all__ = [
     "CLIPTextLearnableEmbeddings",
     "ClassHeadConfig",
     "ClassHeadModel",
+    "DynamicAdapter",
     "GaussianPromptAveraging",
+    "KnownCheckpoint",
     "PRESETS",
     "PeftModelForPromptClassification",
     "ProGradMixin",
@@ -66,10 +71,12 @@ __all__ = [
     "PromptClassificationPipeline",
     "StopAtNonFinite",
     "TwoStageTuning",
+    "TestTimeTuner",
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",
     "fit_class_head",
+    "known_checkpoints",
     "last_whole_checkpoint",
     "load_templates",
     "method_config",

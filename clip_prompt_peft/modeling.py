@@ -172,6 +172,11 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         with torch.inference_mode(False):  # inference tensors could not be used in a later training
             self._fixed_class_embeds = normalize(class_embeds.detach()).to(execution_device(self))
 
+    @property
+    def has_fixed_class_embeds(self) -> bool:
+        """Whether `set_class_embeds` has set class embeddings, which are used while no prompt adapter is active."""
+        return self._fixed_class_embeds is not None
+
     def get_class_embeds(self, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Returns L2-normalized class embeddings, differentiable with respect to the active adapter.
 

@@ -323,6 +323,38 @@ def with_modules_of(source: nn.Module, target_class: type[nn.Module]) -> nn.Modu
     return model
 
 
+def frozen_copy(module: nn.Module, known: dict | None = None) -> nn.Module:
+    """Returns a module of the same parts that shares all weights, is frozen and in eval mode.
+
+    Its parts can be replaced without changing those of `module`. No weight is copied.
+
+    Args:
+        module (`torch.nn.Module`):
+            The module. Its hooks act on the copy, too.
+        known (`dict`, *optional*):
+            The copies by the id of what they are copies of, so that shared parts stay shared.
+    """
+    known = {} if known is None else known
+    if id(module) in known:
+        return known[id(module)]
+    known[id(module)] = copied = copy.copy(module)
+    copied.training = False
+    vars(copied).update(
+        _parameters={name: _frozen(parameter, known) for name, parameter in module._parameters.items()},
+        _buffers=dict(module._buffers),
+        _modules={name: part and frozen_copy(part, known) for name, part in module._modules.items()},
+    )
+    return copied
+
+
+def _frozen(parameter: nn.Parameter | None, known: dict) -> nn.Parameter | None:
+    if parameter is None or not parameter.requires_grad:
+        return parameter
+    if id(parameter) not in known:
+        known[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return known[id(parameter)]
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module):
     """Puts a model into eval mode for a while; afterwards every module is back in the mode that it was in."""

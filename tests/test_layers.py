@@ -26,7 +26,7 @@ LAYERS = [
     {"pretrained"},
     {"modeling"},
     {"families"},
-    {"data", "training"},
+    {"data", "training", "known_checkpoints"},
     {"evaluation"},
     {"peft_model"},
     {"auto"},

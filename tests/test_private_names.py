@@ -180,7 +180,8 @@ def tensor_version(clip):
 
 def tensors_and_children_of_a_module(clip):
     """`Module._parameters`, `_buffers`, `_modules`: what class embeddings depend on would not be found. They are read
-    in place of `named_parameters()`, which leaves out what is shared and takes a multiple of the time."""
+    in place of `named_parameters()`, which leaves out what is shared and takes a multiple of the time. A frozen
+    copy for test-time tuning would share its parts with the model."""
     assert clip.text_projection._parameters["weight"] is clip.text_projection.weight
     assert clip.text_model.embeddings._buffers["position_ids"] is clip.text_model.embeddings.position_ids
     assert clip._modules["text_model"] is clip.text_model

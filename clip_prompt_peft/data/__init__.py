@@ -11,11 +11,13 @@ from .known_datasets import KnownDataset, known_datasets, load_known_dataset
 from .path_lists import split_by_list
 from .sources import load_image_dataset
 from .standard import standardize
+from .views import RandomViews
 
 
 __all__ = [
     "KnownDataset",
     "RandomResizedCropFlip",
+    "RandomViews",
     "SharedImages",
     "UnreadableImageError",
     "base_new_names",

@@ -23,7 +23,7 @@ PIXELS, LABELS = "pixel_values", "labels"  # as the model calls them
 
 class RandomResizedCropFlip:
     """
-    Crops a random box of an image, resizes it to a fixed size (bicubic), and flips it horizontally at random.
+    Crops a random box of an image, resizes it to a fixed size, and flips it horizontally at random.
 
     This is the training augmentation of CoOp and its successors (`random_resized_crop`, `random_flip`). The random
     numbers come from PyTorch's generator, which the Trainer seeds, restores when it resumes, and seeds differently for
@@ -40,6 +40,8 @@ class RandomResizedCropFlip:
             The probability of a horizontal flip.
         generator (`torch.Generator`, *optional*):
             The generator to use in place of PyTorch's global one.
+        resample (`PIL.Image.Resampling`, *optional*, defaults to `BICUBIC`):
+            How to resize. Test-time tuning takes `BILINEAR`.
 
     Example:
 
@@ -55,6 +57,7 @@ class RandomResizedCropFlip:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
         generator: torch.Generator | None = None,
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
     ) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale must be a range between 0 and 1, got {scale}.")
@@ -63,10 +66,11 @@ class RandomResizedCropFlip:
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability, got {flip}.")
         self.size, self.scale, self.ratio, self.flip, self.generator = size, scale, ratio, flip, generator
+        self.resample = resample
 
     def __call__(self, image: Image.Image) -> Image.Image:
         height, width = self.size
-        view = image.crop(self.random_box(*image.size)).resize((width, height), Image.Resampling.BICUBIC)
+        view = image.crop(self.random_box(*image.size)).resize((width, height), self.resample)
         return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self._uniform(0, 1) < self.flip else view
 
     def random_box(self, width: int, height: int) -> tuple[int, int, int, int]:
