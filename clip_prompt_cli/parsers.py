@@ -16,6 +16,7 @@ from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from .fields import (
     NO_DEFAULT,
+    TEST_TIME,
     BenchmarkArguments,
     DataFields,
     DataTrainingFields,
@@ -173,6 +174,12 @@ def add_to_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files, or folders of them")
     parser.add_argument(
         "--top_k", metavar="NUMBER", type=positive, default=1, help="how many labels to show for each image (1)"
+    )
+    parser.add_argument(
+        "--test_time",
+        choices=TEST_TIME,
+        help="adapt to the images without labels: tune the prompt to 64 views of each (tpt; c-tpt, r-tpt: with other "
+        "objectives), or keep caches of those that came before (tda)",
     )
     parser.add_argument("--batch_size", metavar="NUMBER", type=positive, default=32, help="images at a time (32)")
 

@@ -55,6 +55,7 @@ EXAMPLES = {
     "predict": (
         "clip-prompt predict outputs/pets cat.jpg pictures/",
         "clip-prompt predict user/pets-prompts cat.jpg --top_k 5",
+        "clip-prompt predict outputs/pets pictures/ --test_time tpt",
     ),
     "report": (
         "clip-prompt report outputs/pets",

@@ -17,6 +17,7 @@ from ..evaluation.tables import aligned, counted
 from ..image_files import UnreadableImageError, decode_image, list_images, process_images, skipped_files
 from .adapters import find_adapter, load_adapter
 from .common import check_device, errors_in_one_line, stopped_in_one_line
+from .test_time import adapted
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,6 +34,7 @@ def predict(args: argparse.Namespace, lines: list[list[str]]) -> None:
         adapter = find_adapter(args.adapter)
         paths = [file for path in args.images for file in find_images(path)]
         model, image_processor = load_adapter(adapter, args)
+        answer = None if args.test_time is None else adapted(args.test_time, model, image_processor)
     unreadable = []
     starts = range(0, len(paths), args.batch_size)
     for start in logging.tqdm(starts, desc="Classifying", delay=2, leave=False, disable=None):  # None: no terminal
@@ -43,7 +45,7 @@ def predict(args: argparse.Namespace, lines: list[list[str]]) -> None:
             except UnreadableImageError as error:
                 unreadable.append(str(error))
         if images:
-            lines += classify(model, image_processor, images, args.top_k)
+            lines += classify(model, image_processor, images, args.top_k, answer)
     show(lines)
     if unreadable:
         number = f"{len(unreadable)} of {counted(len(paths), 'file')}"
@@ -70,10 +72,18 @@ def find_images(path: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def classify(model, image_processor, images: dict[Path, Image.Image], top_k: int) -> list[list[str]]:
-    """Returns a line of the table for each image: its path, and `top_k` labels with their probabilities."""
-    inputs = process_images(image_processor, list(images.values())).to(model.device)
-    probabilities = model(**inputs).logits.softmax(dim=-1)  # (B, C)
+def classify(model, image_processor, images: dict[Path, Image.Image], top_k: int, answer=None) -> list[list[str]]:
+    """Returns a line of the table for each image: its path, and `top_k` labels with their probabilities.
+
+    Args:
+        answer (`Callable`, *optional*):
+            Returns the logits of images, in place of the model.
+    """
+    if answer is None:
+        logits = model(**process_images(image_processor, list(images.values())).to(model.device)).logits
+    else:
+        logits = answer(list(images.values()))
+    probabilities = logits.softmax(dim=-1)  # (B, C)
     id2label = model.config.id2label
     values, labels = probabilities.topk(min(top_k, len(id2label)))
     return [
