@@ -12,6 +12,8 @@ from typing import Any, Literal
 # The library's own tables are not imported here; a test holds these equal to them.
 STYLES = ("fluenthc", "noto", "fluent3d")
 METHODS = (
+    "2sfs",
+    "clap",
     "clip-lora",
     "cocoop",
     "coop",
@@ -22,8 +24,11 @@ METHODS = (
     "prograd",
     "promptsrc",
     "tcp",
+    "tip-adapter",
+    "tip-adapter-f",
     "vpt-deep",
     "vpt-shallow",
+    "zs-lp",
 )
 TEST_TIME = ("tpt", "c-tpt", "r-tpt", "tda")
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "expected_calibration_error")
@@ -116,6 +121,11 @@ class DataTrainingFields(DataFields):
     augment: bool = argument(
         False, "Random resized crops and flips of the training images. The image tower then runs in every step."
     )
+    calibrate: bool = argument(
+        False,
+        "Fit a temperature on half of the validation images, and scores for sets of classes (`predict --coverage`) "
+        "on the other half. Both are saved with the adapter.",
+    )
 
 
 @dataclass
@@ -127,6 +137,7 @@ class PromptFields:
         "A published method, with its prompts and its training (optimizer, schedule, learning rate, epochs, batch "
         "size), except for arguments that are given. By default the words in front of {} become vectors, trained with "
         "AdamW.",
+        "METHOD",
     )
     prompt_template: str = argument("a photo of a {}.", "Words to start from; {} is the class name.", "TEXT")
     num_virtual_tokens: int | None = argument(

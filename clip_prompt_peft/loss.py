@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .labels import IGNORED_LABEL
 from .regularizers import Prediction, Regularizer
-from .tuner.config import MULTI_LABEL
+from .tuner.base_config import MULTI_LABEL
 
 
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
@@ -118,4 +118,5 @@ def compute_loss(
         terms[name] = regularizer(prediction, teacher)
         if regularizer.adds_to_loss:
             loss = loss + terms[name]
-    return loss, terms
+    of_head = model.class_head.loss_terms() if model.training else {}
+    return sum(of_head.values(), loss), {**terms, **of_head}

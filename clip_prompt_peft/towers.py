@@ -190,6 +190,33 @@ def attention_inputs(model: nn.Module) -> list[str]:
     return found
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Returns whether a module is a LayerNorm, or one of its kin without a mean (RMSNorm)."""
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or type(module).__name__.endswith("RMSNorm")
+
+
+def block_layer_norms(model: nn.Module) -> list[str]:
+    """
+    Returns the paths of the LayerNorms in the encoder layers of both towers; those before and behind them are others.
+
+    Raises:
+        ValueError: If there is a tower without such layers.
+    """
+    found: list[str] = []
+    for kind in ("text", "vision"):
+        layers = [key for tower in find_towers(model, kind) for key in tower.layer_keys]
+        paths = [
+            f"{key}.{name}"
+            for key in layers
+            for name, module in model.get_submodule(key).named_modules()
+            if is_norm(unwrapped(module)) and not {"base_layer", "ln_tuning_layers"} & set(name.split("."))
+        ]
+        if not paths:
+            raise ValueError(f"The {kind} tower of {type(model).__name__} has no LayerNorms in its layers.")
+        found += paths
+    return found
+
+
 def outside_of_layers(model: nn.Module, names: list[str]) -> list[str]:
     """Returns the paths of modules with one of these names that are in no encoder layer, such as a pooling."""
     layers = tuple(

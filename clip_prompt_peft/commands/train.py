@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from clip_prompt_cli.messages import command_line
 from clip_prompt_cli.parsers import check
 
-from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig
+from .. import AutoModelForPromptClassification, ClassHeadConfig, CLIPPromptTuningConfig
 from ..data import (
     cache_image_embeds,
     class_names_of,
@@ -28,6 +28,7 @@ from ..data import (
     sample_few_shot_splits,
     with_pixel_values,
 )
+from ..evaluation.calibration import TemperatureFit
 from ..evaluation.comparison import Answers, Comparison
 from ..evaluation.interpret import nearest_words
 from ..evaluation.metrics import compute_metrics
@@ -36,10 +37,13 @@ from ..evaluation.tables import counted
 from ..peft_model import without_warning_of_renamed_property
 from ..training.callbacks import StopAtNonFinite
 from ..training.configs import trains_image_tower
+from ..training.heads import NUM_VIEWS, fit_class_head
 from ..training.recipes import Recipe
+from ..tuner import ClassifierAdapterConfig
 from ..tuner.files import WEIGHTS_NAME
 from ..tuner.hub import load_image_processor
 from .arguments import parse_arguments, parser
+from .calibrating import calibrate, check_has_place, images_to_calibrate
 from .checks import check_runs, check_shots, check_training, rehearse
 from .common import (
     COLUMNS,
@@ -98,12 +102,13 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         if training_args.eval_strategy != "no" and "validation" not in splits:
             raise ValueError("--eval_strategy needs validation images besides the test images, and there are none.")
         validation = splits.get("validation") if training_args.eval_strategy != "no" else None
+        to_calibrate = images_to_calibrate(data_args.calibrate, splits, test_sets)
         check_shots(splits["train"], validation, test_sets, data_args)
         if is_main_process and not data_args.is_embedded:
             warn_of_shared_images(splits["train"], test_sets)
-            if validation is not None:
-                warn_of_shared_images(splits["train"], {"validation": validation})
-                warn_of_shared_images(validation, test_sets, "validation")
+            if (used := to_calibrate if validation is None else validation) is not None:
+                warn_of_shared_images(splits["train"], {"validation": used})
+                warn_of_shared_images(used, test_sets, "validation")
         drawn, _ = draw(splits, data_args, training_args)
         name = model_args.model_name_or_path
         hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
@@ -113,6 +118,8 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         )
         image_processor = load_image_processor(model)
         config = prompt_args.config(model)
+        if to_calibrate is not None:
+            check_has_place(config)
         use_one_thread_if_tiny(name)
         with without_warning_of_renamed_property():
             peft_model = get_peft_model(model, config)  # raises if the prompt does not fit
@@ -128,12 +135,13 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         test_name, test_set = next(iter(test_sets.items()))
         record["test"] = {"name": test_name, "num_images": len(test_set), "content_hash": content_hash(test_set)}
 
-    def embed(dataset: Dataset, description: str) -> Dataset:
+    def embed(dataset: Dataset, description: str, num_views: int | None = None) -> Dataset:
         if trains_image_tower(config):
             return with_pixel_values(dataset, image_processor)
         batch_size = training_args.per_device_eval_batch_size
         description = f"Embedding images ({description})"
         settings = {"description": description, "num_workers": training_args.dataloader_num_workers}
+        settings |= {} if num_views is None else {"num_views": num_views}
         with progress_bars_of_datasets(shows_bars):
             return cache_image_embeds(dataset, model, image_processor, batch_size, **settings)
 
@@ -143,24 +151,32 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
     model.to(training_args.device)
     with hint_at_checkpoint(runs[0]):
         test_sets = {name: embed(dataset, name) for name, dataset in test_sets.items()}
+        to_calibrate = None if to_calibrate is None else embed(to_calibrate, "validation")
     zero_shot, tuned = {}, []
     for run_args in runs:
         with hint_at_checkpoint(run_args), no_empty_folders(output_dir):
             drawn, validation_set = draw(splits, data_args, run_args)
             if is_main_process:
                 print(f"Seed {run_args.seed}: {counted(len(drawn), 'training image')}", flush=True)
-            if data_args.augment:
+            num_views = NUM_VIEWS.get(prompt_args.method) if data_args.augment else None
+            if data_args.augment and num_views is None:
                 train_set = with_pixel_values(drawn, image_processor, augment=True)
             else:
-                train_set = embed(drawn, "train")
+                train_set = embed(drawn, "train", num_views)
             if validation_set is not None:
                 validation_set = embed(validation_set, "validation")
             set_seed(run_args.seed)
             with without_warning_of_renamed_property():
                 model = get_peft_model(model, config)
+            if isinstance(config, ClassHeadConfig) and not trains_image_tower(config):
+                fit_class_head(model, train_set)
             recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots, given)
             trainer = make_trainer(model, train_set, validation_set, image_processor, run_args, recipe)
             trainer.train(resume_from_checkpoint=find_checkpoint(run_args))
+            calibration = None
+            if to_calibrate is not None:
+                validation_answers = classify(trainer.model, {"validation": to_calibrate}, run_args)["validation"]
+                calibration = calibrate(trainer.model, validation_answers, run_args.seed, is_main_process)
             tuned_answers = classify(trainer.model, test_sets, run_args)
             tuned.append(shown_metrics(tuned_answers))
             if not zero_shot:
@@ -170,8 +186,10 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
                     answers = classify(trainer.model, test_sets, run_args)
                 zero_shot = shown_metrics(answers)
             if is_main_process:
-                comparison = Comparison(trainer.model.class_names, answers[test_name], tuned_answers[test_name])
-                trainer.model.card_details = describe(trainer, data_args, drawn, test_name, comparison)
+                temperature = None if calibration is None else calibration.temperature
+                both = answers[test_name], tuned_answers[test_name]
+                comparison = Comparison(trainer.model.class_names, *both, temperature)
+                trainer.model.card_details = describe(trainer, data_args, drawn, test_name, comparison, calibration)
                 write_record(run_args.output_dir, {**record, "run": run_of(trainer.args)})
             others = [name for name in test_sets if name != test_name]  # the card compares in detail on the first one
             save(trainer, model_args.hub_base_model_id, zero_shot, tuned[-1], others)
@@ -257,7 +275,14 @@ def shown_metrics(answers: dict[str, Answers]) -> Results:
     return {name: {metric: of_set.metrics[metric] for metric in COLUMNS} for name, of_set in answers.items()}
 
 
-def describe(trainer: Trainer, data_args, drawn: Dataset, test_name: str, comparison: Comparison) -> CardDetails:
+def describe(
+    trainer: Trainer,
+    data_args,
+    drawn: Dataset,
+    test_name: str,
+    comparison: Comparison,
+    calibration: TemperatureFit | None,
+) -> CardDetails:
     """Returns the training's part of the model card."""
     args = trainer.args
     return CardDetails(
@@ -278,6 +303,7 @@ def describe(trainer: Trainer, data_args, drawn: Dataset, test_name: str, compar
         test_name=test_name,
         comparison=comparison,
         words=nearest_words(trainer.model) if learns_prompts(trainer.model) else (),
+        calibration=calibration,
     )
 
 
@@ -314,12 +340,15 @@ def report(runs: list[TrainingArguments], zero_shot: Results, tuned: list[Result
         json.dump({"seeds": seeds, "zero_shot": zero_shot, "tuned": tuned}, file, indent=2)
     spread = f", mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     print(f"\nPercent of images classified correctly{spread}\n\n{results_table(zero_shot, tuned)}\n")
-    kind = "learned vectors" if learns_prompts(model) else f"{model.active_peft_config.peft_type.value} of peft"
+    config = model.active_peft_config
+    kind = "learned vectors" if learns_prompts(model) else f"{config.peft_type.value} of peft"
+    if isinstance(config, ClassHeadConfig):
+        kind = "a class head" + ("" if config.target_modules is None else " and tuned LayerNorms")
     for run_args in runs:
         size = os.path.getsize(os.path.join(run_args.output_dir, WEIGHTS_NAME))
         print(f"Saved {run_args.output_dir}: {size / 1024:.1f} KB of {kind}")
     folder = runs[0].output_dir
-    if not learns_prompts(model):
+    if not isinstance(config, ClassifierAdapterConfig):
         print("\nIt holds neither class names nor a template. Load it with")
         print("    from clip_prompt_peft import AutoModelForPromptClassification")
         print("    model = AutoModelForPromptClassification.from_pretrained(")

@@ -19,12 +19,14 @@ from safetensors.torch import save
 from transformers import BatchFeature, PrinterCallback, TrainingArguments, set_seed
 
 from ..assets import load_templates
+from ..class_head import ClassHeadConfig
 from ..evaluation.ensembles import template_ensemble
 from ..modeling import PromptClassificationMixin
 from ..peft_model import without_warning_of_renamed_property
 from ..towers import eval_mode
 from ..training.configs import PEFT_METHODS, method_config, trains_image_tower
-from ..training.recipes import Recipe, training_recipe
+from ..training.heads import fit_class_head
+from ..training.recipes import HEAD_SETTINGS, Recipe, training_recipe
 from ..tuner import CLIPPromptTuningConfig
 from ..tuner.presets import PRESETS
 from .image_set import ImageSet
@@ -220,6 +222,9 @@ def _adapter(
     with without_warning_of_renamed_property():  # peft's own model, if the method is peft's
         model = get_peft_model(backbone.model, config)
     try:
+        if isinstance(config, ClassHeadConfig) and not trains_image_tower(config):
+            fit_class_head(model, _dataset(backbone, train, from_pixels=False))
+        num_trainable = model.get_nb_trainable_parameters()[0]  # before the second of two stages freezes some
         train_adapter(model, backbone, train, seed, name)
 
         def score(images: ImageSet) -> np.ndarray | None:
@@ -230,7 +235,7 @@ def _adapter(
 
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
         num_bytes = len(save(tensors, metadata={"format": "pt"}))  # as in the file that save_pretrained writes
-        yield FittedMethod(score, model.get_nb_trainable_parameters()[0], num_bytes)
+        yield FittedMethod(score, num_trainable, num_bytes)
     finally:
         model.unload()
         for module, mode in modes:  # the Trainer has put all of them into training mode
@@ -286,8 +291,12 @@ def _recipe(model, settings: TrainingSettings, train: ImageSet, name: str | None
     if name is None:
         return Recipe({**common, "use_cpu": use_cpu}, (None, None))
     shots = max(Counter(train.labels).values())
-    if settings.paper_recipes:
+    if settings.paper_recipes or name in HEAD_SETTINGS:  # other settings would be other methods
         return training_recipe(name, model, len(train.rows), shots, use_cpu=use_cpu)
+    if name == "2sfs":  # whose two stages have an optimizer and a schedule of their own
+        return training_recipe(
+            name, model, len(train.rows), shots, use_cpu=use_cpu, num_train_epochs=settings.num_train_epochs
+        )
     own = training_recipe(name, model, len(train.rows), shots, use_cpu=use_cpu, **common)
     return replace(own, optimizers=(None, None))  # the Trainer's defaults, as for all other methods
 

@@ -11,7 +11,7 @@ from ..templates import context_text
 from ..text.cache import Memo
 from ..towers import text_side
 from ..tuner import CLIPPromptTuningConfig
-from ..tuner.config import MULTI_LABEL
+from ..tuner.base_config import MULTI_LABEL
 from ..tuner.layout import PromptLayout, resolve
 
 

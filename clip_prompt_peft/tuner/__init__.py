@@ -2,6 +2,7 @@
 
 | file | content |
 |---|---|
+| `base_config.py`, `base_model.py` | what all adapters of this package have in common: configuration, base model |
 | `config.py`, `presets.py` | the configuration, and the published methods as presets of it |
 | `layout.py` | from the configuration and a model to the positions of the vectors |
 | `base_layer.py` | the base class of all layers |
@@ -15,7 +16,8 @@
 | `token_ids.py` | the token ids of the adapter's texts, to tell another tokenizer |
 """
 
-from .config import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig
+from .base_config import ClassifierAdapterConfig, CLIPPromptPeftType, CLIPPromptTaskType
+from .config import CLIPPromptTuningConfig
 from .layer import CLIPTextLearnableEmbeddings
 from .model import CLIPPromptTuningModel
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
@@ -29,4 +31,5 @@ __all__ = [
     "CLIPPromptTuningModel",
     "CLIPTextLearnableEmbeddings",
     "CLIPVisionLearnableEmbeddings",
+    "ClassifierAdapterConfig",
 ]

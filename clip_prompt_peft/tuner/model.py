@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
@@ -12,10 +11,11 @@ from torch import nn
 
 from ..towers import Tower, has_adapters
 from .base_layer import CLIPPromptLayer
+from .base_model import check_adapter_name, warn_of_other_classes
 from .config import CLIPPromptTuningConfig
-from .files import check_values
+from .files import check_tensors
 from .layer import CLIPTextLearnableEmbeddings
-from .layout import PromptLayout, chosen_towers, embed_width_of, resolve, warn_of_other_classes
+from .layout import PromptLayout, chosen_towers, embed_width_of, resolve
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 
 
@@ -58,11 +58,7 @@ class CLIPPromptTuningModel(BaseTuner):
     target_module_mapping = {}  # targets are found by structure
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        if not adapter_name or re.search(r"[./\\\x00]", adapter_name):
-            raise ValueError(
-                f"An adapter cannot be named {adapter_name!r}: a module and a folder are named after it, so it must "
-                "not be empty nor hold '.', '/' or a backslash."
-            )
+        check_adapter_name(adapter_name)
         # peft activates the first adapter of a tuner, and transformers makes a new tuner for each adapter.
         self._becomes_active, self._injected = not hasattr(self, "_injected"), adapter_name
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -198,7 +194,7 @@ class CLIPPromptTuningModel(BaseTuner):
             parameter.data = parameter.data.to(dtype)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
-        layout = None
+        layout = calibrated = None
         if merge:
             names = self.active_adapters if adapter_names is None else adapter_names
             unknown = [name for name in names if name not in self.peft_config]
@@ -207,6 +203,7 @@ class CLIPPromptTuningModel(BaseTuner):
                     f"There is no adapter {unknown[0]!r} to merge; the model has {sorted(self.peft_config)}."
                 )
             layout = PromptLayout.of(self.peft_config[names[0]]) if names else None
+            calibrated = self.peft_config[names[0]] if len(names) == 1 else None  # of several, nothing is known
         else:
             self._restore_base_weights()
         text_layers = [part for part in self.model.modules() if isinstance(part, CLIPTextLearnableEmbeddings)]
@@ -219,7 +216,7 @@ class CLIPPromptTuningModel(BaseTuner):
         for layer in text_layers:  # no longer in the model; the labels are those of its own classes again
             layer.set_adapter([])
         if layout is not None and hasattr(model, "adopt_prompt_layout"):
-            model.adopt_prompt_layout(layout)  # the merged rows belong to its texts
+            model.adopt_prompt_layout(layout, calibrated)  # the merged rows belong to its texts
         return model
 
     def _restore_base_weights(self) -> None:
@@ -235,13 +232,17 @@ class CLIPPromptTuningModel(BaseTuner):
         if was_active and self.active_adapters:  # each layer has chosen among its own adapters, which may differ
             self.set_adapter(self.active_adapters)
 
+    def tensors_of(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """Returns all tensors of an adapter, by their names in the state dict of the model."""
+        return adapter_tensors(self, adapter_name)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Renames tensors as peft does, also for a tower at another path than in training, and checks them."""
         expected = adapter_tensors(model, adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         state_dict = {_key_at_other_path(key, expected): value for key, value in state_dict.items()}
-        _check_tensors(state_dict, expected, config, adapter_name)
+        check_tensors(state_dict, expected, config, adapter_name)
         return state_dict
 
 
@@ -272,30 +273,6 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tens
         if isinstance(module, CLIPPromptLayer)
         for name, parameter in module.parameters_of(adapter_name)
     }
-
-
-def _check_tensors(state_dict: dict, expected: dict, config: CLIPPromptTuningConfig, adapter_name: str) -> None:
-    """Raises `ValueError` unless the tensors are those that model and configuration ask for, with valid values."""
-    for key, parameter in expected.items():
-        if key not in state_dict:
-            raise ValueError(
-                f"The adapter's weights hold no {key!r}, only {sorted(state_dict)}; the file is damaged or belongs to "
-                "another method."
-            )
-        shape, wanted = tuple(state_dict[key].shape), tuple(parameter.shape)
-        if shape != wanted:
-            raise ValueError(
-                f"The adapter's {key!r} has shape {shape}, but this model and the adapter's configuration ask for "
-                f"{wanted} (num_virtual_tokens, class_names, hidden sizes). The adapter was trained on "
-                f"{config.base_model_name_or_path!r}; load that base model."
-            )
-    check_values(state_dict)
-    for key in state_dict:
-        if key not in expected and f".modules_to_save.{adapter_name}." not in key:
-            raise ValueError(
-                f"The adapter's weights hold {key!r}, which its configuration does not ask for and which could change "
-                "the frozen model; the file is damaged, or not to be trusted."
-            )
 
 
 def _key_at_other_path(key: str, expected: dict) -> str:

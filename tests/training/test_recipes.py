@@ -16,7 +16,7 @@ def test_every_preset_has_a_recipe():
 
 
 def test_an_unknown_recipe_is_an_error_that_lists_all():
-    with pytest.raises(ValueError, match=r"no recipe 'coop-op'; there are \['default', 'clip-lora', 'cocoop', "):
+    with pytest.raises(ValueError, match=r"no recipe 'coop-op'; there are \['default', '2sfs', 'clap', 'clip-lora', "):
         training_recipe("coop-op", torch.nn.Linear(1, 1), num_examples=1)
 
 
