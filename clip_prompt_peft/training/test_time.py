@@ -16,6 +16,7 @@ import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..text import normalize
+from ..text.cache import Memo
 from ..text.contexts import ContextEncoder, SharedContext
 from ..towers import execution_device, takes_patches
 from ..tuner.layout import PromptLayout
@@ -145,6 +146,7 @@ class TestTimeTuner:
         self.model, self.objective, self.views = model, objective, views
         self.selection, self.steps, self.learning_rate = selection, steps, learning_rate
         self.dispersion_weight, self.batch_size = dispersion_weight, batch_size
+        self._layouts = Memo()
         classifier_of(model)
 
     def __call__(
@@ -190,11 +192,9 @@ class TestTimeTuner:
         given, and the similarity (B, V, V) of views, whose values of at least 1 are then taken for its diagonal."""
         if (images is None) == (image_embeds is None):
             raise ValueError(f"Give either images or image_embeds, {'neither was' if images is None else 'not both'}.")
+        self.check()
         classifier = classifier_of(self.model)
-        check_mode(classifier)
-        check_softmax(classifier)
-        check_logits(classifier)
-        layout, vectors = shared_context(classifier)
+        layout, vectors = self._context(classifier)
         with torch.inference_mode(False), torch.no_grad():
             if image_embeds is None:
                 batches = self._embeds_in_batches(classifier, images)
@@ -211,16 +211,40 @@ class TestTimeTuner:
             fields: dict[str, Any] = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
             return TunedClassifierOutput(**fields)
 
+    def check(self) -> None:
+        """Raises what a call would raise whatever the images are: that the classifier cannot be tuned this way."""
+        classifier = classifier_of(self.model)
+        check_mode(classifier)
+        check_softmax(classifier)
+        check_logits(classifier)
+        self._context(classifier)
+
+    def _context(self, classifier) -> tuple[PromptLayout, torch.Tensor | None]:
+        return shared_context(classifier, self._layouts)
+
     def _embeds_in_batches(self, classifier, images) -> Iterator[torch.Tensor]:
         """Yields the embeddings (b, V, E) of the views of at most `batch_size` images at a time."""
-        batches = images.split(self.batch_size) if isinstance(images, torch.Tensor) else self._views_in_batches(images)
-        device = execution_device(classifier)
-        for batch in batches:
-            self._check_views(classifier, batch)
-            embeds = [classifier.get_image_features(pixel_values=views.to(device)).pooler_output for views in batch]
-            yield _checked_values(torch.stack(embeds), "the embeddings of the views")
+        device, batch = execution_device(classifier), []
+        for views in self._views_of_each(classifier, images):
+            batch.append(classifier.get_image_features(pixel_values=views.to(device)).pooler_output)
+            if len(batch) == self.batch_size:
+                yield _checked_values(torch.stack(batch), "the embeddings of the views")
+                batch = []
+        if batch:
+            yield _checked_values(torch.stack(batch), "the embeddings of the views")
 
-    def _views_in_batches(self, images) -> Iterator[torch.Tensor]:
+    def _views_of_each(self, classifier, images) -> Iterator[torch.Tensor]:
+        """Yields the views (V, 3, H, W) of one image after the other, which are many values."""
+        if isinstance(images, torch.Tensor):
+            self._check_views(classifier, images)
+            yield from images
+            return
+        for image in self._checked_images(images):
+            views = self.views([image])
+            self._check_views(classifier, views)
+            yield views[0]
+
+    def _checked_images(self, images) -> Sequence[Image.Image]:
         from PIL import Image
 
         images = [images] if isinstance(images, Image.Image) else images
@@ -237,8 +261,7 @@ class TestTimeTuner:
                 "The tuner makes no views of images by itself; give it views=RandomViews(image_processor), from "
                 "clip_prompt_peft.data, or call it with the views (B, V, 3, H, W)."
             )
-        for start in range(0, len(images), self.batch_size):
-            yield self.views(list(images[start : start + self.batch_size]))
+        return images
 
     def _check_views(self, classifier, views: torch.Tensor) -> None:
         if takes_patches(classifier.vision_model.embeddings):
