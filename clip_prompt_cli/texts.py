@@ -56,6 +56,7 @@ EXAMPLES = {
         "clip-prompt predict outputs/pets cat.jpg pictures/",
         "clip-prompt predict user/pets-prompts cat.jpg --top_k 5",
         "clip-prompt predict outputs/pets cat.jpg --coverage 0.9",
+        "clip-prompt predict outputs/pets pictures/ --test_time tpt",
     ),
     "report": (
         "clip-prompt report outputs/pets",
@@ -86,7 +87,7 @@ EXAMPLES = {
 FIRST: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "images": ("train_dir", "test_dir", "dataset_name", "train_file", "shots"),
-        "model and prompt": ("model_name_or_path", "method", "prompt_template"),
+        "model and prompt": ("model_name_or_path", "method", "teacher", "prompt_template"),
         "training": (
             "output_dir",
             "num_train_epochs",

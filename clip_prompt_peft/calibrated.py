@@ -1,7 +1,7 @@
 """What a classifier knows of its own reliability: the temperature of its logits, and the scores of conformal sets.
 
-Both belong to the prompt adapter in effect and are saved with it, or to the classifier itself if there is none. They
-are made by `evaluation.calibration` and `evaluation.conformal`.
+Both belong to the prompt adapter or class head in effect and are saved with it, or to the classifier itself if there
+is none. They are made by `evaluation.calibration` and `evaluation.conformal`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .pretrained import PretrainedClassifierMixin
-from .tuner import CLIPPromptTuningConfig
+from .tuner.base_config import ClassifierAdapterConfig, check_conformal_scores, check_temperature
 from .tuner.base_layer import CLIPPromptLayer
-from .tuner.config_checks import check_conformal_scores, check_temperature
 
 
 logger = logging.getLogger(__name__)
@@ -26,9 +25,9 @@ class CalibratedClassifierMixin(PretrainedClassifierMixin):
     """
     Temperature and conformal scores of a classifier. [`~modeling.PromptClassificationMixin`] applies the temperature.
 
-    With a prompt adapter in effect, they stand in its configuration (`temperature`, `conformal_scores`), and otherwise
-    in the config of the classifier (`logit_temperature`, since transformers keeps `temperature` for the generation of
-    texts, and `conformal_scores`).
+    With a prompt adapter or class head in effect, they stand in its configuration (`temperature`, `conformal_scores`),
+    and otherwise in the config of the classifier (`logit_temperature`, since transformers keeps `temperature` for the
+    generation of texts, and `conformal_scores`).
     """
 
     @property
@@ -61,9 +60,10 @@ class CalibratedClassifierMixin(PretrainedClassifierMixin):
         check_conformal_scores(scores)
         self._set_calibration("conformal_scores", scores)
 
-    def _adapter_configs(self) -> list[CLIPPromptTuningConfig]:
-        """Returns the configurations of the prompt adapters in effect."""
-        return getattr(self.text_embeddings, "configs_in_effect", [])
+    def _adapter_configs(self) -> list[ClassifierAdapterConfig]:
+        """Returns the configurations of the prompt adapters and class heads in effect."""
+        places = self.text_embeddings, self.class_head
+        return [config for place in places for config in getattr(place, "configs_in_effect", [])]
 
     def _calibration(self, name: str):
         configs = self._adapter_configs()
@@ -75,7 +75,7 @@ class CalibratedClassifierMixin(PretrainedClassifierMixin):
         configs = self._adapter_configs()
         if len(configs) > 1:
             raise ValueError(
-                f"{len(configs)} prompt adapters are in effect together, and {name} would belong to none of them "
+                f"{len(configs)} adapters are in effect together, and {name} would belong to none of them "
                 "alone; activate one of them, or merge them first."
             )
         if configs:
@@ -85,7 +85,7 @@ class CalibratedClassifierMixin(PretrainedClassifierMixin):
             return
         if value is not None and self._has_other_adapters():
             logger.warning(
-                "The adapter in effect is of another method than prompts and has no place for %s, so it is kept in "
+                "The adapter in effect is one of peft's own and has no place for %s, so it is kept in "
                 "model.config of the classifier in memory: the adapter is saved without it, and it stays in effect if "
                 "the adapter is switched off. Merge the adapter (merge_and_unload) before calibrating and save the "
                 "classifier, or set it again after loading, with model.%s(...).",
@@ -115,7 +115,7 @@ class CalibratedClassifierMixin(PretrainedClassifierMixin):
                     stacklevel=3,
                 )
 
-    def _adopt_calibration(self, config: CLIPPromptTuningConfig | None) -> None:
+    def _adopt_calibration(self, config: ClassifierAdapterConfig | None) -> None:
         """Takes over what is known of an adapter that is merged for good; nothing is known of several together."""
         for name in ("temperature", "conformal_scores"):
             _set(self.config, _name_in(self.config, name), config and getattr(config, name))

@@ -175,7 +175,7 @@ class PretrainedClassifierMixin(ModelBase):
         return cls.base_class.__name__.removesuffix("Model")
 
     def _set_up(self, class_names, prompt_template, tokenizer) -> None:
-        layout = self.prompt_layout  # of an adapter that was loaded with the checkpoint
+        layout = self.prompt_layout or self.class_head.adapter_config  # of an adapter loaded with the checkpoint
         if prompt_template is None:
             saved = getattr(self.config, "prompt_template", None)
             prompt_template = saved or (layout and layout.prompt_template) or self.default_template
@@ -185,8 +185,9 @@ class PretrainedClassifierMixin(ModelBase):
             self.config.problem_type = layout.problem_type
         self.tokenizer = tokenizer
         self.set_prompt_template(prompt_template)
-        if layout is not None:
+        if self.prompt_layout is not None:
             self.text_embeddings.label_with(self.config)
+        self.class_head.label_with(self.config)
         if class_names is None and not (tokenizer or self.name_or_path):  # prompts are made once there is a tokenizer
             self.config.class_names = saved_names and check_class_names(saved_names)
             name_labels(self.config, self.config.class_names)
@@ -224,6 +225,6 @@ class PretrainedClassifierMixin(ModelBase):
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory)), **settings)
 
     def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
-        """Loads an adapter as transformers does, but refuses prompt adapters that would change the frozen model."""
+        """Loads an adapter as transformers does, but refuses those that would change the frozen model."""
         check_adapter(peft_model_id, **kwargs)
         return super().load_adapter(peft_model_id, *args, **kwargs)

@@ -19,7 +19,7 @@ from ..data.columns import IMAGE, check_label_order
 from ..labels import IGNORED_LABEL, check_indices, check_shape
 from ..modeling import PromptClassificationMixin, classifier_in
 from ..towers import eval_mode, execution_device
-from ..tuner.config_checks import MULTI_LABEL
+from ..tuner.base_config import MULTI_LABEL
 from ..tuner.hub import load_image_processor
 from .metrics import calibration_error, softmax
 

@@ -17,7 +17,7 @@ from ..image_files import decode_image, process_images
 from ..modeling import PromptClassificationMixin, classifier_in
 from ..text.cache import WeightsState
 from ..towers import eval_mode, execution_device, find_towers, takes_patches
-from ..tuner.config_checks import MULTI_LABEL
+from ..tuner.base_config import MULTI_LABEL
 from ..tuner.hub import load_image_processor
 from .calibration import validation_logits
 from .conformal_scores import (

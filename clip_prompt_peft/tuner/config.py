@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import enum
-import os
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass
 
 from peft import PeftConfig, PromptTuningInit
 from torch import nn
 
 from ..towers import num_tower_layers
-from .config_checks import FORMAT_VERSION, check_config, check_resolved
+from .base_config import (
+    FORMAT_VERSION,
+    ClassifierAdapterConfig,
+    CLIPPromptPeftType,
+    as_member,
+    option,
+)
+from .config_checks import check_config, check_resolved
 from .presets import preset_settings
-
-
-class CLIPPromptPeftType(str, enum.Enum):
-    """The peft type of this method. It has its own enum, since `peft.PeftType` is a closed one.
-
-    It is a member of a `str` enum and not a string, since transformers reads `peft_type.value` when it loads adapters.
-    """
-
-    CLIP_PROMPT_TUNING = "CLIP_PROMPT_TUNING"
-
-
-class CLIPPromptTaskType(str, enum.Enum):
-    """The task type of this method, with which `get_peft_model` returns a [`PeftModelForPromptClassification`]."""
-
-    PROMPT_CLASSIFICATION = "PROMPT_CLASSIFICATION"
 
 
 class ClassTokenPosition(str, enum.Enum):
@@ -45,12 +35,8 @@ class ClassTokenCount(str, enum.Enum):
     ALONE = "alone"
 
 
-def _option(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
-class CLIPPromptTuningConfig(PeftConfig):
+class CLIPPromptTuningConfig(ClassifierAdapterConfig, PeftConfig):
     """
     Configuration of a [`CLIPPromptTuningModel`].
 
@@ -113,6 +99,10 @@ class CLIPPromptTuningConfig(PeftConfig):
             Whether the vision prompts are linear maps of the text prompts, with one map for each depth (MaPLe).
         image_conditioned (`bool`, *optional*, defaults to `False`):
             Whether a small network shifts the vectors depending on the image embedding (CoCoOp).
+        projection_dim (`int`, *optional*):
+            The width of the class embeddings of a teacher (PromptKD). A small network maps image embeddings to this
+            width, and images are compared with the embeddings of the teacher, which are saved with the adapter. The
+            text tower is not used, so `num_virtual_tokens` must be 0. By default there is no teacher.
         regularizer (`str`, *optional*):
             A loss term beside the cross entropy: `"kgcoop"`, `"prograd"` (needs [`ProGradTrainer`]) or `"promptsrc"`.
         regularizer_weights (`dict[str, float]`, *optional*):
@@ -134,6 +124,9 @@ class CLIPPromptTuningConfig(PeftConfig):
             The names, or a regex, of modules to leave out.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train and save, such as `["text_projection"]`.
+        teacher_class_names (`list[str]`, *optional*):
+            Set at injection: the names of the classes that the adapter has embeddings of a teacher for. Those in
+            `class_names` are among them.
         padded_template (`str`, *optional*):
             Set at injection: the template with room for all vectors.
         replaced_token_ids (`list[int]`, *optional*):
@@ -154,52 +147,50 @@ class CLIPPromptTuningConfig(PeftConfig):
         ValueError: If a value is not one of those described above, or values exclude each other.
     """
 
-    num_virtual_tokens: int | None = _option(None, "Number of vectors; by default that of the init text's tokens.")
-    prompt_tuning_init: PromptTuningInit | str = _option(PromptTuningInit.TEXT, "TEXT, RANDOM or SAMPLE_VOCAB.")
-    prompt_tuning_init_text: str | None = _option(None, "Text of num_virtual_tokens tokens to start from, with TEXT.")
-    tokenizer_name_or_path: str | None = _option(None, "Tokenizer for template and init text; by default the model's.")
-    prompt_template: str | None = _option(None, "Text with one {} for the class name; by default 'a photo of a {}.'.")
-    start_idx: int | None = _option(None, "First replaced position; by default the one after the begin token.")
-    class_names: list[str] | None = _option(None, "Class names; taken from the classifier.")
-    problem_type: str | None = _option(None, "One label per image or several; taken from the classifier.")
-    class_specific: bool = _option(False, "Whether every class has its own vectors.")
-    class_token_position: ClassTokenPosition | str = _option(ClassTokenPosition.END, "end, middle or front.")
-    class_token_count: ClassTokenCount | str = _option(
+    num_virtual_tokens: int | None = option(None, "Number of vectors; by default that of the init text's tokens.")
+    prompt_tuning_init: PromptTuningInit | str = option(PromptTuningInit.TEXT, "TEXT, RANDOM or SAMPLE_VOCAB.")
+    prompt_tuning_init_text: str | None = option(None, "Text of num_virtual_tokens tokens to start from, with TEXT.")
+    tokenizer_name_or_path: str | None = option(None, "Tokenizer for template and init text; by default the model's.")
+    prompt_template: str | None = option(None, "Text with one {} for the class name; by default 'a photo of a {}.'.")
+    start_idx: int | None = option(None, "First replaced position; by default the one after the begin token.")
+    class_names: list[str] | None = option(None, "Class names; taken from the classifier.")
+    problem_type: str | None = option(None, "One label per image or several; taken from the classifier.")
+    class_specific: bool = option(False, "Whether every class has its own vectors.")
+    class_token_position: ClassTokenPosition | str = option(ClassTokenPosition.END, "end, middle or front.")
+    class_token_count: ClassTokenCount | str = option(
         ClassTokenCount.IN_PROMPT, "Count the tokens of a class name inside of its prompt (in_prompt) or alone."
     )
-    text_prompt_depth: int | None = _option(1, "Number of text layers with prompts; None means every layer.")
-    class_aware_layer: int | None = _option(None, "Text layer before which vectors of each class come in (TCP).")
-    num_vision_virtual_tokens: int = _option(0, "Number of vectors that are appended to the image patches.")
-    vision_prompt_depth: int | None = _option(1, "Number of image layers with prompts; None means every layer.")
-    vision_prompts_from_text: bool = _option(False, "Whether vision prompts are linear maps of the text prompts.")
-    image_conditioned: bool = _option(False, "Whether a small network shifts the vectors depending on the image.")
-    regularizer: str | None = _option(None, "Loss term beside the cross entropy: kgcoop, prograd or promptsrc.")
-    regularizer_weights: dict[str, float] | None = _option(None, "Weights of the regularizer; by default the paper's.")
-    teacher_templates: list[str] | None = _option(None, "Templates that the regularizer compares with.")
-    temperature: float | None = _option(None, "Number by which logits are divided in evaluation; by default none.")
-    conformal_scores: dict | None = _option(None, "Set by ConformalClassifier.fit: scores of validation images.")
-    target_modules: list[str] | str | None = _option(None, "Embedding modules to wrap; by default all of the model.")
-    exclude_modules: list[str] | str | None = _option(None, "Modules to leave out.")
-    modules_to_save: list[str] | None = _option(None, "Further modules to train and to save with the vectors.")
-    padded_template: str | None = _option(None, "Set at injection: the template with room for all vectors.")
-    replaced_token_ids: list[int] | None = _option(None, "Set at injection: the ids of the replaced tokens.")
-    init_token_ids: list[int] | None = _option(None, "Set at injection: the token ids that TEXT started from.")
-    base_model_subfolder: str | None = _option(None, "Set at injection: folder of the base model in its repository.")
-    base_model_fingerprint: dict | None = _option(None, "Set at injection: some values of the base model.")
-    tokenizer_fingerprint: dict | None = _option(None, "Set at injection: the token ids of the adapter's texts.")
-    format_version: int = _option(FORMAT_VERSION, "Version of the file format.")
+    text_prompt_depth: int | None = option(1, "Number of text layers with prompts; None means every layer.")
+    class_aware_layer: int | None = option(None, "Text layer before which vectors of each class come in (TCP).")
+    num_vision_virtual_tokens: int = option(0, "Number of vectors that are appended to the image patches.")
+    vision_prompt_depth: int | None = option(1, "Number of image layers with prompts; None means every layer.")
+    vision_prompts_from_text: bool = option(False, "Whether vision prompts are linear maps of the text prompts.")
+    image_conditioned: bool = option(False, "Whether a small network shifts the vectors depending on the image.")
+    projection_dim: int | None = option(None, "Width of a teacher's class embeddings to map images to (PromptKD).")
+    regularizer: str | None = option(None, "Loss term beside the cross entropy: kgcoop, prograd or promptsrc.")
+    regularizer_weights: dict[str, float] | None = option(None, "Weights of the regularizer; by default the paper's.")
+    teacher_templates: list[str] | None = option(None, "Templates that the regularizer compares with.")
+    temperature: float | None = option(None, "Number by which logits are divided in evaluation; by default none.")
+    conformal_scores: dict | None = option(None, "Set by ConformalClassifier.fit: scores of validation images.")
+    target_modules: list[str] | str | None = option(None, "Embedding modules to wrap; by default all of the model.")
+    exclude_modules: list[str] | str | None = option(None, "Modules to leave out.")
+    modules_to_save: list[str] | None = option(None, "Further modules to train and to save with the vectors.")
+    teacher_class_names: list[str] | None = option(None, "Set at injection: classes with embeddings of a teacher.")
+    padded_template: str | None = option(None, "Set at injection: the template with room for all vectors.")
+    replaced_token_ids: list[int] | None = option(None, "Set at injection: the ids of the replaced tokens.")
+    init_token_ids: list[int] | None = option(None, "Set at injection: the token ids that TEXT started from.")
+    base_model_subfolder: str | None = option(None, "Set at injection: folder of the base model in its repository.")
+    base_model_fingerprint: dict | None = option(None, "Set at injection: some values of the base model.")
+    tokenizer_fingerprint: dict | None = option(None, "Set at injection: the token ids of the adapter's texts.")
+    format_version: int = option(FORMAT_VERSION, "Version of the file format.")
 
     def __post_init__(self):
-        # peft's check accepts its own task types only, so it runs without ours.
-        self.task_type, task_type = None, self.task_type
-        super().__post_init__()
-        self.task_type = _as_member(CLIPPromptTaskType, task_type or "PROMPT_CLASSIFICATION", "task_type")
+        self.check_task_type(super().__post_init__)
         self.peft_type = CLIPPromptPeftType.CLIP_PROMPT_TUNING
-        self.prompt_tuning_init = _as_member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
-        self.class_token_position = _as_member(ClassTokenPosition, self.class_token_position, "class_token_position")
-        self.class_token_count = _as_member(ClassTokenCount, self.class_token_count, "class_token_count")
+        self.prompt_tuning_init = as_member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
+        self.class_token_position = as_member(ClassTokenPosition, self.class_token_position, "class_token_position")
+        self.class_token_count = as_member(ClassTokenCount, self.class_token_count, "class_token_count")
         check_config(self)
-        self.source: str | None = None  # the folder or Hub id that it was read from
         self.checked_tokenizer: int | None = None  # the id() of the tokenizer that `tokenizer_fingerprint` fits
         self.set_at_injection: dict[str, object] = {}  # field to value, of a configuration that `resolve` has made
         if self.has_weights:
@@ -230,21 +221,6 @@ class CLIPPromptTuningConfig(PeftConfig):
         num_layers = () if model is None else (num_tower_layers(model, "text"), num_tower_layers(model, "vision"))
         return cls(**{**preset_settings(name, *num_layers), **overrides})
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Self:
-        try:
-            config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except TypeError as error:  # a field that cannot be one, such as "self"
-            name = str(pretrained_model_name_or_path)
-            raise ValueError(f"The configuration of {name!r} is damaged: {error}") from error
-        config.source = str(pretrained_model_name_or_path)
-        return config
-
-    @property
-    def described(self) -> str:
-        """What messages call the adapter: the folder or Hub id that it was read from, if that is known."""
-        return repr(self.source) if self.source else "of this configuration"
-
     @property
     def has_weights(self) -> bool:
         """Whether the configuration belongs to saved weights: it came with the token ids that an injection sets."""
@@ -254,11 +230,3 @@ class CLIPPromptTuningConfig(PeftConfig):
     def has_shared_prefix(self) -> bool:
         """Whether begin token and vectors are the same, at the same positions, in the texts of all classes."""
         return not self.class_specific and self.class_token_position is ClassTokenPosition.END
-
-
-def _as_member(enum_class: type[enum.Enum], value, field_name: str):
-    try:
-        return enum_class(value)
-    except ValueError:
-        allowed = ", ".join(repr(member.value) for member in enum_class)
-        raise ValueError(f"{field_name} must be one of {allowed}, got {value!r}.") from None

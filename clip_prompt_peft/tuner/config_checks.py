@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import enum
-from numbers import Real
 
 from peft import PromptTuningInit
 
 from ..templates import check_class_names, check_template
+from .base_config import PROBLEM_TYPES, check_calibration, check_format_version, is_int_from
 
 
-FORMAT_VERSION = 1  # of adapter_config.json; files without a version are of this one, too
-MULTI_LABEL = "multi_label_classification"  # transformers' name for it in `config.problem_type`
-PROBLEM_TYPES = ("single_label_classification", MULTI_LABEL)
+MAX_PROJECTION = 8192  # the widest embeddings of known models have 2048
 MAX_TOKENS = 1000  # the literature uses up to 200; a file must not be able to ask for any amount of memory
-TEMPERATURES = (1e-3, 1e3)  # CLIP multiplies similarities by 100; this reaches from a factor of 0.1 to 100,000
 
 # The names and weights of the regularizers in `clip_prompt_peft.regularizers`. They are repeated here since the tuner
 # knows nothing of classifiers and their losses; a test compares the two.
@@ -28,27 +25,9 @@ REGULARIZER_WEIGHTS = {
 def check_config(config) -> None:
     """Raises `ValueError` if a value of a configuration is not allowed, or values exclude each other."""
     checks = (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts)
-    for check in (*checks, _check_class_aware, _check_regularizer, _check_teacher_templates):
+    for check in (*checks, _check_class_aware, _check_projection, _check_regularizer, _check_teacher_templates):
         check(config)
-    check_temperature(config.temperature)
-    check_conformal_scores(config.conformal_scores)
-
-
-def check_temperature(temperature) -> None:
-    """Raises `ValueError` unless a temperature is `None` or a number from 0.001 to 1000."""
-    low, high = TEMPERATURES
-    is_number = isinstance(temperature, Real) and not isinstance(temperature, bool)
-    if temperature is not None and not (is_number and low <= temperature <= high):
-        raise ValueError(
-            f"temperature must be a number from {low:g} to {high:g}, by which logits are divided, or None, got "
-            f"{temperature!r}."
-        )
-
-
-def check_conformal_scores(scores) -> None:
-    """Raises `ValueError` unless conformal scores are a dictionary or `None`. Its values are checked when used."""
-    if scores is not None and not isinstance(scores, dict):
-        raise ValueError(f"conformal_scores must be a dictionary that ConformalClassifier.fit made, got {scores!r}.")
+    check_calibration(config)
 
 
 def check_coupled_depths(config) -> None:
@@ -92,25 +71,21 @@ def _check_types(config) -> None:
         for name in names:
             if not is_of_kind(getattr(config, name)):
                 raise ValueError(f"{name} must be {kind}, got {getattr(config, name)!r}.")
-    if not _is_int_from(1, config.format_version) or config.format_version > FORMAT_VERSION:
-        raise ValueError(
-            f"The adapter has the file format {config.format_version!r}, but this version of clip_prompt_peft reads "
-            f"formats up to {FORMAT_VERSION}; install a newer version."
-        )
+    check_format_version(config)
 
 
 def _check_numbers(config) -> None:
     n = config.num_virtual_tokens
-    smallest = 1 if config.num_vision_virtual_tokens == 0 else 0
-    if n is not None and not _is_int_from(smallest, n):
-        hint = " (0, no text vectors, only with num_vision_virtual_tokens)" if n == 0 else ""
+    smallest = 1 if config.num_vision_virtual_tokens == 0 and config.projection_dim is None else 0
+    if n is not None and not is_int_from(smallest, n):
+        hint = " (0, no text vectors, only with num_vision_virtual_tokens or projection_dim)" if n == 0 else ""
         raise ValueError(f"num_virtual_tokens must be a positive integer, got {n!r}{hint}.")
-    if config.start_idx is not None and not _is_int_from(0, config.start_idx):
+    if config.start_idx is not None and not is_int_from(0, config.start_idx):
         raise ValueError(
             "start_idx must be an integer of at least 0, or None for the position after the begin token, got "
             f"{config.start_idx!r}."
         )
-    if not _is_int_from(0, config.num_vision_virtual_tokens):
+    if not is_int_from(0, config.num_vision_virtual_tokens):
         raise ValueError(
             f"num_vision_virtual_tokens must be an integer of at least 0, got {config.num_vision_virtual_tokens!r}."
         )
@@ -119,7 +94,7 @@ def _check_numbers(config) -> None:
             raise ValueError(f"{name} must be at most {MAX_TOKENS}, got {getattr(config, name)}.")
     for name in ("text_prompt_depth", "vision_prompt_depth"):
         depth = getattr(config, name)
-        if depth is not None and not _is_int_from(1, depth):
+        if depth is not None and not is_int_from(1, depth):
             raise ValueError(f"{name} must be a positive integer, or None for every layer, got {depth!r}.")
 
 
@@ -174,7 +149,7 @@ def _check_class_aware(config) -> None:
     layer = config.class_aware_layer
     if layer is None:
         return
-    if not _is_int_from(1, layer):
+    if not is_int_from(1, layer):
         raise ValueError(
             "class_aware_layer must be the index of a text layer from 1 on, or None for none, got "
             f"{layer!r}. For vectors of each class in the input, use class_specific."
@@ -185,6 +160,29 @@ def _check_class_aware(config) -> None:
             "to that layer, the vectors are the same, and stand at the same positions, in the texts of all classes."
         )
     check_deep_prompts_end(config)
+
+
+def _check_projection(config) -> None:
+    width = config.projection_dim
+    if width is None:
+        return
+    if not is_int_from(1, width) or width > MAX_PROJECTION:
+        raise ValueError(f"projection_dim must be an integer from 1 to {MAX_PROJECTION}, or None, got {width!r}.")
+    if config.num_virtual_tokens != 0:
+        raise ValueError(
+            f"projection_dim={width} compares images with the class embeddings of a teacher, so that text vectors "
+            f"would have no effect; set num_virtual_tokens=0, got {config.num_virtual_tokens!r}."
+        )
+    if config.regularizer is not None:
+        raise ValueError(
+            f"regularizer={config.regularizer!r} compares with the zero-shot model, whose embeddings are not of the "
+            f"width projection_dim={width}; leave one of them out."
+        )
+    if config.teacher_class_names is not None:
+        config.teacher_class_names = check_class_names(config.teacher_class_names)
+        unknown = [name for name in config.class_names or () if name not in config.teacher_class_names]
+        if unknown:
+            raise ValueError(f"class_names holds {unknown[0]!r}, which is not in teacher_class_names.")
 
 
 def _check_vision_prompts(config) -> None:
@@ -245,7 +243,6 @@ def _check_teacher_templates(config) -> None:
 
 
 def check_resolved(config) -> None:
-    """Raises `ValueError` if a configuration of saved weights lacks what an injection sets."""
     ids, n = config.replaced_token_ids, config.num_virtual_tokens
     if not _is_token_ids(ids) or len(ids) != n:
         raise ValueError(
@@ -255,6 +252,11 @@ def check_resolved(config) -> None:
     check_template(config.padded_template)
     if config.start_idx is None:
         raise ValueError("start_idx must be given with replaced_token_ids; the adapter's configuration is damaged.")
+    if (config.projection_dim is None) != (config.teacher_class_names is None):
+        raise ValueError(
+            f"projection_dim={config.projection_dim!r} and teacher_class_names={config.teacher_class_names!r} must be "
+            "given together or not at all; the adapter's configuration is damaged."
+        )
 
 
 def _is_patterns(value) -> bool:
@@ -264,8 +266,4 @@ def _is_patterns(value) -> bool:
 
 
 def _is_token_ids(value) -> bool:
-    return isinstance(value, list) and all(_is_int_from(0, i) for i in value)
-
-
-def _is_int_from(smallest: int, value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+    return isinstance(value, list) and all(is_int_from(0, i) for i in value)

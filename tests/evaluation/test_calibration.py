@@ -241,7 +241,7 @@ class TestIsRefused:
         model.add_adapter("other", CLIPPromptTuningConfig(num_virtual_tokens=2, start_idx=3))
         model.base_model.set_adapter(["default", "other"])
         assert model.temperature is None
-        with pytest.raises(ValueError, match="2 prompt adapters are in effect together"):
+        with pytest.raises(ValueError, match="2 adapters are in effect together"):
             model.set_temperature(2.0)
 
 
