@@ -29,6 +29,7 @@ from .training.configs import method_config
 from .training.prograd import ProGradMixin, ProGradTrainer
 from .training.recipes import training_recipe
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
+from .tuner.hub import load_image_processor
 from .tuner.presets import PRESETS
 
 
@@ -61,6 +62,7 @@ __all__ = [
     "check_label_names",
     "description_ensemble",
     "last_whole_checkpoint",
+    "load_image_processor",
     "load_templates",
     "method_config",
     "pad_template",

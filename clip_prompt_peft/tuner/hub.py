@@ -152,11 +152,30 @@ def load_tokenizer(name_or_path: str, hub: HubSettings, remedy: str):
 
 
 def load_image_processor(model) -> BaseImageProcessor:
-    """Loads the image processor of a model from where, and with what, the model was loaded.
+    """
+    Loads the image processor of a model from where, and with what, the model was loaded.
+
+    It knows the configuration of open_clip, too, which `AutoImageProcessor` does not.
+
+    Args:
+        model (`PreTrainedModel`):
+            A classifier, or a model of a family.
+
+    Returns:
+        `BaseImageProcessor`: The image processor.
 
     Raises:
         OSError: If it cannot be loaded.
         ValueError: If the model has no `name_or_path`.
+
+    Example:
+
+    ```py
+    >>> from clip_prompt_peft import load_image_processor
+
+    >>> image_processor = load_image_processor(model)
+    >>> image_processor(images, return_tensors="pt")["pixel_values"]  # (B, 3, H, W)
+    ```
     """
     if not model.name_or_path:
         raise ValueError("The model has no name_or_path to load an image processor from; pass image_processor=...")

@@ -4,7 +4,7 @@
     python tests/golden/record_open_clip.py
 
 writes `tests/golden/open_clip`: tiny models, texts and images for the tests, which need none of these packages, and
-`architectures.json` for the table in docs/open_clip.md. It takes half an hour on two cores, and 16 GB of memory.
+`architectures.json` for the table in docs/open_clip.md. It takes half an hour on two cores.
 """
 
 import argparse
@@ -38,10 +38,9 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from families import siglip_tokenizer, xlm_tokenizer  # noqa: E402
+from families import clip_tokenizer, siglip_tokenizer, xlm_tokenizer  # noqa: E402
 from open_clip_cases import CASES, GOLDEN, TRUNKS, pixel_values, recorded, table, token_ids, values  # noqa: E402
 from peft import get_peft_model  # noqa: E402
-from transformers import SiglipModel  # noqa: E402
 
 from clip_prompt_peft import (  # noqa: E402
     AutoModelForPromptClassification,
@@ -67,7 +66,13 @@ PREPROCESSING = {
     "longest": {"resize_mode": "longest"},
 }
 IMAGE_SIZES = [(60, 40), (40, 52), (24, 24), (96, 24)]  # width, height
-FEW_LAYERS, LARGEST = 2, 450e6  # numbers of parameters above which only these layers are compared
+# Of these, all layers are compared, and of the others the first ones, at their full widths.
+WHOLE = {
+    "ViT-B-16", "ViT-B-16-quickgelu", "ViT-B-32", "ViT-L-14", "ViT-M-16-alt",
+    "ViT-B-16-SigLIP", "ViT-B-16-SigLIP-256", "ViT-B-16-SigLIP-512", "ViT-B-16-SigLIP-i18n-256", "ViT-B-16-SigLIP2",
+    "ViT-B-16-SigLIP2-256",
+}  # fmt: skip
+FEW_LAYERS = 2
 
 
 def register_tiny_trunks():
@@ -142,44 +147,48 @@ def record_pixels():
 
 
 def record_architectures(names):
-    """Compares every architecture, and keeps what is known of those that are not named."""
+    """Maps every architecture and compares shapes, then the numbers of those that are named, by default of all."""
     path = GOLDEN / "architectures.json"
     known = recorded(path.name)["architectures"] if path.exists() else {}
+    mapped = {}
     for name in sorted(open_clip.list_models()):
-        if names and name not in names:
-            continue
         model_cfg = open_clip.get_model_config(name)
         try:
-            config = read_config({"model_cfg": model_cfg}, name)
+            mapped[name] = compare_shapes(name, model_cfg)
         except UnsupportedOpenClipModel as error:
             known[name] = {"parts": error.parts}
-            continue
-        known[name] = compare(name, model_cfg, config)
-        print(name, known[name], flush=True)
+        else:
+            known.setdefault(name, {"class": mapped[name]})
+    for name in names or mapped:
+        if name in mapped:
+            known[name] = {"class": mapped[name], **compare_numbers(name, open_clip.get_model_config(name))}
+            print(name, known[name], flush=True)
         found = {"open_clip": open_clip.__version__, "timm": timm.__version__}
         write(path.name, {**found, "architectures": dict(sorted(known.items()))})
 
 
-def compare(name, model_cfg, config):
-    """Compares the shapes at full size, and the numbers at full width with as many layers as there is room for."""
+def compare_shapes(name, model_cfg):
+    """Compares names and shapes of the tensors at full size, and returns the name of the class."""
+    config = read_config({"model_cfg": model_cfg}, name)
     with torch.device("meta"):
         theirs = new_model(model_cfg, device="meta")
         ours = classifier_class(config.transformers).base_class(config.transformers)
     tensors = convert(config, theirs.state_dict(), name)
     expected = {key: value.shape for key, value in ours.state_dict().items()}
     assert {key: value.shape for key, value in tensors.items()} == expected, name
+    return type(ours).__name__
 
-    text = model_cfg["text_cfg"]
-    is_siglip, reads_openai = isinstance(ours, SiglipModel), text["vocab_size"] == 49408
-    if not reads_openai:
-        text["vocab_size"] = 2000  # tables of tokens make up most of the memory, and have nothing to compare
-    size = sum(p.numel() for key, p in theirs.named_parameters() if "token_embedding" not in key)
-    layers = "all"
-    if size > LARGEST:
-        layers = str(FEW_LAYERS)
-        model_cfg["vision_cfg"]["layers"] = text["layers"] = FEW_LAYERS
-    with few_layers_of_timm(model_cfg["vision_cfg"].get("timm_model_name") if layers != "all" else None):
-        return {"class": type(ours).__name__, "layers": layers, **compare_numbers(model_cfg, is_siglip, reads_openai)}
+
+def compare_numbers(name, model_cfg):
+    """Compares embeddings and logits at full width."""
+    trunk, text = model_cfg["vision_cfg"].get("timm_model_name"), model_cfg["text_cfg"]
+    make_tokenizer = siglip_tokenizer if trunk else xlm_tokenizer if text.get("pool_type") == "eos" else clip_tokenizer
+    text["vocab_size"] = 2000  # tables of tokens make up most of the memory, and have nothing to compare
+    if name in WHOLE:
+        return {"layers": "all", **differences(model_cfg, make_tokenizer())}
+    model_cfg["vision_cfg"]["layers"] = text["layers"] = FEW_LAYERS
+    with few_layers_of_timm(trunk):
+        return {"layers": str(FEW_LAYERS), **differences(model_cfg, make_tokenizer())}
 
 
 class few_layers_of_timm:
@@ -199,7 +208,7 @@ class few_layers_of_timm:
             trunks.TRUNKS[self.name], timm.create_model = self.trunk, self.create
 
 
-def compare_numbers(model_cfg, is_siglip, reads_openai):
+def differences(model_cfg, tokenizer):
     torch.manual_seed(0)
     model = new_model(model_cfg)
     generator = torch.Generator().manual_seed(0)
@@ -225,7 +234,6 @@ def compare_numbers(model_cfg, is_siglip, reads_openai):
             output = ours(input_ids=ids, pixel_values=images)
         actual = {"image": output.image_embeds, "text": output.text_embeds, "logits": output.logits_per_image}
         found = {part: float((actual[part] - expected[part]).abs().max()) for part in expected}
-        tokenizer = None if reads_openai else siglip_tokenizer() if is_siglip else xlm_tokenizer()
         return {**found, "tuned": tuned_and_reloaded(ours, tokenizer, base, Path(folder, "adapter"), images)}
 
 
@@ -259,7 +267,7 @@ def write(name, content):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="architectures to compare again")
+    parser.add_argument("--only", nargs="+", help="architectures whose numbers are compared")
     parser.add_argument("--no_architectures", action="store_true", help="record the cases of the tests only")
     arguments = parser.parse_args()
     GOLDEN.mkdir(exist_ok=True)

@@ -140,11 +140,41 @@ class Case:
         return folder
 
 
+def with_openai_s_vocabulary(folder, name="plain", preprocess_cfg=None):
+    """Writes a tiny model that reads texts as most published ones do."""
+    case = Case(name)
+    case.model_cfg["text_cfg"] |= {"vocab_size": 49408, "context_length": 77}
+    for tensor, shape in (("token_embedding.weight", (49408, 32)), ("positional_embedding", (77, 32))):
+        case.tensors[tensor] = values(tensor, shape)
+    return case.write(folder, preprocess_cfg)
+
+
 def table(architectures):
     """The table of the docs, from the recording."""
     rows = ["| open_clip | transformers | layers | image | text | logits | tuned, reloaded |", "|---" * 7 + "|"]
     for name, one in architectures.items():
-        if "class" in one:
+        if "layers" in one:
             numbers = (f"{one[part]:.0e}" if one[part] else "0" for part in ("image", "text", "logits", "tuned"))
             rows.append(f"| {' | '.join((name, one['class'], one['layers'], *numbers))} |")
     return "\n".join(rows)
+
+
+# Why architectures are refused, by what a part is called; the first that fits counts.
+REASONS = {
+    "multimodal_cfg": "CoCa's decoder",
+    "(a ResNet)": "image towers that are ResNets",
+    "(an image tower of timm": "image towers of timm other than SigLIP's (ConvNeXt, EVA, MobileCLIP, ViTamin, ...)",
+    "hf_model_name": "text towers that are not open_clip's own (RoBERTa, XLM-R, mT5, NLLB)",
+    "no_ln_pre": "CLIPA: no LayerNorm in front, average and last-token pooling",
+}
+
+
+def refusals(architectures):
+    """The table of what is refused in the docs, from the recording."""
+    counts = dict.fromkeys(REASONS.values(), 0)
+    for one in architectures.values():
+        if "parts" in one:
+            counts[next(reason for mark, reason in REASONS.items() if any(mark in part for part in one["parts"]))] += 1
+    return "\n".join(
+        ["| in the way | architectures |", "|---|---|", *(f"| {why} | {n} |" for why, n in counts.items())]
+    )
