@@ -9,15 +9,19 @@ from importlib import import_module
 
 from .assets import load_templates
 from .auto import AutoModelForPromptClassification, AutoPeftModelForPromptClassification
+from .class_head import ClassHeadConfig, ClassHeadModel
 from .evaluation.ensembles import description_ensemble, template_ensemble
 from .families import (
+    Aimv2ForPromptClassification,
     AltCLIPForPromptClassification,
     ChineseCLIPForPromptClassification,
     CLIPForPromptClassification,
+    GroupViTForPromptClassification,
     MetaClip2ForPromptClassification,
     Siglip2ForPromptClassification,
     SiglipForPromptClassification,
 )
+from .known_checkpoints import KnownCheckpoint, known_checkpoints
 from .modeling import PromptClassificationMixin
 from .peft_model import PeftModelForPromptClassification, register
 from .pipelines import PromptClassificationPipeline, register_task
@@ -26,8 +30,12 @@ from .text.prompts import build_class_prompts
 from .training.callbacks import GaussianPromptAveraging, StopAtNonFinite
 from .training.checkpoints import last_whole_checkpoint
 from .training.configs import method_config
+from .training.distillation import DistillationTrainer, distillation_loss
+from .training.dynamic_adapter import DynamicAdapter
+from .training.heads import TwoStageTuning, fit_class_head, start_class_head
 from .training.prograd import ProGradMixin, ProGradTrainer
 from .training.recipes import training_recipe
+from .training.test_time import TestTimeTuner
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
 from .tuner.hub import load_image_processor
 from .tuner.presets import PRESETS
@@ -39,18 +47,25 @@ register()
 register_task()
 
 __all__ = [
+    "Aimv2ForPromptClassification",
     "AltCLIPForPromptClassification",
     "AutoModelForPromptClassification",
     "AutoPeftModelForPromptClassification",
     "CLIPForPromptClassification",
     "ChineseCLIPForPromptClassification",
+    "GroupViTForPromptClassification",
     "MetaClip2ForPromptClassification",
     "Siglip2ForPromptClassification",
     "SiglipForPromptClassification",
     "CLIPPromptTuningConfig",
     "CLIPPromptTuningModel",
     "CLIPTextLearnableEmbeddings",
+    "ClassHeadConfig",
+    "ClassHeadModel",
+    "DistillationTrainer",
+    "DynamicAdapter",
     "GaussianPromptAveraging",
+    "KnownCheckpoint",
     "PRESETS",
     "PeftModelForPromptClassification",
     "ProGradMixin",
@@ -58,14 +73,20 @@ __all__ = [
     "PromptClassificationMixin",
     "PromptClassificationPipeline",
     "StopAtNonFinite",
+    "TwoStageTuning",
+    "TestTimeTuner",
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",
+    "distillation_loss",
+    "fit_class_head",
+    "known_checkpoints",
     "last_whole_checkpoint",
     "load_image_processor",
     "load_templates",
     "method_config",
     "pad_template",
+    "start_class_head",
     "template_ensemble",
     "training_recipe",
 ]

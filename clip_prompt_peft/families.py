@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from transformers import (
+    Aimv2Model,
     AltCLIPModel,
     ChineseCLIPModel,
     CLIPModel,
+    GroupViTModel,
     MetaClip2Model,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -19,6 +22,7 @@ from transformers.utils import can_return_tuple
 
 from .loss import PromptClassifierOutput
 from .modeling import PromptClassificationMixin
+from .text.packing import ADDITIVE_ATTENTION, attention_of
 from .text.tokenization import MASKED, READ
 
 
@@ -158,6 +162,81 @@ class AltCLIPForPromptClassification(PromptClassificationMixin, AltCLIPModel):
     weight_names = {r"encoder\.layer\.": "encoder.layers."}
 
 
+class Aimv2ForPromptClassification(PromptClassificationMixin, Aimv2Model):
+    """
+    [`PromptClassificationMixin`] on `Aimv2Model`, the contrastive (LiT) variant of AIMv2.
+
+    A token of a text attends to those before it, whatever else is in the batch. `Aimv2Model` itself builds no causal
+    mask without an `attention_mask`, nor, with the attention `sdpa`, if no text of a batch has padding: then a text
+    has another embedding than beside a longer one.
+    """
+
+    base_class = Aimv2Model
+
+    @property
+    def log_scale(self) -> torch.Tensor:
+        return self.logit_scale.clamp(0.0, self.max_log_logit_scale)
+
+    def get_text_features(self, input_ids, attention_mask=None, **kwargs):
+        """Computes the same as `Aimv2Model.get_text_features`, always with a causal mask.
+
+        Raises:
+            ValueError: If the attention implementation takes no mask of the model's own.
+        """
+        return super().get_text_features(input_ids, self._causal_mask(input_ids, attention_mask), **kwargs)
+
+    def _compare(self, labels, image_embeds, *, input_ids, attention_mask=None, **inputs):
+        mask = self._causal_mask(input_ids, attention_mask)
+        return super()._compare(labels, image_embeds, input_ids=input_ids, attention_mask=mask, **inputs)
+
+    def _causal_mask(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Returns (B, 1, L, L): added to the scores by `eager`, and where to look for `sdpa`."""
+        attention, length = attention_of(self.text_model)[0], input_ids.shape[1]
+        if attention not in ADDITIVE_ATTENTION:
+            raise ValueError(
+                f"With attn_implementation={attention!r}, the text tower of Aimv2Model takes no causal mask; load the "
+                "model with attn_implementation='sdpa' or 'eager'."
+            )
+        visible = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
+        visible = visible.expand(len(input_ids), 1, length, length)
+        if attention_mask is not None:
+            visible = visible & attention_mask.bool()[:, None, None]
+        if attention == "sdpa":
+            return visible
+        dtype = self.text_projection.weight.dtype
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+            ~visible, torch.finfo(dtype).min
+        )
+
+
+class GroupViTForPromptClassification(PromptClassificationMixin, GroupViTModel):
+    """
+    [`PromptClassificationMixin`] on `GroupViTModel`, whose image tower groups the patches in stages.
+
+    Its projections hold batch norms, and its stages assign patches to groups with random noise in training. Both stay
+    in eval mode: the frozen model would change with every batch, and a class embedding with the other classes.
+    """
+
+    base_class = GroupViTModel
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d) or hasattr(module, "assign_eps"):
+                module.training = False
+        return self
+
+    def get_image_features(self, pixel_values, interpolate_pos_encoding=False, **kwargs):
+        """Computes the same as `GroupViTModel.get_image_features`.
+
+        Raises:
+            ValueError: If images of another size are asked for.
+        """
+        if interpolate_pos_encoding:
+            raise ValueError("The image tower of GroupViTModel takes images of one size, without interpolation.")
+        return super().get_image_features(pixel_values, **kwargs)
+
+
 CLASSIFIERS: tuple[type[PromptClassificationMixin], ...] = (
     CLIPForPromptClassification,
     MetaClip2ForPromptClassification,
@@ -165,6 +244,8 @@ CLASSIFIERS: tuple[type[PromptClassificationMixin], ...] = (
     Siglip2ForPromptClassification,
     ChineseCLIPForPromptClassification,
     AltCLIPForPromptClassification,
+    Aimv2ForPromptClassification,
+    GroupViTForPromptClassification,
 )
 
 

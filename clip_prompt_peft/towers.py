@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,8 @@ from torch.nn.modules.module import (
 
 TOKEN_TABLES = ("token_embedding", "word_embeddings")  # the names in CLIP and in BERT
 POSITION_TABLES = ("position_embedding", "position_embeddings")
+PATCH_PROJECTIONS = ("patch_embedding", "patch_embed", "patch_embeddings")  # in CLIP, AIMv2 and GroupViT
+FINAL_NORMS = ("final_layer_norm", "rms_norm")  # in CLIP and in AIMv2
 TRANSFORMERS_HOOKS = "transformers.utils.output_capturing"
 LAYER_LISTS = ("layers", "layer")
 ATTENTION_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))  # the names in CLIP and in BERT
@@ -71,15 +73,34 @@ def is_text_embeddings(module: nn.Module | None, token_tables: tuple[str, ...] =
 
 
 def is_vision_embeddings(module: nn.Module | None) -> bool:
-    """Returns whether `module` holds a patch embedding and a position table."""
-    return all(
-        isinstance(getattr(module, name, None), nn.Module) for name in ("patch_embedding", "position_embedding")
-    )
+    """Returns whether `module` holds a patch embedding, and a position table or what stands for one.
+
+    AIMv2 of native resolution computes its positions. GroupViT has one tensor of them, as many other image towers
+    have, of which only those in front of stages are known here.
+    """
+    if isinstance(getattr(module, "patch_embedding", None), nn.Module):
+        return isinstance(getattr(module, "position_embedding", None), nn.Module)
+    if isinstance(getattr(module, "patch_embed", None), nn.Module):
+        is_native = getattr(getattr(module, "config", None), "is_native", False)
+        return is_native is True or isinstance(getattr(module, "position_embedding", None), nn.Module)
+    config = getattr(module, "config", None)
+    return isinstance(getattr(module, "patch_embeddings", None), nn.Module) and hasattr(config, "num_group_tokens")
+
+
+def patch_projection(embeddings: nn.Module) -> nn.Module:
+    """Returns the layer that makes vectors of the patches of an image."""
+    patches = next(part for name in PATCH_PROJECTIONS if (part := getattr(embeddings, name, None)) is not None)
+    return unwrapped(getattr(patches, "projection", patches))
 
 
 def takes_patches(embeddings: nn.Module) -> bool:
     """Returns whether image embeddings take patches and a mask of them (NaFlex) instead of images of a fixed size."""
-    return isinstance(unwrapped(embeddings.patch_embedding), nn.Linear)
+    return isinstance(patch_projection(embeddings), nn.Linear)
+
+
+def final_norm_of(text_model: nn.Module) -> nn.Module:
+    """Returns the normalization behind the last layer of a text tower."""
+    return next(norm for name in FINAL_NORMS if (norm := getattr(text_model, name, None)) is not None)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -114,11 +135,13 @@ class Tower:
         embeddings_key: The path of its embeddings.
         layer_keys: The paths of its encoder layers.
         like: An empty tensor (0, D), which gives the hidden size and dtype of the embeddings, and their device.
+        has_stages: Whether the layers belong to stages, between which tokens are put together, as in GroupViT.
     """
 
     embeddings_key: str
     layer_keys: list[str]
     like: torch.Tensor
+    has_stages: bool = False
 
 
 def find_towers(model: nn.Module, kind: str) -> list[Tower]:
@@ -126,11 +149,11 @@ def find_towers(model: nn.Module, kind: str) -> list[Tower]:
     if kind == "text":
         # A BERT is the text tower of a dual encoder only if there is an image tower beside it.
         names = TOKEN_TABLES if any(map(is_vision_embeddings, model.modules())) else TOKEN_TABLES[:1]
-        is_embeddings, table_name = (lambda module: is_text_embeddings(module, names)), token_table_name
+        is_embeddings, like = (lambda module: is_text_embeddings(module, names)), _like_tokens
     else:
-        is_embeddings, table_name = is_vision_embeddings, position_table_name
+        is_embeddings, like = is_vision_embeddings, _like_patches
     return [
-        _tower(model, key, like_table(getattr(module, table_name(module))))
+        _tower(model, key, like(module))
         for key, module in model.named_modules()
         # A tuner layer has the same tables as the module that it wraps; only one of them counts.
         if is_embeddings(module) and not key.endswith("base_layer")
@@ -167,6 +190,41 @@ def attention_inputs(model: nn.Module) -> list[str]:
     return found
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Returns whether a module is a LayerNorm, or one of its kin without a mean (RMSNorm)."""
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or type(module).__name__.endswith("RMSNorm")
+
+
+def block_layer_norms(model: nn.Module) -> list[str]:
+    """
+    Returns the paths of the LayerNorms in the encoder layers of both towers; those before and behind them are others.
+
+    Raises:
+        ValueError: If there is a tower without such layers.
+    """
+    found: list[str] = []
+    for kind in ("text", "vision"):
+        layers = [key for tower in find_towers(model, kind) for key in tower.layer_keys]
+        paths = [
+            f"{key}.{name}"
+            for key in layers
+            for name, module in model.get_submodule(key).named_modules()
+            if is_norm(unwrapped(module)) and not {"base_layer", "ln_tuning_layers"} & set(name.split("."))
+        ]
+        if not paths:
+            raise ValueError(f"The {kind} tower of {type(model).__name__} has no LayerNorms in its layers.")
+        found += paths
+    return found
+
+
+def outside_of_layers(model: nn.Module, names: list[str]) -> list[str]:
+    """Returns the paths of modules with one of these names that are in no encoder layer, such as a pooling."""
+    layers = tuple(
+        f"{key}." for kind in ("text", "vision") for tower in find_towers(model, kind) for key in tower.layer_keys
+    )
+    return [key for key, _ in model.named_modules() if key.rpartition(".")[2] in names and not key.startswith(layers)]
+
+
 def adapter_settings(modules: Iterable[nn.Module]) -> list[dict[str, str]]:
     """Returns the plain values of each adapter layer: which adapter is active, disabled or merged, its scaling, ..."""
     layers = [module for module in modules if isinstance(module, ADAPTER_LAYERS)]
@@ -176,6 +234,15 @@ def adapter_settings(modules: Iterable[nn.Module]) -> list[dict[str, str]]:
 def has_adapters(modules: Iterable[nn.Module]) -> bool:
     """Returns whether there is an adapter layer in one of the modules."""
     return any(isinstance(part, ADAPTER_LAYERS) for module in modules for part in module.modules())
+
+
+def inner_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yields the tensors that a tensor is made of: itself, or the parts of one that is packed by a quantization."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from inner_tensors(getattr(tensor, name))
 
 
 def trainable_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -256,6 +323,38 @@ def with_modules_of(source: nn.Module, target_class: type[nn.Module]) -> nn.Modu
     return model
 
 
+def frozen_copy(module: nn.Module, known: dict | None = None) -> nn.Module:
+    """Returns a module of the same parts that shares all weights, is frozen and in eval mode.
+
+    Its parts can be replaced without changing those of `module`. No weight is copied.
+
+    Args:
+        module (`torch.nn.Module`):
+            The module. Its hooks act on the copy, too.
+        known (`dict`, *optional*):
+            The copies by the id of what they are copies of, so that shared parts stay shared.
+    """
+    known = {} if known is None else known
+    if id(module) in known:
+        return known[id(module)]
+    known[id(module)] = copied = copy.copy(module)
+    copied.training = False
+    vars(copied).update(
+        _parameters={name: _frozen(parameter, known) for name, parameter in module._parameters.items()},
+        _buffers=dict(module._buffers),
+        _modules={name: part and frozen_copy(part, known) for name, part in module._modules.items()},
+    )
+    return copied
+
+
+def _frozen(parameter: nn.Parameter | None, known: dict) -> nn.Parameter | None:
+    if parameter is None or not parameter.requires_grad:
+        return parameter
+    if id(parameter) not in known:
+        known[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return known[id(parameter)]
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module):
     """Puts a model into eval mode for a while; afterwards every module is back in the mode that it was in."""
@@ -287,14 +386,34 @@ def _position_table(embeddings: nn.Module) -> nn.Module:
     return unwrapped(getattr(embeddings, position_table_name(embeddings)))
 
 
+def _like_tokens(embeddings: nn.Module) -> torch.Tensor:
+    return like_table(getattr(embeddings, token_table_name(embeddings)))
+
+
+def _like_patches(embeddings: nn.Module) -> torch.Tensor:
+    """Returns an empty tensor (0, D) as [`like_table`] does, also where positions are in no table."""
+    name = position_table_name(embeddings)
+    if name is not None:
+        return like_table(getattr(embeddings, name))
+    projection = patch_projection(embeddings)
+    width = getattr(projection, "out_channels", None) or projection.out_features
+    return torch.empty((0, width), dtype=projection.weight.dtype, device=execution_device(projection))
+
+
 def _tower(model: nn.Module, embeddings_key: str, like: torch.Tensor) -> Tower:
     path = embeddings_key.rpartition(".")[0]
     encoder = getattr(model.get_submodule(path), "encoder", None)
+    prefix = f"{path}.encoder" if path else "encoder"
+    stages = getattr(encoder, "stages", None)
+    if stages is None:
+        return Tower(embeddings_key, _layer_keys(encoder, prefix), like)
+    keys = [key for i, stage in enumerate(stages) for key in _layer_keys(stage, f"{prefix}.stages.{i}")]
+    return Tower(embeddings_key, keys, like, has_stages=True)
+
+
+def _layer_keys(encoder: nn.Module | None, prefix: str) -> list[str]:
     name = next((name for name in LAYER_LISTS if getattr(encoder, name, None) is not None), None)
-    if name is None:
-        return Tower(embeddings_key, [], like)
-    prefix = f"{path}.encoder.{name}" if path else f"encoder.{name}"
-    return Tower(embeddings_key, [f"{prefix}.{i}" for i in range(len(getattr(encoder, name)))], like)
+    return [] if name is None else [f"{prefix}.{name}.{i}" for i in range(len(getattr(encoder, name)))]
 
 
 def _is_plain(value) -> bool:

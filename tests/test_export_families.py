@@ -14,12 +14,12 @@ from clip_prompt_peft.export import CLASS_EMBEDS_FILE, ONNX_FILE, export_classif
 
 pytestmark = pytest.mark.slow  # exports
 
+OTHERS = ["MetaClip2", "ChineseCLIP", "AltCLIP", "Aimv2", "GroupViT"]
+
 
 @pytest.mark.skipif(torch.__version__ < (2, 10), reason="torch 2.6 cannot export its own MultiheadAttention")
 # ALL_PRESETS=1 in the environment adds more families, whose tracing takes a while
-@pytest.mark.parametrize(
-    "name", ["Siglip", *(["MetaClip2", "ChineseCLIP", "AltCLIP"] if os.environ.get("ALL_PRESETS") else [])]
-)
+@pytest.mark.parametrize("name", ["Siglip", *(OTHERS if os.environ.get("ALL_PRESETS") else [])])
 def test_onnxruntime_gives_the_logits_of_the_model_with_its_bias(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from adapters import train_with_sgd
 from conftest import slow_param
-from families import CLASS_NAMES, FAMILIES, Case
+from families import CLASS_NAMES, DEEP_VISION, FAMILIES, Case, takes
 from peft import PeftModel, get_peft_model
 
 from clip_prompt_peft import PRESETS, CLIPPromptTuningConfig, template_ensemble
@@ -32,7 +32,7 @@ DIFFERENT = (
 )
 
 
-PAIRS = [(name, preset) for name in OTHERS for preset in DIFFERENT]
+PAIRS = [(name, preset) for name in OTHERS for preset in DIFFERENT if takes(name, preset)]
 
 
 def is_in_a_quick_run(name, preset):
@@ -63,7 +63,10 @@ class TestZeroShot:
             model(**case.images, **texts, return_loss=True) for model in (case.family.base(), case.classifier())
         )
         assert torch.equal(actual.logits_per_image, expected.logits_per_image)
-        assert torch.equal(actual.loss, expected.loss)
+        if case.name == "Aimv2":  # it computes none
+            assert actual.loss is expected.loss is None
+        else:
+            assert torch.equal(actual.loss, expected.loss)
 
     def test_modules_are_shared_with_the_family_s_model_on_the_way_there_and_back(self, case):
         base = case.family.base()
@@ -112,17 +115,21 @@ class TestPrompts:
         images = {name: v.double() if v.is_floating_point() else v for name, v in case.images.items()}
         vectors = [value for value in model.parameters() if value.requires_grad]
         directions = [torch.randn(v.shape, generator=torch.Generator().manual_seed(7)).double() for v in vectors]
+        # The norms of AIMv2 compute in float32, so that small differences drown in rounding.
+        size, close = (
+            (3e-3, {"rtol": 1e-2, "atol": 1e-3}) if case.name == "Aimv2" else (1e-5, {"rtol": 1e-5, "atol": 1e-8})
+        )
         model(**images, labels=LABELS).loss.backward()
         expected = sum((value.grad * direction).sum() for value, direction in zip(vectors, directions))
         losses = []
-        for step in (1e-5, -1e-5):
+        for step in (size, -size):
             with torch.no_grad():
                 for value, direction in zip(vectors, directions):
                     value += step * direction
                 losses.append(model(**images, labels=LABELS).loss)
                 for value, direction in zip(vectors, directions):
                     value -= step * direction
-        torch.testing.assert_close((losses[0] - losses[1]) / 2e-5, expected, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close((losses[0] - losses[1]) / (2 * size), expected, **close)
 
     @pytest.mark.parametrize("preset", ["coop", "coop-csc", "cocoop"])
     def test_the_automatic_path_and_chunks_give_values_and_gradients_of_the_plain_one(self, case, preset):
@@ -143,6 +150,13 @@ class TestPrompts:
         classifier.class_encoder.path = "packed"
         with pytest.raises(ValueError, match="would not give this model's embeddings"):
             classifier.get_class_embeds()
+
+    @pytest.mark.parametrize("preset", DEEP_VISION)
+    def test_deep_vision_prompts_are_refused_where_patches_are_grouped_in_stages(self, preset):
+        case = Case("GroupViT")
+        with pytest.raises(ValueError, match=r"vision_prompt_depth=3 .* stages, .* take vision_prompt_depth=1"):
+            case.prompted(preset)
+        assert torch.equal(case.logits(case.classifier()), case.logits(case.family.classifier()))
 
     def test_class_names_in_the_middle_and_in_front(self, case):
         for position in ("middle", "front"):

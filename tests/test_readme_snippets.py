@@ -21,6 +21,7 @@ DOCS = ROOT / "docs"
 CHAINS = [
     [README, *(DOCS / f"{name}.md" for name in ("data", "methods", "training", "hub", "export", "scaling"))],
     [DOCS / "lora_beside_prompts.md"],
+    [DOCS / "families.md"],
 ]
 ARE_NOT_RUN = {ROOT / "CONTRIBUTING.md"}  # changes to the library itself
 
@@ -53,7 +54,8 @@ def test_all_documents_with_snippets_are_run():
 def hub():
     with HubStandIn() as hub:
         files = {path.name: path.read_bytes() for path in Path(TINY_CLIP).iterdir()}
-        hub.repos["openai/clip-vit-base-patch16"] = files
+        for name in ("openai/clip-vit-base-patch16", "patrickjohncyh/fashion-clip"):
+            hub.repos[name] = files
         yield hub
 
 

@@ -20,7 +20,15 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..image_files import UnreadableImageError
 from ..text.casts import keep_casts
-from ..towers import adapter_settings, embed_width, eval_mode, execution_device, hooks_of, image_side
+from ..towers import (
+    adapter_settings,
+    embed_width,
+    eval_mode,
+    execution_device,
+    hooks_of,
+    image_side,
+    inner_tensors,
+)
 from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
 from .images import PixelTransform
 from .reading import Reader, TransformReader, name_of, paths_without_content, readable, transform_of
@@ -352,12 +360,20 @@ def _hooked_module(model: PreTrainedModel) -> str | None:
 
 def _hash_of_image_side(model: PreTrainedModel) -> str:
     parts = image_side(model)
-    tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    tensors = [inner for part in parts for tensor in _tensors_of(part) for inner in inner_tensors(tensor)]
     modules = [(name, module) for part in parts for name, module in part.named_modules()]
     classes = [(name, type(module).__module__, type(module).__qualname__) for name, module in modules]
     settings = model.config.vision_config.to_dict(), adapter_settings(module for _, module in modules), classes
     weights = [tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors]
     return Hasher.hash_bytes([*weights, repr(settings).encode()])
+
+
+def _tensors_of(part: torch.nn.Module) -> list[torch.Tensor]:
+    """Returns parameters and buffers, and what a quantization saves beside them, such as scales of bitsandbytes."""
+    saved = part.state_dict()  # first, since it puts packed weights back into the form in which they are saved
+    named = {**dict(part.named_parameters()), **dict(part.named_buffers())}
+    beside = [value for name, value in saved.items() if name not in named and isinstance(value, torch.Tensor)]
+    return [*part.parameters(), *part.buffers(), *beside]
 
 
 def _draw_view(batch: dict[str, list]) -> dict[str, list]:

@@ -10,6 +10,7 @@ from collections import Counter
 from datasets import Dataset, Image
 
 from .columns import IMAGE, LABEL, class_names_of
+from .text_tables import encoding_of
 
 
 logger = logging.getLogger(__name__)
@@ -66,12 +67,8 @@ def split_by_list(
 def _read_list(list_file: str) -> list[str]:
     if not os.path.isfile(list_file):
         raise ValueError(f"The list {list_file!r} does not exist, or is no file.")
-    try:
-        with open(list_file, encoding="utf-8-sig") as file:
-            entries = [line.strip() for line in file]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{list_file!r} is no text file in UTF-8 ({error}). {FORMAT}") from None
-    entries = [entry for entry in entries if entry]
+    with open(list_file, encoding=encoding_of(list_file)) as file:
+        entries = [entry for line in file if (entry := line.strip())]
     if not entries:
         raise ValueError(f"{list_file!r} is empty. {FORMAT}")
     return entries

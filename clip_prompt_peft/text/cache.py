@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..towers import ADAPTER_LAYERS, WRAPPED, adapter_settings, hooks_of
+from ..towers import ADAPTER_LAYERS, WRAPPED, adapter_settings, hooks_of, inner_tensors
 
 
 # Tensors up to this size, and all of an adapter, are compared by value; of larger, frozen ones only samples are.
@@ -91,9 +91,11 @@ class WeightsState:
                 continue
             modules.append(module)
             for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and (with_adapters or not tensor.requires_grad):
-                    tensors.append(tensor)
-                    is_small.append(in_adapter or tensor.requires_grad or tensor.numel() <= SMALL)
+                if tensor is None or (tensor.requires_grad and not with_adapters):
+                    continue
+                for inner in inner_tensors(tensor):
+                    tensors.append(inner)
+                    is_small.append(in_adapter or tensor.requires_grad or inner.numel() <= SMALL)
         self.objects = [weakref.ref(thing) for thing in (*modules, *tensors)]
         self.versions = [_version(tensor) for tensor in tensors]
         is_waiting = not with_adapters and any(tensor.device.type not in NEAR for tensor in tensors)

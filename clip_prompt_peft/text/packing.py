@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, MetaClip2TextModel
+from transformers import Aimv2TextModel, CLIPModel, CLIPTextModel, MetaClip2TextModel
+from transformers.models.groupvit.modeling_groupvit import GroupViTTextTransformer
 
-from ..towers import drops_out, is_intercepted, text_embeddings_of, text_side
+from ..towers import drops_out, final_norm_of, is_intercepted, text_embeddings_of, text_side
 from ..tuner.base_layer import CLIPPromptLayer
 from ..tuner.layer import PerText
 from ..tuner.layout import PromptLayout
@@ -31,13 +32,15 @@ PREFIX, FILLER = 0, -1  # segments of a packed sequence; class i of the chunk is
 
 # What makes packing exact: a causal text model that only embeds, encodes and normalizes, attention that adds any mask
 # to its scores, and layers that treat every token on its own.
-CAUSAL_TEXT_MODELS = (CLIPTextModel, MetaClip2TextModel)
+CAUSAL_TEXT_MODELS = (CLIPTextModel, MetaClip2TextModel, Aimv2TextModel, GroupViTTextTransformer)
 ADDITIVE_ATTENTION = ("eager", "sdpa")
 TOKENWISE_MODULES = (
     "torch.nn.modules.",
     "transformers.activations",
     "transformers.models.clip.modeling_clip",
     "transformers.models.metaclip_2.modeling_metaclip_2",
+    "transformers.models.aimv2.modeling_aimv2",
+    "transformers.models.groupvit.modeling_groupvit",
     "peft.tuners.lora.",
     "peft.tuners.ln_tuning.",
     "peft.tuners.ia3.",
@@ -45,6 +48,12 @@ TOKENWISE_MODULES = (
     "peft.tuners._buffer_dict",
     "peft.utils.other",
 )
+
+
+# Classes of a quantization that keep the weights in few bits and compute with them in floating point. `Linear8bitLt`
+# of bitsandbytes is not among them: it rounds activations, and those of outliers by what is in the whole batch.
+TOKENWISE_QUANTIZED = ("bitsandbytes.nn.modules.Linear4bit", "optimum.quanto.nn.qlinear.QLinear")
+WEIGHT_ONLY_TENSORS = ("torchao.quantization.quantize_.workflows.", "optimum.quanto.tensor.weights.")
 
 
 def exact_path(model: CLIPModel) -> str:
@@ -79,7 +88,24 @@ def _is_known_side(model: nn.Module) -> bool:
 def _is_known(module: nn.Module) -> bool:
     if is_intercepted(module):
         return False
-    return isinstance(module, CLIPPromptLayer) or f"{type(module).__module__}.".startswith(TOKENWISE_MODULES)
+    if isinstance(module, CLIPPromptLayer):
+        return True
+    if f"{type(module).__module__}.{type(module).__name__}" in TOKENWISE_QUANTIZED:
+        return True
+    is_known_class = f"{type(module).__module__}.".startswith(TOKENWISE_MODULES)
+    return is_known_class and all(_keeps_tokens_apart(tensor) for tensor in module._parameters.values())
+
+
+def _keeps_tokens_apart(weight: torch.Tensor | None) -> bool:
+    """Returns whether products with a weight are of single tokens: of a plain tensor, or one of quantized weights.
+
+    Where activations are quantized, too, the scale can be that of all tokens, and rounding makes small differences
+    large.
+    """
+    if weight is None or not hasattr(weight, "__tensor_flatten__"):
+        return True
+    name = f"{type(weight).__module__}.{type(weight).__name__}"
+    return name.startswith(WEIGHT_ONLY_TENSORS) and getattr(weight, "act_quant_kwargs", None) is None
 
 
 @dataclass(frozen=True)
@@ -192,8 +218,9 @@ class PackedPrompts:
     def pool(self, model: CLIPModel, states: torch.Tensor) -> torch.Tensor:
         """Returns the class embeddings (B, K, E) from the states (B R, T, D) behind the last layer."""
         num_images = len(states) // len(self.segment)
-        states = model.text_model.final_layer_norm(states).view(num_images, -1, states.shape[-1])  # (B, R T, D)
-        return normalize(model.text_projection(states.index_select(1, self.end_index)))  # (B, K, E)
+        states = final_norm_of(model.text_model)(states).view(num_images, -1, states.shape[-1])  # (B, R T, D)
+        ends = states.index_select(1, self.end_index).flatten(0, 1)  # (B K, D), as a batch norm needs it
+        return normalize(model.text_projection(ends)).view(num_images, len(self.classes), -1)  # (B, K, E)
 
     def attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns (R, 1, T, T), added to the scores: a token sees the prefix and its own suffix, up to itself."""

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..towers import entry_of, execution_device
+from ..towers import PATCH_PROJECTIONS, entry_of, execution_device
 from .base_layer import CLIPPromptLayer
 from .layer import RANDOM_STD
 from .layout import PromptLayout
 from .tensors import empty_linear, empty_vectors
 
 
+PARTS_OF_IMAGE_EMBEDDINGS = ("class_embedding", "position_embedding", "position_embeddings", *PATCH_PROJECTIONS)
 CLASS_BOTTLENECK = 4  # TCP, trainers/tcp.py: the hidden width is that of the class embedding // 4
 
 
@@ -243,17 +244,10 @@ class CLIPVisionLearnableEmbeddings(CLIPVectorsLayer):
     """
 
     # transformers looks for the input embeddings of an image tower, and for its positions, here.
-    @property
-    def patch_embedding(self) -> nn.Module:
-        return self.get_base_layer().patch_embedding
-
-    @property
-    def class_embedding(self) -> nn.Parameter:
-        return self.get_base_layer().class_embedding
-
-    @property
-    def position_embedding(self) -> nn.Module:
-        return self.get_base_layer().position_embedding
+    def __getattr__(self, name: str):
+        if name in PARTS_OF_IMAGE_EMBEDDINGS:
+            return getattr(self.get_base_layer(), name)
+        return super().__getattr__(name)
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         """

@@ -77,9 +77,11 @@ def test_names_without_endings_must_be_clear(photos, tmp_path):
     assert split(again, "cat/2.png") == [[0, 0, 2, 3, 4, 5], [1]]
 
 
-def test_a_file_that_is_no_text_is_an_error(photos):
-    with pytest.raises(ValueError, match="is no text file in UTF-8"):
-        split(photos, "cat/2.png", encoding="utf-16")
+def test_the_encoding_of_a_list_is_told_by_its_mark_or_named_in_an_error(photos):
+    utf_8 = split(photos, "cat/2.png")
+    assert split(photos, "cat/2.png", encoding="utf-16") == utf_8
+    with pytest.raises(ValueError, match="line 2 is not in UTF-8. It has the byte 0xe9, which in Latin-1 reads"):
+        split(photos, "cat/2.png\ncat/\u00e9.png", encoding="latin-1")
 
 
 def test_classes_without_test_images_are_told(photos, caplog):

@@ -11,6 +11,8 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    Aimv2Config,
+    Aimv2Model,
     AltCLIPConfig,
     AltCLIPModel,
     ChineseCLIPConfig,
@@ -18,6 +20,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    GroupViTConfig,
+    GroupViTModel,
     MetaClip2Config,
     MetaClip2Model,
     PreTrainedTokenizerFast,
@@ -31,10 +35,12 @@ from transformers import (
 )
 
 from clip_prompt_peft import (
+    Aimv2ForPromptClassification,
     AltCLIPForPromptClassification,
     ChineseCLIPForPromptClassification,
     CLIPForPromptClassification,
     CLIPPromptTuningConfig,
+    GroupViTForPromptClassification,
     MetaClip2ForPromptClassification,
     Siglip2ForPromptClassification,
     SiglipForPromptClassification,
@@ -146,6 +152,10 @@ class Family:
                 parameter.data.fill_(-2.0)
             elif name == "logit_scale":
                 parameter.data.fill_(1.5)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):  # as after a training
+                module.running_mean.normal_(std=0.3)
+                module.running_var.uniform_(0.5, 2.0)
         return model
 
     def classifier(self, **kwargs):
@@ -179,6 +189,7 @@ PROJECTED = {"projection_dim": WIDTH}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SQUARE = {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
 CROPPED = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+STAGES = {"depths": [1, 1, 1], "num_group_tokens": [6, 4, 0], "num_output_groups": [6, 4, 4]}
 
 FAMILIES = {
     family.name: family
@@ -208,8 +219,25 @@ FAMILIES = {
             AltCLIPModel, AltCLIPForPromptClassification, AltCLIPConfig, xlm_tokenizer,
             {**NO_DROPOUT, "project_dim": 40}, CLIPImageProcessorPil(**CROPPED), {**VISION, **PROJECTED}, PROJECTED,
         ),
+        Family(
+            Aimv2Model, Aimv2ForPromptClassification, Aimv2Config, clip_tokenizer,
+            {}, CLIPImageProcessorPil(**CROPPED), VISION, PROJECTED,
+        ),
+        Family(
+            GroupViTModel, GroupViTForPromptClassification, GroupViTConfig, clip_tokenizer,
+            {}, CLIPImageProcessorPil(**CROPPED),
+            {**VISION, **STAGES}, {**PROJECTED, "projection_intermediate_dim": 40},
+        ),
     ]
 }  # fmt: skip
+
+
+# Presets with prompts in deeper layers of the image tower, which a tower of stages does not take.
+DEEP_VISION = ("vpt-deep", "ivlp", "maple", "promptsrc")
+
+
+def takes(name, preset):
+    return name != "GroupViT" or preset not in DEEP_VISION
 
 
 @functools.cache

@@ -38,7 +38,8 @@ SURROUNDINGS = {"README": photos, "lora_beside_prompts": names_and_images}
 
 def main(documents):
     namespace = {"__name__": "__main__"}
-    SURROUNDINGS[documents[0].stem](namespace)
+    if documents[0].stem in SURROUNDINGS:
+        SURROUNDINGS[documents[0].stem](namespace)
     for document in documents:
         for number, snippet in enumerate(snippets_of(document), start=1):
             print(f"--- {document.name}, snippet {number}", flush=True)

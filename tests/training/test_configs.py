@@ -67,7 +67,9 @@ def test_all_layers_of_both_towers_are_trained_and_nothing_else(name):
     trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
     for tower in ("text_model", "vision_model"):
         assert sum(tower in key for key in trained) == 3 * 3 * 2  # layers; query, key and value; A and B
-    assert all(".encoder.layer" in key and ".lora_" in key for key in trained) and len(trained) == 2 * 3 * 3 * 2
+    layers = (".encoder.layer", ".encoder.stages.")
+    assert all(any(part in key for part in layers) and ".lora_" in key for key in trained)
+    assert len(trained) == 2 * 3 * 3 * 2
 
 
 @pytest.mark.parametrize("part", ["self_attn", "layers"])
@@ -87,7 +89,7 @@ def test_a_model_with_one_tower_is_refused(clip):
 
 
 @pytest.mark.parametrize("name", ["CLIP", slow_param("MetaClip2"), slow_param("Siglip"), slow_param("Siglip2"),
-                                  "ChineseCLIP", slow_param("AltCLIP")])  # fmt: skip
+                                  "ChineseCLIP", slow_param("AltCLIP"), "Aimv2", "GroupViT"])  # fmt: skip
 def test_it_is_saved_loaded_switched_disabled_and_merged_in_every_family(name, tmp_path):
     family = FAMILIES[name]
     family.save(tmp_path / "base")
@@ -106,14 +108,15 @@ def test_it_is_saved_loaded_switched_disabled_and_merged_in_every_family(name, t
     assert not torch.allclose(tuned, zero_shot, atol=1e-2)
     model.save_pretrained(tmp_path / "lora")
     loaded = load(tmp_path / "lora", class_names=names)
-    assert torch.equal(logits(loaded), tuned) and loaded.class_names == names
+    torch.testing.assert_close(logits(loaded), tuned)  # AIMv2's pooling is not always the same to the last bit
+    assert loaded.class_names == names
     base = load(tmp_path / "base", class_names=names)
     model = PeftModel.from_pretrained(base, tmp_path / "lora", adapter_name="one")
     model.add_adapter("two", method_config("clip-lora", base))
     model.set_adapter("two")
     torch.testing.assert_close(logits(model), zero_shot)
     model.set_adapter("one")
-    assert torch.equal(logits(model), tuned)
+    torch.testing.assert_close(logits(model), tuned)
     with model.disable_adapter():
         torch.testing.assert_close(logits(model), zero_shot)
     merged = model.merge_and_unload()
