@@ -12,6 +12,8 @@ from typing import Any, Literal
 # The library's own tables are not imported here; a test holds these equal to them.
 STYLES = ("fluenthc", "noto", "fluent3d")
 METHODS = (
+    "2sfs",
+    "clap",
     "clip-lora",
     "cocoop",
     "coop",
@@ -20,10 +22,14 @@ METHODS = (
     "kgcoop",
     "maple",
     "prograd",
+    "promptkd",
     "promptsrc",
     "tcp",
+    "tip-adapter",
+    "tip-adapter-f",
     "vpt-deep",
     "vpt-shallow",
+    "zs-lp",
 )
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "expected_calibration_error")
 DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for the user's own data
@@ -115,6 +121,11 @@ class DataTrainingFields(DataFields):
     augment: bool = argument(
         False, "Random resized crops and flips of the training images. The image tower then runs in every step."
     )
+    calibrate: bool = argument(
+        False,
+        "Fit a temperature on half of the validation images, and scores for sets of classes (`predict --coverage`) "
+        "on the other half. Both are saved with the adapter.",
+    )
 
 
 @dataclass
@@ -126,6 +137,13 @@ class PromptFields:
         "A published method, with its prompts and its training (optimizer, schedule, learning rate, epochs, batch "
         "size), except for arguments that are given. By default the words in front of {} become vectors, trained with "
         "AdamW.",
+        "METHOD",
+    )
+    teacher: str | None = argument(
+        None,
+        "Hub id or folder of the teacher of --method promptkd: a larger CLIP, or an adapter. Labels then only choose "
+        "the images, --shots of each class or all, and are not learned from.",
+        "MODEL",
     )
     prompt_template: str = argument("a photo of a {}.", "Words to start from; {} is the class name.", "TEXT")
     num_virtual_tokens: int | None = argument(

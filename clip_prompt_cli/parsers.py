@@ -113,7 +113,8 @@ def add_field(parser, field: Field, of_type: type, is_shown: bool = True) -> Non
     options = dict(field.metadata)
     if choices is not None:
         options["choices"] = choices
-        options.pop("metavar", None)
+        if "metavar" in options:  # too many to stand beside the name
+            options["help"] += f" One of {', '.join(choices)}."
     elif hint is bool:
         options |= {"nargs": "?", "const": True, "metavar": "BOOL"}
     elif list in (get_origin(kind) for kind in (hint, *kinds)):
@@ -134,6 +135,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
     return int(text)
+
+
+def share(text: str) -> float:
+    """Returns the share that an argument gives, for `add_argument(type=share)`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, such as 0.9, got {text!r}")
+    return value
 
 
 def port(text: str) -> int:
@@ -171,8 +183,13 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 def add_to_predict(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files, or folders of them")
+    parser.add_argument("--top_k", metavar="NUMBER", type=positive, help="how many labels to show for each image (1)")
     parser.add_argument(
-        "--top_k", metavar="NUMBER", type=positive, default=1, help="how many labels to show for each image (1)"
+        "--coverage",
+        metavar="SHARE",
+        type=share,
+        help="show sets of classes, which hold the right one for this share of images, such as 0.9, of the kind that "
+        "the adapter was calibrated with (`train --calibrate true`)",
     )
     parser.add_argument("--batch_size", metavar="NUMBER", type=positive, default=32, help="images at a time (32)")
 

@@ -36,7 +36,7 @@ becomes a LoRA of peft.""",
 
 USAGES = {
     "train": "[SETTINGS.yaml] [--train_dir FOLDER] [--NAME VALUE ...]",
-    "predict": "ADAPTER IMAGE [IMAGE ...] [--top_k NUMBER]",
+    "predict": "ADAPTER IMAGE [IMAGE ...] [--top_k NUMBER] [--coverage SHARE]",
     "report": "ADAPTER [--output FILE] [--NAME VALUE ...]",
     "benchmark": "[--data NAME=SOURCE ...] [--NAME VALUE ...]",
     "export": "ADAPTER OUT [--test_dir FOLDER] [--int8]",
@@ -55,6 +55,7 @@ EXAMPLES = {
     "predict": (
         "clip-prompt predict outputs/pets cat.jpg pictures/",
         "clip-prompt predict user/pets-prompts cat.jpg --top_k 5",
+        "clip-prompt predict outputs/pets cat.jpg --coverage 0.9",
     ),
     "report": (
         "clip-prompt report outputs/pets",
@@ -85,7 +86,7 @@ EXAMPLES = {
 FIRST: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "images": ("train_dir", "test_dir", "dataset_name", "train_file", "shots"),
-        "model and prompt": ("model_name_or_path", "method", "prompt_template"),
+        "model and prompt": ("model_name_or_path", "method", "teacher", "prompt_template"),
         "training": (
             "output_dir",
             "num_train_epochs",

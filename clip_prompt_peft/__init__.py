@@ -9,6 +9,7 @@ from importlib import import_module
 
 from .assets import load_templates
 from .auto import AutoModelForPromptClassification, AutoPeftModelForPromptClassification
+from .class_head import ClassHeadConfig, ClassHeadModel
 from .evaluation.ensembles import description_ensemble, template_ensemble
 from .families import (
     Aimv2ForPromptClassification,
@@ -29,8 +30,12 @@ from .text.prompts import build_class_prompts
 from .training.callbacks import GaussianPromptAveraging, StopAtNonFinite
 from .training.checkpoints import last_whole_checkpoint
 from .training.configs import method_config
+from .training.distillation import DistillationTrainer, distillation_loss
+from .training.dynamic_adapter import DynamicAdapter
+from .training.heads import TwoStageTuning, fit_class_head, start_class_head
 from .training.prograd import ProGradMixin, ProGradTrainer
 from .training.recipes import training_recipe
+from .training.test_time import TestTimeTuner
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
 from .tuner.presets import PRESETS
 
@@ -54,6 +59,10 @@ __all__ = [
     "CLIPPromptTuningConfig",
     "CLIPPromptTuningModel",
     "CLIPTextLearnableEmbeddings",
+    "ClassHeadConfig",
+    "ClassHeadModel",
+    "DistillationTrainer",
+    "DynamicAdapter",
     "GaussianPromptAveraging",
     "KnownCheckpoint",
     "PRESETS",
@@ -63,14 +72,19 @@ __all__ = [
     "PromptClassificationMixin",
     "PromptClassificationPipeline",
     "StopAtNonFinite",
+    "TwoStageTuning",
+    "TestTimeTuner",
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",
+    "distillation_loss",
+    "fit_class_head",
     "known_checkpoints",
     "last_whole_checkpoint",
     "load_templates",
     "method_config",
     "pad_template",
+    "start_class_head",
     "template_ensemble",
     "training_recipe",
 ]

@@ -11,7 +11,7 @@ from .evaluation.model_card import is_hub_id
 from .families import classifier_class
 from .modeling import PromptClassificationMixin
 from .peft_model import PeftModelForPromptClassification
-from .tuner import CLIPPromptTuningConfig
+from .tuner import ClassifierAdapterConfig
 from .tuner.files import fetch, fetch_weights, read_config
 from .tuner.hub import HubSettings, check_revision, locate, pin_base_model
 
@@ -157,9 +157,10 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
         # The weights have to be of the same commit as the configuration, even if someone pushes in the meantime.
         config_file = fetch(pretrained_model_name_or_path, CONFIG_NAME, **source.arguments)
         config = read_config(config_file)
-        if not isinstance(config, CLIPPromptTuningConfig):
+        if not isinstance(config, ClassifierAdapterConfig):
             raise ValueError(
-                f"{config_file} is of type {config.peft_type}, not of CLIP prompt tuning, and names no classes. If it "
+                f"{config_file} is of type {config.peft_type}, not of CLIP prompt tuning or a class head, and "
+                "names no classes. If it "
                 "was trained in a classifier, load it with AutoModelForPromptClassification.from_pretrained(..., "
                 "class_names=[...]), otherwise with peft's classes."
             )
@@ -188,7 +189,7 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
         )
 
 
-def _base_model_of(config: CLIPPromptTuningConfig, adapter: str | os.PathLike) -> str:
+def _base_model_of(config: ClassifierAdapterConfig, adapter: str | os.PathLike) -> str:
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"The adapter {str(adapter)!r} does not name its base model; pass base_model_name_or_path.")

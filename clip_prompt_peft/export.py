@@ -22,9 +22,10 @@ from torch import nn
 from transformers import BaseImageProcessor
 from transformers.utils import logging as progress
 
+from .heads import CachedImages
 from .image_files import decode_image, process_images
 from .installing import how_to_install
-from .modeling import PromptClassificationMixin
+from .modeling import PromptClassificationMixin, classifier_in
 from .text import normalize
 from .towers import eval_mode, find_towers, image_side, is_quantized, takes_patches
 from .tuner.hub import load_image_processor
@@ -33,7 +34,7 @@ from .tuner.hub import load_image_processor
 logger = logging.getLogger(__name__)
 
 ONNX_FILE, INT8_FILE, CLASS_EMBEDS_FILE = "model.onnx", "model_int8.onnx", "class_embeds.safetensors"
-LABELS_FILE, REPORT_FILE = "labels.json", "export.json"
+LABELS_FILE, CONFORMAL_FILE, REPORT_FILE = "labels.json", "conformal.json", "export.json"
 INPUT, OUTPUTS = "pixel_values", ["logits", "image_embeds"]
 
 NEEDED_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -104,8 +105,12 @@ def export_classifier(
     - `model.onnx` maps `pixel_values` (B, 3, H, W) to `logits` (B, C) and `image_embeds` (B, E), for any batch size B.
     - `model_int8.onnx` is the same graph with 8-bit weights, if requested and accurate enough.
     - `class_embeds.safetensors` holds the normalized `class_embeds` (C, E), `scale` and `bias`. For an image embedding
-      x of the same image tower, the logits are `scale * x / |x| @ class_embeds.T + bias`.
+      x of the same image tower, the logits are `scale * x / |x| @ class_embeds.T + bias`. A temperature of the
+      classifier is part of `scale` and `bias`. A head with a cache adds
+      `cache_alpha * exp(-cache_beta * (1 - x / |x| @ cache_keys.T)) @ cache_values` to them.
     - `labels.json` holds the class names in order, and `preprocessor_config.json` the image preprocessing.
+    - `conformal.json`, if the model has scores for sets of classes, holds what
+      [`~evaluation.conformal.ConformalClassifier`] needs: the method, the number of validation images, their scores.
     - `export.json` holds the returned report.
 
     Adapters that are conditioned on the image cannot be exported, since their class embeddings differ from image to
@@ -143,34 +148,24 @@ def export_classifier(
     >>> report = export_classifier(model, "pets-onnx", images=test["image"], labels=test["label"], int8=True)
     ```
     """
-    classifier = _classifier_in(model)
+    classifier = classifier_in(model, "export_classifier")
     _check_exportable(classifier)
     _check_images(classifier, images, labels, int8)
     _check_packages()
     image_processor = image_processor or load_image_processor(classifier)
     with eval_mode(classifier):
-        baked = BakedClassifier(classifier, classifier.get_class_embeds())
+        baked = BakedClassifier(
+            classifier, classifier.get_class_embeds(), classifier.class_head.baked(classifier.class_names)
+        )
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path) as folder:  # an earlier export stays in place until this one succeeds
             report = _write_files(Path(folder), classifier, baked, images, labels, image_processor, int8)
-            for file in [*path.glob(f"{ONNX_FILE}*"), *path.glob(f"{INT8_FILE}*")]:
-                file.unlink()  # an 8-bit graph of an earlier export must not remain beside the new one
+            for file in [*path.glob(f"{ONNX_FILE}*"), *path.glob(f"{INT8_FILE}*"), *path.glob(CONFORMAL_FILE)]:
+                file.unlink()  # those of an earlier export must not remain beside the new ones
             for file in Path(folder).iterdir():
                 os.replace(file, path / file.name)
     return report
-
-
-def _classifier_in(model) -> PromptClassificationMixin:
-    classifier = model
-    while isinstance(classifier, PeftModel):
-        classifier = classifier.get_base_model()
-    if not isinstance(classifier, PromptClassificationMixin):
-        raise TypeError(
-            "export_classifier needs a classifier such as CLIPForPromptClassification, or a PeftModel around one, got "
-            f"a {type(classifier).__name__}; build one with AutoModelForPromptClassification.from_base."
-        )
-    return classifier
 
 
 def _check_exportable(classifier: PromptClassificationMixin) -> None:
@@ -221,10 +216,12 @@ def _write_files(
     folder: Path, classifier: PromptClassificationMixin, baked: BakedClassifier, images, labels, image_processor, int8
 ) -> ExportReport:
     class_names = json.dumps(classifier.class_names)
-    tensors = {name: tensor.contiguous() for name, tensor in baked.named_buffers(recurse=False)}
+    tensors = {name: tensor.contiguous() for name, tensor in baked.buffers_of_head().items()}
     save_file(tensors, folder / CLASS_EMBEDS_FILE, metadata={"format": "pt", "class_names": class_names})
     (folder / LABELS_FILE).write_text(class_names + "\n")
     image_processor.save_pretrained(folder)
+    if (scores := _valid_scores(classifier)) is not None:
+        (folder / CONFORMAL_FILE).write_text(json.dumps(scores) + "\n")
     write_onnx(baked, classifier.config.vision_config, folder / ONNX_FILE)
 
     batches = _pixel_batches(classifier, images, image_processor)
@@ -250,6 +247,20 @@ def _write_files(
     return report
 
 
+def _valid_scores(classifier: PromptClassificationMixin) -> dict | None:
+    """Returns what is written of the scores for sets of classes; `None` if there are none for this model."""
+    from .evaluation.conformal import ConformalClassifier  # which imports `datasets`
+
+    if classifier.conformal_scores is None:
+        return None
+    try:
+        scores = ConformalClassifier(classifier).scores.to_dict()
+    except ValueError as error:
+        logger.warning("The scores for sets of classes are not exported: %s", error)
+        return None
+    return {name: scores[name] for name in ("method", "randomized", "num_images", "scores")}
+
+
 def _pixel_batches(classifier: PromptClassificationMixin, images, image_processor) -> list[torch.Tensor]:
     """Returns batches of pixel values (B, 3, H, W) of different sizes. The first holds a single image."""
     if images is None:
@@ -267,19 +278,38 @@ def _pixel_batches(classifier: PromptClassificationMixin, images, image_processo
 class BakedClassifier(nn.Module):
     """A classifier with fixed class embeddings (C, E), which maps pixel values to logits and image embeddings."""
 
-    def __init__(self, classifier: PromptClassificationMixin, class_embeds: torch.Tensor) -> None:
+    def __init__(
+        self, classifier: PromptClassificationMixin, class_embeds: torch.Tensor, class_head: nn.Module
+    ) -> None:
         super().__init__()
+        if isinstance(class_head, CachedImages):
+            class_head = CachedImages(class_head.keys.detach(), class_head.values, class_head.alpha, class_head.beta)
+        self.class_head = class_head
         self.vision_model = classifier.vision_model
         self.visual_projection = getattr(classifier, "visual_projection", nn.Identity())
+        self.image_head = classifier.image_head
         self.register_buffer("class_embeds", class_embeds)
-        self.register_buffer("scale", classifier.log_scale.detach().exp())
+        temperature = classifier.temperature or 1.0
+        self.register_buffer("scale", classifier.log_scale.detach().exp() / temperature)
         bias = getattr(classifier, "logit_bias", torch.zeros_like(self.scale))
-        self.register_buffer("bias", bias.detach().clone())
+        self.register_buffer("bias", bias.detach() / temperature)
+
+    def buffers_of_head(self) -> dict[str, torch.Tensor]:
+        """Returns what the logits are computed of, by name, beside the image embeddings."""
+        tensors = dict(self.named_buffers(recurse=False))
+        if isinstance(self.class_head, CachedImages):
+            numbers = {name: torch.tensor(float(getattr(self.class_head, name))) for name in ("alpha", "beta")}
+            cache = {**dict(self.class_head.named_buffers()), **numbers}
+            tensors |= {f"cache_{name}": tensor for name, tensor in cache.items()}
+        return tensors
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pooled = self.vision_model(pixel_values=pixel_values).pooler_output
-        image_embeds = normalize(self.visual_projection(pooled))  # (B, E)
-        return self.scale * image_embeds @ self.class_embeds.T + self.bias, image_embeds  # (B, C), (B, E)
+        image_embeds = normalize(self.image_head(self.visual_projection(pooled)))  # (B, E)
+        logits = self.scale * image_embeds @ self.class_embeds.T + self.bias  # (B, C)
+        if isinstance(self.class_head, CachedImages):
+            logits = self.class_head(image_embeds, logits)
+        return logits, image_embeds
 
 
 def write_onnx(baked: BakedClassifier, vision_config, file: Path) -> None:

@@ -1,6 +1,7 @@
 """The two places of a classifier, behind its towers, where adapters can act: on image and on class embeddings.
 
-Without an adapter, both leave everything as it is and hold no tensors. They are modules so that peft can wrap them.
+Without an adapter, both leave everything as it is and hold no tensors. They are modules so that peft can wrap them. A
+layer in place of a `ClassHead` can bring classes of its own, and terms of the loss.
 """
 
 from __future__ import annotations
@@ -33,6 +34,20 @@ class ClassHead(nn.Module):
         """
         return encode()
 
+    def check_class_names(self, class_names: Sequence[str]) -> None:
+        """Raises `ValueError` if there can be no embedding of one of these classes."""
+
+    def set_teacher_class_embeds(self, class_embeds: torch.Tensor, class_names: Sequence[str]) -> None:
+        """Sets the embeddings (C, E') of classes that an adapter compares with in place of those of the prompts.
+
+        Raises:
+            ValueError: If no such adapter is active.
+        """
+        raise ValueError(
+            "No adapter with class embeddings of a teacher is active; make one with a projection_dim in its "
+            "configuration, or activate it."
+        )
+
     def forward(
         self, image_embeds: torch.Tensor, logits: torch.Tensor, class_names: Sequence[str] | None
     ) -> torch.Tensor:
@@ -47,3 +62,58 @@ class ClassHead(nn.Module):
                 The C classes in use.
         """
         return logits
+
+    def baked(self, class_names: Sequence[str] | None) -> nn.Module:
+        """Returns `forward` for fixed classes, as a module that takes image embeddings (B, E) and logits (B, C)."""
+        return nn.Identity()
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes in use, if the head has some of its own."""
+        return None
+
+    @property
+    def adapter_config(self):
+        """The configuration of the active adapter, with its class names, template and problem type; or `None`."""
+        return None
+
+    def set_class_names(self, class_names: Sequence[str]) -> None:
+        """Changes the classes in use, also of the active adapter."""
+
+    def label_with(self, config) -> None:
+        """Keeps the labels in the config of a classifier those of the classes in use, from now on."""
+
+    def loss_terms(self) -> dict[str, torch.Tensor]:
+        """Returns what is added to the loss in training, by name."""
+        return {}
+
+
+class CachedImages(nn.Module):
+    """
+    Adds to the logits of an image what it has in common with the training images of each class (Tip-Adapter).
+
+    Args:
+        keys (`torch.Tensor`):
+            (N, E) embeddings of the training images.
+        values (`torch.Tensor`):
+            (N, C) ones for the class of each training image, and zeros.
+        alpha, beta (`float`):
+            Weight and sharpness: `alpha * exp(-beta * (1 - image_embeds @ keys.T)) @ values` is added.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, alpha: float, beta: float) -> None:
+        super().__init__()
+        if isinstance(keys, nn.Parameter):
+            self.__dict__["keys"] = keys  # trained where it belongs
+        else:
+            self.register_buffer("keys", keys)
+        self.register_buffer("values", values)
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, image_embeds: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(logits.device.type, enabled=False):
+            affinity = (-self.beta * (1 - image_embeds.to(self.keys.dtype) @ self.keys.T)).exp()  # (B, N)
+            return logits + (self.alpha * affinity @ self.values).to(logits.dtype)

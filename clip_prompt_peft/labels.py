@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .tuner.config import MULTI_LABEL
+from .tuner.base_config import MULTI_LABEL
 
 
 IGNORED_LABEL = -100  # the default ignore_index of torch.nn.CrossEntropyLoss

@@ -10,22 +10,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from .class_head import ClassHeadConfig, ClassHeadModel
 from .evaluation.model_card import CardDetails, add_prompt_section, empty_card, is_hub_id
 from .modeling import PromptClassificationMixin
 from .towers import execution_device, image_side, trainable_parameters
-from .tuner import CLIPPromptPeftType, CLIPPromptTaskType, CLIPPromptTuningConfig, CLIPPromptTuningModel
-from .tuner.model import PREFIX, adapter_tensors
+from .tuner import (
+    ClassifierAdapterConfig,
+    CLIPPromptPeftType,
+    CLIPPromptTaskType,
+    CLIPPromptTuningConfig,
+    CLIPPromptTuningModel,
+)
+from .tuner.projection import TEACHER_EMBEDS
 
 
 BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
@@ -45,7 +53,7 @@ def without_warning_of_renamed_property() -> Iterator[None]:
 
 class PeftModelForPromptClassification(PeftModel):
     """
-    The `PeftModel` that `get_peft_model` returns for a [`CLIPPromptTuningConfig`].
+    The `PeftModel` that `get_peft_model` returns for a [`CLIPPromptTuningConfig`] or a [`ClassHeadConfig`].
 
     It adds to `PeftModel`:
     - a section in the model card about classes, template and vectors, which shows how to load the adapter;
@@ -132,14 +140,20 @@ class PeftModelForPromptClassification(PeftModel):
     def _check_tensors(self, selected_adapters: list[str] | None, state_dict) -> None:
         for adapter_name in self.peft_config.keys() & (selected_adapters or self.peft_config):
             tensors = get_peft_model_state_dict(self, state_dict, adapter_name, save_embedding_layers=False)
-            expected = adapter_tensors(self, adapter_name)
-            if sum(f".{PREFIX}" in f".{name}" for name in tensors) < len(expected):
+            expected = self.base_model.tensors_of(adapter_name)
+            if sum(f".{self.base_model.prefix}" in f".{name}" for name in tensors) < len(expected):
                 raise ValueError(
                     f"The adapter {adapter_name!r} is not saved, since only {sorted(tensors)} of its {len(expected)} "
                     "tensors were found: modules around its layers (activation checkpointing, FSDP) hide the others "
                     "from peft. Save the model without them, or use model.gradient_checkpointing_enable()."
                 )
             broken = next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+            if broken is not None and TEACHER_EMBEDS in broken:
+                raise ValueError(
+                    f"The adapter {adapter_name!r} is not saved, since it has no class embeddings of a teacher yet, "
+                    "or not of all classes: train it with DistillationTrainer(teacher=...), or call "
+                    "model.set_teacher_class_embeds(teacher.get_class_embeds())."
+                )
             if broken is not None:
                 raise ValueError(
                     f"The adapter {adapter_name!r} is not saved, since {broken!r} holds NaN or Inf: the training "
@@ -222,7 +236,7 @@ def _check_other_methods(model, adapter_name: str) -> None:
     # Adapters of all methods share one dictionary of configurations, and peft allows only one of them at a time to
     # have its `modules_to_save` active.
     configs = getattr(model, "peft_config", None) or {}
-    others = {name: config for name, config in configs.items() if not isinstance(config, CLIPPromptTuningConfig)}
+    others = {name: config for name, config in configs.items() if not isinstance(config, ClassifierAdapterConfig)}
     if adapter_name in others:
         raise ValueError(
             f"The model already holds a {others[adapter_name].peft_type.value} adapter named {adapter_name!r}; choose "
@@ -308,10 +322,10 @@ def _check_model(model: PeftModel, classifier) -> None:
 def _check_names(model: PeftModel, adapter_names, images: torch.Tensor | None) -> None:
     if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
         raise TypeError(f"adapter_names must be a list with one name for each image, got {adapter_names!r}.")
-    loaded = sorted(name for name, config in model.peft_config.items() if isinstance(config, CLIPPromptTuningConfig))
+    loaded = sorted(name for name, config in model.peft_config.items() if isinstance(config, ClassifierAdapterConfig))
     unknown = sorted({*adapter_names} - {*loaded, BASE})
     if unknown:
-        raise ValueError(f"There is no prompt adapter {unknown[0]!r}; loaded are {loaded}, and {BASE!r} means none.")
+        raise ValueError(f"There is no adapter {unknown[0]!r}; loaded are {loaded}, and {BASE!r} means none.")
     if images is None:
         raise ValueError("Give either pixel_values or image_embeds, got neither.")
     if len(adapter_names) != len(images):
@@ -363,13 +377,17 @@ def replace_files_at_once(folder: str | os.PathLike) -> Iterator[str]:
 
 
 def register() -> None:
-    """Adds the method to the mappings of peft.
+    """Adds the methods to the mappings of peft.
 
     `peft.utils.register_peft_method` only accepts members of the closed enum `PeftType`. The mappings are plain
     dictionaries, so members of our own enums can be added to them directly.
     """
-    method = CLIPPromptPeftType.CLIP_PROMPT_TUNING
-    PEFT_TYPE_TO_CONFIG_MAPPING[method] = CLIPPromptTuningConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[method] = CLIPPromptTuningModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[method] = CLIPPromptTuningModel.prefix
+    methods: dict[CLIPPromptPeftType, tuple[type[PeftConfig], Any]] = {
+        CLIPPromptPeftType.CLIP_PROMPT_TUNING: (CLIPPromptTuningConfig, CLIPPromptTuningModel),
+        CLIPPromptPeftType.CLIP_CLASS_HEAD: (ClassHeadConfig, ClassHeadModel),
+    }
+    for method, (config_class, tuner_class) in methods.items():
+        PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_class
+        PEFT_TYPE_TO_TUNER_MAPPING[method] = tuner_class
+        PEFT_TYPE_TO_PREFIX_MAPPING[method] = tuner_class.prefix
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING[CLIPPromptTaskType.PROMPT_CLASSIFICATION] = PeftModelForPromptClassification

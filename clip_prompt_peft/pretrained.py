@@ -160,8 +160,16 @@ class PretrainedClassifierMixin(ModelBase):
         del plain.image_head, plain.class_head
         unnamed = type(plain.config)()
         plain.config.id2label, plain.config.label2id = unnamed.id2label, unnamed.label2id
-        if hasattr(plain.config, "custom_pipelines"):  # of a saved classifier
-            del plain.config.custom_pipelines
+        if getattr(plain.config, "logit_temperature", None) is not None:
+            logger.warning(
+                "The temperature %.4g of the classifier is left out, which a plain %s would not apply: divide its "
+                "logits by it for the same probabilities.",
+                plain.config.logit_temperature,
+                self.base_class.__name__,
+            )
+        for name in ("custom_pipelines", "logit_temperature", "conformal_scores"):  # of a classifier
+            if hasattr(plain.config, name):
+                delattr(plain.config, name)
         return plain
 
     @classmethod
@@ -170,7 +178,7 @@ class PretrainedClassifierMixin(ModelBase):
         return cls.base_class.__name__.removesuffix("Model")
 
     def _set_up(self, class_names, prompt_template, tokenizer) -> None:
-        layout = self.prompt_layout  # of an adapter that was loaded with the checkpoint
+        layout = self.prompt_layout or self.class_head.adapter_config  # of an adapter loaded with the checkpoint
         if prompt_template is None:
             saved = getattr(self.config, "prompt_template", None)
             prompt_template = saved or (layout and layout.prompt_template) or self.default_template
@@ -180,8 +188,9 @@ class PretrainedClassifierMixin(ModelBase):
             self.config.problem_type = layout.problem_type
         self.tokenizer = tokenizer
         self.set_prompt_template(prompt_template)
-        if layout is not None:
+        if self.prompt_layout is not None:
             self.text_embeddings.label_with(self.config)
+        self.class_head.label_with(self.config)
         if class_names is None and not (tokenizer or self.name_or_path):  # prompts are made once there is a tokenizer
             self.config.class_names = saved_names and check_class_names(saved_names)
             name_labels(self.config, self.config.class_names)
@@ -219,6 +228,6 @@ class PretrainedClassifierMixin(ModelBase):
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory)), **settings)
 
     def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
-        """Loads an adapter as transformers does, but refuses prompt adapters that would change the frozen model."""
+        """Loads an adapter as transformers does, but refuses those that would change the frozen model."""
         check_adapter(peft_model_id, **kwargs)
         return super().load_adapter(peft_model_id, *args, **kwargs)

@@ -190,6 +190,33 @@ def attention_inputs(model: nn.Module) -> list[str]:
     return found
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Returns whether a module is a LayerNorm, or one of its kin without a mean (RMSNorm)."""
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or type(module).__name__.endswith("RMSNorm")
+
+
+def block_layer_norms(model: nn.Module) -> list[str]:
+    """
+    Returns the paths of the LayerNorms in the encoder layers of both towers; those before and behind them are others.
+
+    Raises:
+        ValueError: If there is a tower without such layers.
+    """
+    found: list[str] = []
+    for kind in ("text", "vision"):
+        layers = [key for tower in find_towers(model, kind) for key in tower.layer_keys]
+        paths = [
+            f"{key}.{name}"
+            for key in layers
+            for name, module in model.get_submodule(key).named_modules()
+            if is_norm(unwrapped(module)) and not {"base_layer", "ln_tuning_layers"} & set(name.split("."))
+        ]
+        if not paths:
+            raise ValueError(f"The {kind} tower of {type(model).__name__} has no LayerNorms in its layers.")
+        found += paths
+    return found
+
+
 def outside_of_layers(model: nn.Module, names: list[str]) -> list[str]:
     """Returns the paths of modules with one of these names that are in no encoder layer, such as a pooling."""
     layers = tuple(
@@ -313,6 +340,38 @@ def with_modules_of(source: nn.Module, target_class: type[nn.Module]) -> nn.Modu
             setattr(model, name, getattr(source, name))
     model.training = source.training  # not train(), which would change the modules, too
     return model
+
+
+def frozen_copy(module: nn.Module, known: dict | None = None) -> nn.Module:
+    """Returns a module of the same parts that shares all weights, is frozen and in eval mode.
+
+    Its parts can be replaced without changing those of `module`. No weight is copied.
+
+    Args:
+        module (`torch.nn.Module`):
+            The module. Its hooks act on the copy, too.
+        known (`dict`, *optional*):
+            The copies by the id of what they are copies of, so that shared parts stay shared.
+    """
+    known = {} if known is None else known
+    if id(module) in known:
+        return known[id(module)]
+    known[id(module)] = copied = copy.copy(module)
+    copied.training = False
+    vars(copied).update(
+        _parameters={name: _frozen(parameter, known) for name, parameter in module._parameters.items()},
+        _buffers=dict(module._buffers),
+        _modules={name: part and frozen_copy(part, known) for name, part in module._modules.items()},
+    )
+    return copied
+
+
+def _frozen(parameter: nn.Parameter | None, known: dict) -> nn.Parameter | None:
+    if parameter is None or not parameter.requires_grad:
+        return parameter
+    if id(parameter) not in known:
+        known[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return known[id(parameter)]
 
 
 @contextlib.contextmanager

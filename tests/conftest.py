@@ -157,9 +157,9 @@ class GoldenCase:
         self.name = name
         self.info = json.loads((GOLDEN / "public" / f"{name}.json").read_text())
         self.tensors = load_file(GOLDEN / "public" / f"{name}.safetensors")
-        inputs = load_file(GOLDEN / "public" / "inputs.safetensors")
-        key = self.info["inputs_key"]
-        self.pixel_values, self.labels = inputs[f"{key}.pixel_values"], inputs[f"{key}.labels"]
+        inputs = load_file(GOLDEN / "public" / self.info.get("inputs_file", "inputs.safetensors"))
+        key = self.info.get("inputs_key")  # without one, the inputs are among the tensors
+        self.pixel_values, self.labels = inputs.get(f"{key}.pixel_values"), inputs.get(f"{key}.labels")
 
     def __getitem__(self, name):
         return self.tensors[name]

@@ -49,6 +49,16 @@ def test_memory(monkeypatch, run_benchmark):
     assert all(re.fullmatch(r"\d+\.\d\d s, [\d,]+ MiB", row[1]) for row in rows)
 
 
+@pytest.mark.slow
+def test_uncertainty(run_benchmark):
+    import uncertainty
+
+    rows = run_benchmark(uncertainty, "--methods", "zero-shot", "default", "--seeds", "1", "--epochs", "1")
+    errors, sets = rows[:6], rows[8:]  # two tables, of which the second has its header in between
+    assert [row[0] for row in errors] == ["zero-shot"] * 3 + ["default"] * 3 == [row[0] for row in sets]
+    assert all(re.fullmatch(r"\d+\.\d ± 0\.0", cell) for row in (*errors, *sets) for cell in row[-2:])
+
+
 def test_image_embeds(run_benchmark):
     import image_embeds
 

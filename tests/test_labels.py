@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from clip_prompt_peft import PRESETS, CLIPForPromptClassification, CLIPPromptTuningConfig, method_config
 from clip_prompt_peft.labels import LabelCheck, check_indices, without_wrong_indices
 from clip_prompt_peft.training.configs import PEFT_METHODS
-from clip_prompt_peft.tuner.config import MULTI_LABEL
+from clip_prompt_peft.tuner.base_config import MULTI_LABEL
 
 
 LATER = r"Label 4 is out of range: the model has 4 classes.*\(animal, plant.*up to one step was taken"

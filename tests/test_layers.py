@@ -20,9 +20,11 @@ LAYERS = [
     {"assets", "towers", "templates", "heads", "image_files", "installing"},
     {"tuner"},  # a peft method: of this package it needs towers, templates and file_contents only
     {"text", "labels"},
+    {"class_head"},
     {"regularizers"},
     {"loss"},
     {"pretrained"},
+    {"calibrated"},
     {"modeling"},
     {"families"},
     {"data", "training", "known_checkpoints"},

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.evaluation.metrics import compute_multi_label_metrics
-from clip_prompt_peft.tuner.config import MULTI_LABEL
+from clip_prompt_peft.tuner.base_config import MULTI_LABEL
 
 
 LABELS = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]])

@@ -37,6 +37,7 @@ IMPORTED = {
     "peft.tuners.tuners_utils.BaseTunerLayer": "layers would not be switched, disabled, merged and unloaded",
     "peft.tuners.tuners_utils.check_adapters_to_merge": "merging would not skip what is merged already",
     "peft.tuners.tuners_utils.check_target_module_exists": "target_modules and exclude_modules would not be heeded",
+    "peft.tuners.ln_tuning.layer.LNTuningLayer": "LayerNorms would not be left alone where an adapter tunes none",
     "peft.utils.other.AuxiliaryTrainingWrapper": "modules_to_save would be missed by cache, mixed batches and unload",
     "torch.autograd.function.once_differentiable": "second derivatives through chunks of classes would be wrong",
     "torch.autograd.forward_ad": "a captured graph would drop tangents of forward-mode differentiation",
@@ -81,7 +82,10 @@ OVERRIDDEN = {
     "BaseTuner._remap_adapter_state_dict_for_load": "an adapter of a tower at another path would not be loaded",
     "BaseTuner._replace_module": "unloading would copy weights over",
     "BaseTuner._unload_and_optionally_merge": "unload would leave merged rows, and LoRA in deep layers",
+    "LNTuningModel._create_new_module": "LayerNorms would not be left alone where an adapter tunes none",
     "Module._load_from_state_dict": "an adapter whose weights were never loaded would be used",
+    "Pipeline._sanitize_parameters": "the pipeline would not take a coverage; transformers documents it for pipelines",
+    "Trainer._set_signature_columns_if_needed": "the columns of a teacher would be removed from a data set",
 }
 
 
@@ -178,7 +182,8 @@ def tensor_version(clip):
 
 def tensors_and_children_of_a_module(clip):
     """`Module._parameters`, `_buffers`, `_modules`: what class embeddings depend on would not be found. They are read
-    in place of `named_parameters()`, which leaves out what is shared and takes a multiple of the time."""
+    in place of `named_parameters()`, which leaves out what is shared and takes a multiple of the time. A frozen
+    copy for test-time tuning would share its parts with the model."""
     assert clip.text_projection._parameters["weight"] is clip.text_projection.weight
     assert clip.text_model.embeddings._buffers["position_ids"] is clip.text_model.embeddings.position_ids
     assert clip._modules["text_model"] is clip.text_model

@@ -12,10 +12,11 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from transformers import BaseImageProcessor
 
-from .. import AutoPeftModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
+from .. import AutoPeftModelForPromptClassification, PeftModelForPromptClassification
 from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import listed
 from ..training.checkpoints import last_whole_checkpoint
+from ..tuner import ClassifierAdapterConfig
 from ..tuner.files import adapter_folders
 from ..tuner.hub import HubSettings, check_revision, load_image_processor, pin_base_model
 from .checks import check_base_model
@@ -109,7 +110,7 @@ def base_model_of(
     places = {
         name: (config.base_model_name_or_path, revision or config.revision, config.base_model_subfolder or None)
         for name, config in configs.items()
-        if isinstance(config, CLIPPromptTuningConfig)
+        if isinstance(config, ClassifierAdapterConfig)
     }
     found = {place for place in places.values() if place[0] is not None and chosen in (None, place[0])}
     for base in (chosen,) if chosen is not None else (place[0] for place in found):
@@ -119,8 +120,7 @@ def base_model_of(
     if len(found) != 1 or None in {name for name, _, _ in places.values()}:
         named = "; ".join(f"{name}: {_shown(*place)}" for name, place in places.items())
         raise ValueError(
-            f"The adapters do not name one base model ({named or 'there are no adapters of prompts'}). Choose it with "
-            "--base."
+            f"The adapters do not name one base model ({named or 'no adapters with classes'}). Choose it with --base."
         )
     ((name, revision, subfolder),) = found
     return name, pin_base_model(name, HubSettings().at(revision, subfolder), next(iter(adapters.values())))

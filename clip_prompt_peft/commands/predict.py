@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from clip_prompt_cli.parsers import parse
 
+from ..evaluation.conformal import ConformalClassifier
 from ..evaluation.tables import aligned, counted
 from ..image_files import UnreadableImageError, decode_image, list_images, process_images, skipped_files
 from .adapters import find_adapter, load_adapter
@@ -32,7 +33,12 @@ def predict(args: argparse.Namespace, lines: list[list[str]]) -> None:
         check_device(args.device)
         adapter = find_adapter(args.adapter)
         paths = [file for path in args.images for file in find_images(path)]
+        if args.coverage is not None and args.top_k is not None:
+            raise ValueError("With --coverage, the answer is a set of any size; leave out --top_k.")
         model, image_processor = load_adapter(adapter, args)
+        conformal = None if args.coverage is None else ConformalClassifier(model, image_processor)
+        if conformal is not None and (told := conformal.scores.too_few(args.coverage)) is not None:
+            print(told, file=sys.stderr)
     unreadable = []
     starts = range(0, len(paths), args.batch_size)
     for start in logging.tqdm(starts, desc="Classifying", delay=2, leave=False, disable=None):  # None: no terminal
@@ -42,8 +48,10 @@ def predict(args: argparse.Namespace, lines: list[list[str]]) -> None:
                 images[path] = decode_image(path)
             except UnreadableImageError as error:
                 unreadable.append(str(error))
-        if images:
-            lines += classify(model, image_processor, images, args.top_k)
+        if images and conformal is not None:
+            lines += classify_in_sets(conformal, image_processor, images, args.coverage)
+        elif images:
+            lines += classify(model, image_processor, images, args.top_k or 1)
     show(lines)
     if unreadable:
         number = f"{len(unreadable)} of {counted(len(paths), 'file')}"
@@ -53,7 +61,9 @@ def predict(args: argparse.Namespace, lines: list[list[str]]) -> None:
 def show(lines: list[list[str]]) -> str:
     """Prints the table, and says how many images are in it."""
     if lines:
-        print(aligned([["image"] + ["label", "probability"] * (len(lines[0]) // 2), *lines]))
+        in_sets = len(lines[0]) == 2
+        columns = ["set of classes"] if in_sets else ["label", "probability"] * (len(lines[0]) // 2)
+        print(aligned([["image", *columns], *lines]))
     return f"{counted(len(lines), 'image')} {'is' if len(lines) == 1 else 'are'} classified."
 
 
@@ -80,6 +90,20 @@ def classify(model, image_processor, images: dict[Path, Image.Image], top_k: int
         [str(path)] + [text for value, label in zip(*best) for text in (id2label[label], f"{value:.1%}")]
         for path, best in zip(images, zip(values.tolist(), labels.tolist()))
     ]
+
+
+@torch.no_grad()
+def classify_in_sets(
+    conformal: ConformalClassifier, image_processor, images: dict[Path, Image.Image], coverage: float
+) -> list[list[str]]:
+    """Returns a line of the table for each image: its path, and the classes in its set with their probabilities."""
+    inputs = process_images(image_processor, list(images.values())).to(conformal.classifier.device)
+    sets = conformal.sets_of(conformal.model(**inputs).logits, coverage)
+    lines = []
+    for path, names, labels, probabilities in zip(images, sets.names, sets.labels, sets.probabilities):
+        shown = ", ".join(f"{name} {probabilities[label]:.1%}" for name, label in zip(names, labels))
+        lines.append([str(path), shown or "none: the model does not know"])
+    return lines
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature
 
 from ..image_files import process_images
+from ..loss import TEACHER, TEACHER_LOGITS
 from .columns import IMAGE, LABEL, check_is_one_split, check_label_order, check_labels_are_numbers, with_known_types
 from .reading import Reader, content_of, readable, undecoded
 
@@ -23,7 +24,7 @@ PIXELS, LABELS = "pixel_values", "labels"  # as the model calls them
 
 class RandomResizedCropFlip:
     """
-    Crops a random box of an image, resizes it to a fixed size (bicubic), and flips it horizontally at random.
+    Crops a random box of an image, resizes it to a fixed size, and flips it horizontally at random.
 
     This is the training augmentation of CoOp and its successors (`random_resized_crop`, `random_flip`). The random
     numbers come from PyTorch's generator, which the Trainer seeds, restores when it resumes, and seeds differently for
@@ -40,6 +41,8 @@ class RandomResizedCropFlip:
             The probability of a horizontal flip.
         generator (`torch.Generator`, *optional*):
             The generator to use in place of PyTorch's global one.
+        resample (`PIL.Image.Resampling`, *optional*, defaults to `BICUBIC`):
+            How to resize. Test-time tuning takes `BILINEAR`.
 
     Example:
 
@@ -55,6 +58,7 @@ class RandomResizedCropFlip:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
         generator: torch.Generator | None = None,
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
     ) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale must be a range between 0 and 1, got {scale}.")
@@ -63,10 +67,11 @@ class RandomResizedCropFlip:
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability, got {flip}.")
         self.size, self.scale, self.ratio, self.flip, self.generator = size, scale, ratio, flip, generator
+        self.resample = resample
 
     def __call__(self, image: Image.Image) -> Image.Image:
         height, width = self.size
-        view = image.crop(self.random_box(*image.size)).resize((width, height), Image.Resampling.BICUBIC)
+        view = image.crop(self.random_box(*image.size)).resize((width, height), self.resample)
         return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self._uniform(0, 1) < self.flip else view
 
     def random_box(self, width: int, height: int) -> tuple[int, int, int, int]:
@@ -94,6 +99,8 @@ def with_pixel_values(
     image_processor: BaseImageProcessor,
     augment: bool = False,
     class_names: Sequence[str] | None = None,
+    unlabeled: bool = False,
+    teacher_processor: BaseImageProcessor | None = None,
 ) -> Dataset | IterableDataset:
     """
     Returns a view of a dataset whose examples are `pixel_values` and `labels`, computed when they are accessed.
@@ -107,6 +114,9 @@ def with_pixel_values(
     such as `with_format("torch")`, have no effect. A mode of the column, such as `datasets.Image(mode="L")`, is what
     images are converted to before they become RGB.
 
+    For [`DistillationTrainer`], images need no labels, and a teacher of another family or size can have pixel values
+    of its own. The column `teacher_logits` of [`~data.cache_teacher_logits`] is kept.
+
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             A dataset with the columns `image` and `label`.
@@ -116,6 +126,11 @@ def with_pixel_values(
             Whether to replace the resizing and cropping of the processor with [`RandomResizedCropFlip`], for training.
         class_names (`Sequence[str]`, *optional*):
             The classes of the model, `model.class_names`, to check that the labels number them in this order.
+        unlabeled (`bool`, *optional*, defaults to `False`):
+            Whether to leave labels out; a column of them need not be there.
+        teacher_processor (`BaseImageProcessor`, *optional*):
+            The image processor of a teacher. Its outputs for the same views of the images are added, with `teacher_`
+            in front of their names.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: The same examples, transformed lazily. Accessing an example
@@ -123,15 +138,26 @@ def with_pixel_values(
 
     Raises:
         TypeError: If the column of images is not of the type `Image`, which a transform may have instead.
-        ValueError: If the labels are no numbers, or number the classes in another order than `class_names`.
+        ValueError: If the labels are no numbers, or number the classes in another order than `class_names`; or if
+            `teacher_logits` would be combined with other views than those that they were computed for.
     """
     if isinstance(dataset, IterableDataset):
-        dataset = with_known_types(dataset)
-    check_labels_are_numbers(dataset)
-    check_label_order(dataset, class_names)
-    columns, read = readable(dataset)
-    columns = columns.rename_columns({IMAGE: PIXELS, LABEL: LABELS})
-    transform = PixelTransform(image_processor, augment, read)
+        dataset = with_known_types(dataset, None if unlabeled else LABEL)
+    if not unlabeled:
+        check_labels_are_numbers(dataset)
+        check_label_order(dataset, class_names)
+    others = [] if unlabeled else [LABEL]
+    if TEACHER_LOGITS in (dataset.column_names or ()):
+        if augment:
+            raise ValueError(
+                f"The column {TEACHER_LOGITS!r} holds what a teacher says of the images as they are, not of the "
+                "random crops of augment=True; leave one of them out, and give teacher_processor for a teacher that "
+                "sees the same crops in each step."
+            )
+        others.append(TEACHER_LOGITS)
+    columns, read = readable(dataset, others)
+    columns = columns.rename_columns({IMAGE: PIXELS, **({} if unlabeled else {LABEL: LABELS})})
+    transform = PixelTransform(image_processor, augment, read, teacher_processor)
     if isinstance(columns, IterableDataset):
         return columns.map(transform, batched=True, batch_size=STREAM_BATCH)
     return columns.with_transform(transform)
@@ -140,8 +166,9 @@ def with_pixel_values(
 class PixelTransform:
     """Turns a batch of images in `pixel_values` into (3, H, W) each, see [`with_pixel_values`] and [`readable`]."""
 
-    def __init__(self, image_processor, augment: bool, read: Reader) -> None:
+    def __init__(self, image_processor, augment: bool, read: Reader, teacher_processor=None) -> None:
         self.image_processor, self.augmentation, self.read = image_processor, None, read
+        self.of_teacher = None if teacher_processor is None else PixelTransform(teacher_processor, augment, read)
         if augment:
             size = getattr(image_processor, "crop_size", None) or getattr(image_processor, "size", None)
             if size is None:
@@ -155,7 +182,12 @@ class PixelTransform:
         images, labels = self.read(batch[PIXELS], batch.get(LABELS))
         if labels is not None:
             batch = batch | {LABELS: list(labels)}
-        return batch | {name: list(values) for name, values in self.model_inputs(images).items()}
+        of_teacher = {}
+        if self.of_teacher is not None:
+            with torch.random.fork_rng(devices=[]):  # the model's own views are drawn by the same numbers
+                of_teacher = self.of_teacher.model_inputs(images)
+        inputs = {**self.model_inputs(images), **{f"{TEACHER}{name}": value for name, value in of_teacher.items()}}
+        return batch | {name: list(values) for name, values in inputs.items()}
 
     def model_inputs(self, images: list[Image.Image]) -> BatchFeature:
         """Returns `pixel_values` (B, 3, H, W) and any further outputs of the processor."""

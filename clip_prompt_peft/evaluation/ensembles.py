@@ -16,10 +16,8 @@ import torch
 from ..modeling import PromptClassificationMixin
 from ..templates import CLASS_SLOT, check_template
 from ..text import normalize
-from ..towers import eval_mode, execution_device, num_positions
-
-
-TEXTS_AT_ONCE = 256
+from ..text.features import features_of_texts
+from ..towers import eval_mode
 
 
 def template_ensemble(model: PromptClassificationMixin, templates: Sequence[str]) -> torch.Tensor:
@@ -98,24 +96,6 @@ def _class_names(model: PromptClassificationMixin) -> list[str]:
 
 @torch.no_grad()
 def _mean_embeds(model, texts: Mapping[str, Sequence[str]]) -> torch.Tensor:
-    embeds = []
     with eval_mode(model):
-        for name, sentences in texts.items():
-            starts = range(0, len(sentences), TEXTS_AT_ONCE)
-            parts = [_encode(model, name, sentences[start : start + TEXTS_AT_ONCE]) for start in starts]
-            embeds.append(normalize(torch.cat(parts).mean(dim=0)))  # (E,)
-    return torch.stack(embeds)  # (C, E)
-
-
-def _encode(model, name: str, sentences: Sequence[str]) -> torch.Tensor:
-    encoded, max_length = model.encode_texts(sentences), num_positions(model.text_embeddings)
-    longest = int(encoded.lengths.max())
-    if longest > max_length:
-        raise ValueError(
-            f"A text about {name!r} has {longest} tokens, but the text tower has {max_length} positions; shorten "
-            f"{max(sentences, key=len)!r}."
-        )
-    device = execution_device(model.text_model)
-    input_ids, attention_mask = encoded.input_ids.to(device), encoded.attention_mask.to(device)
-    embeds = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-    return normalize(embeds)  # (texts, E)
+        means = [normalize(features_of_texts(model, of_class, name)).mean(dim=0) for name, of_class in texts.items()]
+    return normalize(torch.stack(means))  # (C, E)

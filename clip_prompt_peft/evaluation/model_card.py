@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..class_head import ClassHeadConfig
 from ..installing import how_to_install
+from ..tuner import ClassifierAdapterConfig, CLIPPromptTuningConfig
 from .tables import counted, inline_code, markdown_table, table_cell
 
 
 if TYPE_CHECKING:  # these modules import `datasets` and `evaluate`, which importing the package must not do
+    from .calibration import TemperatureFit
     from .comparison import Comparison
     from .interpret import NearestWords
 
@@ -93,6 +96,8 @@ class CardDetails:
             The results on the test set, with and without the adapter.
         words (`Sequence[NearestWords]`, *optional*):
             The result of [`nearest_words`].
+        calibration (`TemperatureFit`, *optional*):
+            The result of [`~evaluation.calibration.fit_temperature`].
     """
 
     data: TrainingData | None = None
@@ -100,6 +105,7 @@ class CardDetails:
     test_name: str = "test"
     comparison: Comparison | None = None
     words: Sequence[NearestWords] = ()
+    calibration: TemperatureFit | None = None
 
 
 def environment_versions() -> dict[str, str]:
@@ -141,7 +147,7 @@ def add_prompt_section(
     Args:
         card (`ModelCard`):
             The card to change in place.
-        config (`CLIPPromptTuningConfig`):
+        config (`CLIPPromptTuningConfig` or `ClassHeadConfig`):
             The configuration of the adapter.
         metrics (`Mapping[str, float]`, *optional*):
             Results by name.
@@ -166,7 +172,8 @@ def _add_metadata(card: ModelCard, config) -> None:
     card.data["library_name"] = "peft"
     card.data["pipeline_tag"] = "image-classification"
     tags = {tag for tag in card.data.get("tags") or [] if not tag.startswith(BASE_TAG)}
-    tags |= {"clip", "prompt-tuning", "clip_prompt_peft"}
+    kind = "class-head" if isinstance(config, ClassHeadConfig) else "prompt-tuning"
+    tags |= {"clip", kind, "clip_prompt_peft"}
     if is_hub_id(base):
         card.data["base_model"] = base
         tags.add(BASE_TAG + base)
@@ -205,7 +212,10 @@ def _add_results(card: ModelCard, details: CardDetails, model_name: str) -> None
 
 
 def _section(config, metrics: Mapping[str, float], repo_id: str | None, details: CardDetails | None) -> list[str]:
-    lines = ["## Learned prompts for CLIP", "", *_prompt_lines(config)]
+    facts = _head_facts(config) if isinstance(config, ClassHeadConfig) else _prompt_facts(config)
+    title = "Class head" if isinstance(config, ClassHeadConfig) else "Learned prompts"
+    facts = {"Base model": _base_model(config), **facts, **_class_facts(config)}
+    lines = [f"## {title} for CLIP", "", *(f"- {name}: {value}" for name, value in facts.items() if value)]
     if metrics:
         rows = [[table_cell(name), f"{value:.4g}"] for name, value in metrics.items()]
         lines += ["", markdown_table([["metric", "value"], *rows])]
@@ -214,6 +224,8 @@ def _section(config, metrics: Mapping[str, float], repo_id: str | None, details:
             lines += ["", "### Training", "", *_training_lines(details.data, details.settings)]
         if details.comparison is not None:
             lines += ["", f"### Results on {inline_code(details.test_name)}", "", *_result_lines(details.comparison)]
+        if config.temperature is not None or config.conformal_scores is not None:
+            lines += ["", "### Calibration", "", *_calibration_lines(config, details)]
         if details.words:
             lines += ["", "### Nearest vocabulary words", "", *_word_lines(details.words)]
         versions = ", ".join(f"{name} {version}" for name, version in environment_versions().items())
@@ -221,21 +233,41 @@ def _section(config, metrics: Mapping[str, float], repo_id: str | None, details:
     return [*lines, LOADING.format(repo_id=repo_id or "ID_OF_THIS_REPOSITORY", install=how_to_install())]
 
 
-def _prompt_lines(config) -> list[str]:
-    names = config.class_names or []
-    shown = ", ".join(inline_code(name) for name in names[:NUM_CLASSES_SHOWN])
-    if len(names) > NUM_CLASSES_SHOWN:
-        shown += f", ... ({len(names) - NUM_CLASSES_SHOWN} more)"
-    facts = {
-        "Base model": _base_model(config),
+def _prompt_facts(config: CLIPPromptTuningConfig) -> dict[str, str | None]:
+    return {
         "Vectors": _text_prompts(config),
         "Vision prompts": _vision_prompts(config),
         "Trained with the regularizer": config.regularizer,
         "Template": inline_code(config.padded_template or config.prompt_template),
         "Initialized from": config.prompt_tuning_init.value,
+    }
+
+
+def _head_facts(config: ClassHeadConfig) -> dict[str, str | None]:
+    kinds = {
+        "linear": "a row of weights for each class" + (", held near its zero-shot embedding" if config.pull else ""),
+        "cache": f"{config.num_keys or 0} {'trained ' if config.train_keys else ''}keys of training images, "
+        f"alpha {config.alpha:g}, beta {config.beta:g}",
+    }
+    is_tuned = config.target_modules is not None
+    templates = config.start_templates or [config.prompt_template]
+    return {
+        "Head": "not started, the text tower answers" if config.starts_later else kinds[config.head_type],
+        "LayerNorms": "tuned beside it" if is_tuned else None,
+        "Started from": ", ".join(map(inline_code, templates[:NUM_VECTORS_SHOWN])),
+        "Other classes": "by their names, with the text tower",
+    }
+
+
+def _class_facts(config: ClassifierAdapterConfig) -> dict[str, str | None]:
+    names = config.class_names or []
+    shown = ", ".join(inline_code(name) for name in names[:NUM_CLASSES_SHOWN])
+    if len(names) > NUM_CLASSES_SHOWN:
+        shown += f", ... ({len(names) - NUM_CLASSES_SHOWN} more)"
+    return {
+        "Temperature, by which logits are divided": config.temperature and f"{config.temperature:.4g}",
         f"Classes ({len(names)})": shown or "none saved",
     }
-    return [f"- {name}: {value}" for name, value in facts.items() if value]
 
 
 def _base_model(config) -> str:
@@ -306,6 +338,34 @@ def _result_lines(comparison: Comparison) -> list[str]:
         "",
         markdown_table([["class", "images", "accuracy, zero-shot", "accuracy, tuned"], *classes]),
     ]
+
+
+def _calibration_lines(config, details: CardDetails) -> list[str]:
+    fit, comparison, lines = details.calibration, details.comparison, []
+    error = "the expected calibration error is {:.4f} without the temperature and {:.4f} with it."
+    if fit is not None:
+        images = counted(fit.num_images, "validation image")
+        lines += [f"On the {images} that it was fitted on, {error.format(fit.ece_before, fit.ece_after)}", ""]
+    errors = None if comparison is None else comparison.calibration_errors()
+    if errors is not None:
+        lines += [f"On {inline_code(details.test_name)}, {error.format(*errors)}", ""]
+    rows = [] if comparison is None else comparison.coverage_rows(config.conformal_scores)
+    if rows:
+        scores = config.conformal_scores
+        lines += [
+            f"Sets of classes (split conformal prediction, {scores['method']}, scores of "
+            f"{counted(scores['num_images'], 'validation image')}) on {inline_code(details.test_name)}:",
+            "",
+            markdown_table(
+                [
+                    ["coverage asked for", "sets with the true class", "mean size", "empty sets"],
+                    *([f"{row[0]:.2f}", f"{row[1]:.4f}", f"{row[2]:.2f}", f"{row[3]:.4f}"] for row in rows),
+                ]
+            ),
+        ]
+    elif config.conformal_scores is not None:
+        lines.append("The adapter holds scores for sets of classes with a coverage (`ConformalClassifier`).")
+    return lines
 
 
 def _word_lines(words: Sequence[NearestWords]) -> list[str]:

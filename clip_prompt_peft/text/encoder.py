@@ -154,9 +154,16 @@ class ClassEncoder:
         self._embeds.clear()
         self._graphs.clear()
 
-    def prepare(self, model: CLIPModel, prompts: ClassPrompts, layout: PromptLayout | None = None) -> None:
-        """Makes the inputs of the text tower in advance, for a trace that cannot make them."""
-        self._chunks_of(model, prompts, layout, range(len(prompts.texts)))
+    def prepare(
+        self, model: CLIPModel, prompts: ClassPrompts, layout: PromptLayout | None = None
+    ) -> tuple[list[Chunk], int]:
+        """Makes the inputs of the text tower in advance, as for a trace that cannot make them.
+
+        Returns:
+            The chunks of classes, and how many prompts to encode at once if every image has its own.
+        """
+        self._check_settings()
+        return self._chunks_of(model, prompts, layout, range(len(prompts.texts)))
 
     def _check_settings(self) -> None:
         if self.path not in (AUTO, *PATHS):

@@ -1,12 +1,15 @@
-"""The configuration of a published method by its name: of prompts, or of a method that peft has itself."""
+"""The configuration of a published method by its name: of prompts, of class heads, or of a method of peft's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
+from ..class_head import ClassHeadConfig
+from ..class_head.presets import HEAD_PRESETS
 from ..towers import attention_inputs, outside_of_layers
 from ..tuner import CLIPPromptTuningConfig
 from ..tuner.hub import hub_settings_of
@@ -16,13 +19,14 @@ def method_config(name: str, model: nn.Module, **overrides) -> PeftConfig:
     """
     Returns the configuration of a published method for a model, and `get_peft_model` makes its adapter.
 
-    Prompts have a [`CLIPPromptTuningConfig`], other methods a configuration of peft. An adapter of those is one of
-    peft's: it can be merged into the weights, and holds neither class names nor a template, which have to be given
-    when it is loaded.
+    Prompts have a [`CLIPPromptTuningConfig`], class heads a [`ClassHeadConfig`], and other methods a configuration of
+    peft. An adapter of those is one of peft's: it can be merged into the weights, and holds neither class names nor a
+    template, which have to be given when it is loaded.
 
     Args:
         name (`str`):
-            The name of a preset, one of `PRESETS`, or `"clip-lora"`, see [`clip_lora_config`].
+            The name of a preset, one of `PRESETS`; `"2sfs"`, `"clap"`, `"zs-lp"`, `"tip-adapter"` or
+            `"tip-adapter-f"`, see [`ClassHeadConfig`]; or `"clip-lora"`, see [`clip_lora_config`].
         model (`torch.nn.Module`):
             A classifier or another dual encoder of any supported family.
         overrides:
@@ -80,10 +84,20 @@ def clip_lora_config(model: nn.Module, **overrides) -> LoraConfig:
     return LoraConfig(**fields)
 
 
-# Methods whose adapters are peft's own, so that their settings are no fields of a row in `PRESETS`.
-PEFT_METHODS: dict[str, Callable[..., PeftConfig]] = {"clip-lora": clip_lora_config}
+def class_head_config(name: str, model: nn.Module, **overrides) -> ClassHeadConfig:
+    """Returns the configuration of a published class head, see [`ClassHeadConfig.from_preset`]."""
+    return ClassHeadConfig.from_preset(name, **overrides)
+
+
+# Methods that learn no prompts, so that their settings are no fields of a row in `PRESETS`.
+PEFT_METHODS: dict[str, Callable[..., PeftConfig]] = {
+    "clip-lora": clip_lora_config,
+    **{name: partial(class_head_config, name) for name in HEAD_PRESETS},
+}
 
 
 def trains_image_tower(config: PeftConfig) -> bool:
     """Returns whether image embeddings change in training, so that they cannot be computed in advance."""
+    if isinstance(config, ClassHeadConfig):
+        return config.target_modules is not None
     return not isinstance(config, CLIPPromptTuningConfig) or bool(config.num_vision_virtual_tokens)

@@ -6,7 +6,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -18,6 +19,8 @@ from ..towers import trainable_parameters
 from ..tuner import CLIPPromptTuningConfig
 from ..tuner.presets import PRESETS
 from .callbacks import GaussianPromptAveraging
+from .distillation import DistillationTrainer
+from .heads import TwoStageTuning
 from .prograd import ProGradTrainer
 
 
@@ -61,6 +64,7 @@ SETTINGS: dict[str, PaperSettings] = {
     "kgcoop": PaperSettings(0.002, 128, 100),
     "prograd": PaperSettings(0.002, 32, COOP_EPOCHS),
     "tcp": PaperSettings(0.002, 32, 50, ADAM),
+    "promptkd": PaperSettings(0.005, 8, 20),
     "promptsrc": PaperSettings(0.0025, 4, 20),
 }
 
@@ -90,7 +94,21 @@ class StepSettings:
     last_learning_rate: float = 1e-6
 
 
-STEP_SETTINGS: dict[str, StepSettings] = {"clip-lora": StepSettings(2e-4, 32, 500)}
+STEP_SETTINGS: dict[str, StepSettings] = {
+    "clip-lora": StepSettings(2e-4, 32, 500),
+    "2sfs": StepSettings(2e-4, 32, 300),
+}
+FIRST_STAGE = 0.6  # share of the steps of 2sfs
+
+# CLAP's and its baseline's, as those of prompts; Tip-Adapter-F's cosine goes on at each step, Tip-Adapter needs none.
+HEAD_SGD = (torch.optim.SGD, {"momentum": MOMENTUM, "weight_decay": 0.0})
+HEAD_SETTINGS: dict[str, PaperSettings] = {
+    "clap": PaperSettings(0.1, 256, 300, HEAD_SGD),
+    "zs-lp": PaperSettings(0.1, 256, 300, HEAD_SGD),
+    "tip-adapter": PaperSettings(1e-3, 256, 0, (torch.optim.AdamW, {"eps": 1e-4, "weight_decay": 1e-2})),
+    "tip-adapter-f": PaperSettings(1e-3, 256, 20, (torch.optim.AdamW, {"eps": 1e-4, "weight_decay": 1e-2})),
+}
+TRAINERS: dict[str, type[Trainer]] = {"prograd": ProGradTrainer, "promptkd": DistillationTrainer}
 # The fields of a configuration that tell kinds of prompts apart.
 KIND = (
     "class_specific",
@@ -98,6 +116,7 @@ KIND = (
     "num_vision_virtual_tokens",
     "vision_prompts_from_text",
     "class_aware_layer",
+    "projection_dim",
     "regularizer",
 )
 DEFAULT = "default"  # the name of the recipe for a configuration without a preset
@@ -143,9 +162,14 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     among the devices. `"clip-lora"` takes 500 steps of AdamW for each image per class, with a cosine schedule that is
     updated at each step. All papers train on random crops and flips, see `augment` of [`~data.with_pixel_values`].
 
+    `"2sfs"` takes 300 steps of AdamW for each image per class: 60 % for LayerNorms, the rest for the head, each stage
+    with a cosine schedule of its own, see [`TwoStageTuning`]. The other class heads train on image embeddings, after
+    [`fit_class_head`]: `"clap"` and `"zs-lp"` 300 epochs of SGD, `"tip-adapter-f"` 20 of AdamW, and `"tip-adapter"`
+    none.
+
     Args:
         name (`str`):
-            `"default"`, the name of a preset, one of `PRESETS`, or `"clip-lora"`.
+            `"default"`, the name of a preset, one of `PRESETS`, `"clip-lora"`, or the name of a class head.
         model (`nn.Module`):
             The model with its adapter. All of its trainable parameters are trained.
         num_examples (`int`):
@@ -170,10 +194,9 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     ... )
     ```
     """
-    if name not in (DEFAULT, *SETTINGS, *STEP_SETTINGS):
-        raise ValueError(
-            f"There is no recipe {name!r}; there are {[DEFAULT, *sorted({**SETTINGS, **STEP_SETTINGS})]}."
-        )
+    names = [DEFAULT, *sorted({**SETTINGS, **STEP_SETTINGS, **HEAD_SETTINGS})]
+    if name not in names:
+        raise ValueError(f"There is no recipe {name!r}; there are {names}.")
     if num_examples < 1 or shots < 1:
         raise ValueError(f"num_examples and shots must be 1 or more, got {num_examples} and {shots}.")
     if not torch.accelerator.is_available() or overrides.get("use_cpu", False):
@@ -182,14 +205,17 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     if name == DEFAULT:
         return _default_recipe(model, num_examples, shots, overrides)
     if name in STEP_SETTINGS:
-        return _step_recipe(STEP_SETTINGS[name], model, num_examples, shots, overrides)
-    settings, num_devices = SETTINGS[name], _num_devices(overrides)
+        recipe = _step_recipe(STEP_SETTINGS[name], model, num_examples, shots, overrides)
+        return _in_two_stages(recipe, model, num_examples) if name == "2sfs" else recipe
+    if name.startswith("tip-adapter"):
+        return _cache_recipe(HEAD_SETTINGS[name], overrides)
+    settings, num_devices = {**SETTINGS, **HEAD_SETTINGS}[name], _num_devices(overrides)
     epochs = settings.epochs if isinstance(settings.epochs, dict) else {math.inf: settings.epochs}
     arguments = {
         "learning_rate": settings.learning_rate,
         "num_train_epochs": next(number for max_shots, number in epochs.items() if shots <= max_shots),
         "per_device_train_batch_size": max(1, settings.batch_size // num_devices),
-        "weight_decay": WEIGHT_DECAY,
+        "weight_decay": settings.optimizer[1]["weight_decay"],
         "max_grad_norm": 0.0,
         **overrides,
     }
@@ -199,7 +225,7 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     steps_per_epoch = _steps_per_epoch(num_examples, batch_size, arguments)
     optimizers = with_epoch_cosine(model, arguments["learning_rate"], num_epochs, steps_per_epoch, settings.optimizer)
     averaging = GaussianPromptAveraging(PROMPTSRC_MEAN * num_epochs, PROMPTSRC_STD * num_epochs)
-    trainer_class = ProGradTrainer if PRESETS[name].get("regularizer") == "prograd" else Trainer
+    trainer_class = TRAINERS.get(name, Trainer)
     return Recipe(arguments, optimizers, [averaging] if name == "promptsrc" else [], trainer_class)
 
 
@@ -238,6 +264,53 @@ def _step_recipe(settings: StepSettings, model: nn.Module, num_examples: int, sh
         batch_size = arguments["per_device_train_batch_size"] * num_devices
         # the Trainer goes by max_steps; this is what reports show
         arguments["num_train_epochs"] = num_steps / _steps_per_epoch(num_examples, batch_size, arguments)
+    return Recipe(arguments, (None, None))
+
+
+def _in_two_stages(recipe: Recipe, model: nn.Module, num_examples: int) -> Recipe:
+    """Gives LayerNorms and head of a recipe, one after the other, a cosine schedule each."""
+    arguments = recipe.arguments
+    num_steps = arguments.get("max_steps", -1)
+    if num_steps < 1:
+        batch_size = arguments["per_device_train_batch_size"] * _num_devices(arguments)
+        per_epoch = _steps_per_epoch(num_examples, batch_size, arguments)
+        num_steps = math.ceil(arguments["num_train_epochs"] * per_epoch)
+    num_first = max(1, int(FIRST_STAGE * num_steps))
+    of_head = [value for name, value in model.named_parameters() if ".ln_tuning_head." in name and value.requires_grad]
+    others = [value for value in _check_trainable(model) if not any(value is own for own in of_head)]
+    if not of_head or not others:
+        raise ValueError(
+            "The recipe '2sfs' trains LayerNorms and a class head; make both with method_config('2sfs', model)."
+        )
+    lr = arguments["learning_rate"]
+    groups = [{"params": others}, {"params": of_head}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=arguments["weight_decay"])
+    last = STEP_SETTINGS["2sfs"].last_learning_rate / lr
+    stages = [(0, num_first), (num_first, num_steps - num_first)]
+    scheduler = LambdaLR(optimizer, [partial(_cosine_of_stage, first, number, last) for first, number in stages])
+    return replace(recipe, optimizers=(optimizer, scheduler), callbacks=[TwoStageTuning(num_first)])
+
+
+def _cosine_of_stage(first: int, number: int, last: float, step: int) -> float:
+    """Returns the factor of the learning rate in a stage of `number` steps from `first` on; 0 in the other stage."""
+    if not 0 <= step - first < number:
+        return 0.0
+    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * (step - first) / number))
+
+
+def _cache_recipe(settings: PaperSettings, overrides: dict) -> Recipe:
+    """Returns the recipe for the keys of a cache: AdamW of the Trainer, whose cosine goes on at each step to 0."""
+    arguments = {
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": max(1, settings.batch_size // _num_devices(overrides)),
+        "weight_decay": settings.optimizer[1]["weight_decay"],
+        "adam_epsilon": settings.optimizer[1]["eps"],
+        "max_grad_norm": 0.0,
+        "dataloader_drop_last": False,
+        **overrides,
+    }
     return Recipe(arguments, (None, None))
 
 

@@ -22,8 +22,12 @@ from transformers.utils import cached_file
 from ..file_contents import foreign_content
 
 
-METHOD = "CLIP_PROMPT_TUNING"
-ADAPTER_TENSOR = re.compile(r"(^|\.)learnable_\w+(\.(weight|bias))?")
+# The names of the tensors of each method. In a model, they lie in containers that hold nothing but adapters.
+ADAPTER_TENSORS = {
+    "CLIP_PROMPT_TUNING": re.compile(r"(^|\.)learnable_\w+(\.(weight|bias|running_mean|running_var))?"),
+    "CLIP_CLASS_HEAD": re.compile(r"(^|\.)(class_head\.ln_tuning_head\.\w+|ln_tuning_layers\.(weight|bias))$"),
+}
+INDEX = "labels"  # the last part of the name of a tensor of class indices
 LARGEST = torch.finfo(torch.float16).max  # no training comes near it, and half precision has only Inf beyond it
 CHECKPOINT = re.compile(r"checkpoint-\d+")  # of a Trainer
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -85,11 +89,11 @@ def read_config(path: str) -> PeftConfig:
 
 
 def fetch_weights(name_or_path: str | os.PathLike, config: PeftConfig, **kwargs) -> str:
-    """Returns the path of the weights of a prompt adapter, after a look at the names of its tensors.
+    """Returns the path of the weights of an adapter of this package, after a look at the names of its tensors.
 
     Raises:
         OSError: If they cannot be fetched.
-        ValueError: If there are only pickled weights, or the file is damaged or not of a prompt adapter.
+        ValueError: If there are only pickled weights, or the file is damaged or not of such an adapter.
     """
     try:
         path = fetch(name_or_path, WEIGHTS_NAME, **kwargs)
@@ -110,17 +114,18 @@ def fetch_weights(name_or_path: str | os.PathLike, config: PeftConfig, **kwargs)
         )
         raise ValueError(f"{path} is {reason}.") from error
     modules = [f".{name}." for name in config.modules_to_save or ()]
+    pattern = ADAPTER_TENSORS[config.peft_type]
     for name in names:
-        if not ADAPTER_TENSOR.search(name) and not any(module in f".{name}" for module in modules):
+        if not pattern.search(name) and not any(module in f".{name}" for module in modules):
             raise ValueError(
-                f"The adapter's weights hold {name!r}, which is no part of a prompt adapter and would change the "
+                f"The adapter's weights hold {name!r}, which is no part of such an adapter and would change the "
                 "frozen model; the file is damaged, or not to be trusted."
             )
     return path
 
 
 def check_adapter(name_or_path: str | os.PathLike | None, **kwargs) -> PeftConfig | None:
-    """Checks a prompt adapter that transformers is about to load, which itself only compares shapes.
+    """Checks an adapter of this package that transformers is about to load, which itself only compares shapes.
 
     Args:
         name_or_path (`str` or `os.PathLike`):
@@ -132,7 +137,7 @@ def check_adapter(name_or_path: str | os.PathLike | None, **kwargs) -> PeftConfi
         `PeftConfig`: The configuration, or `None` if there is no adapter.
 
     Raises:
-        ValueError: If it is a prompt adapter that is damaged, or would change the frozen model.
+        ValueError: If it is an adapter of this package that is damaged, or would change the frozen model.
     """
     if name_or_path is None:  # the tensors are in memory
         return None
@@ -144,7 +149,7 @@ def check_adapter(name_or_path: str | os.PathLike | None, **kwargs) -> PeftConfi
     hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
     path = fetch(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     config = None if path is None else read_config(path)
-    if config is not None and config.peft_type == METHOD:
+    if config is not None and config.peft_type in ADAPTER_TENSORS:
         check_values(load_file(fetch_weights(name_or_path, config, **hub)))
     return config
 
@@ -158,9 +163,51 @@ def check_adapter_folder(name_or_path: str | os.PathLike | None) -> None:
         raise ValueError(f"The adapter {str(name_or_path)!r} does not name its base model.")
 
 
+def check_tensors(
+    state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], config: PeftConfig, adapter_name: str
+) -> None:
+    """Raises `ValueError` unless the tensors are those that model and configuration ask for, with valid values.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`):
+            The tensors of a file, by their names in the model.
+        expected (`Mapping[str, torch.Tensor]`):
+            Those of the adapter in the model.
+        config (`PeftConfig`):
+            The configuration of the adapter.
+        adapter_name (`str`):
+            The name of the adapter in the model.
+    """
+    for key, parameter in expected.items():
+        if key not in state_dict:
+            raise ValueError(
+                f"The adapter's weights hold no {key!r}, only {sorted(state_dict)}; the file is damaged or belongs to "
+                "another method."
+            )
+        shape, wanted = tuple(state_dict[key].shape), tuple(parameter.shape)
+        if shape != wanted:
+            raise ValueError(
+                f"The adapter's {key!r} has shape {shape}, but this model and the adapter's configuration ask for "
+                f"{wanted} (num_virtual_tokens, class_names, hidden sizes). The adapter was trained on "
+                f"{config.base_model_name_or_path!r}; load that base model."
+            )
+    check_values(state_dict)
+    for key in state_dict:
+        if key not in expected and f".modules_to_save.{adapter_name}." not in key:
+            raise ValueError(
+                f"The adapter's weights hold {key!r}, which its configuration does not ask for and which could change "
+                "the frozen model; the file is damaged, or not to be trusted."
+            )
+
+
 def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises `ValueError` for a tensor that is not of floating point numbers, or holds NaN, Inf or absurd values."""
+    """Raises `ValueError` for a tensor that is not of floating point numbers, or holds NaN, Inf or absurd values.
+
+    Class indices are integers of 64 bits.
+    """
     for name, tensor in tensors.items():
+        if name.rpartition(".")[2] == INDEX and tensor.dtype == torch.int64:
+            continue
         if not tensor.is_floating_point():
             raise ValueError(f"The adapter's {name!r} is of {tensor.dtype}, not of floating point numbers.")
         if tensor.is_meta:

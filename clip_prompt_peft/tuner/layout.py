@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import warnings
 from dataclasses import dataclass, fields
-from itertools import chain
 
 from peft import PromptTuningInit
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from ..heads import ClassHead, ImageHead
 from ..templates import (
     DEFAULT_TEMPLATE,
     check_class_names,
@@ -31,16 +29,12 @@ from ..towers import (
     num_rows,
     takes_patches,
     token_table_name,
+    unwrapped,
 )
-from .config import (
-    PROBLEM_TYPES,
-    ClassTokenPosition,
-    CLIPPromptTuningConfig,
-    check_coupled_depths,
-    check_deep_prompts_end,
-)
-from .fingerprint import check_fingerprint, fingerprint_of
-from .hub import COMMIT, HubSettings, hub_settings_of, load_tokenizer
+from .base_model import check_base_model, config_value, name_base_model
+from .config import ClassTokenPosition, CLIPPromptTuningConfig
+from .config_checks import check_coupled_depths, check_deep_prompts_end
+from .hub import hub_settings_of, load_tokenizer
 from .token_ids import check_token_ids, record_token_ids
 
 
@@ -67,6 +61,7 @@ class PromptLayout:
     text_prompt_depth: int
     class_aware_layer: int | None
     num_vision_virtual_tokens: int
+    projection_dim: int | None
     regularizer: str | None
     regularizer_weights: dict[str, float] | None
     teacher_templates: list[str] | None
@@ -118,6 +113,7 @@ class PromptLayout:
     def merge_obstacle(self) -> str | None:
         """The reason why the adapter cannot be folded into the base model, or `None` if it can."""
         obstacles = {
+            "it has a projector behind the image tower": self.projection_dim is not None,
             "it has vision prompts": self.num_vision_virtual_tokens > 0,
             "it has prompts in front of deeper layers": self.text_prompt_depth != 1,
             "its vectors depend on the image": self.image_conditioned,
@@ -144,130 +140,29 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> CLIPPromptTunin
         if getattr(config, name) == value:  # otherwise it was changed since
             setattr(resolved, name, None)
     empty = [field.name for field in fields(config) if getattr(resolved, field.name) is None]
-    names = _config_value(model, "class_names")
+    names = config_value(model, "class_names")
     if resolved.class_names is not None and resolved.class_names != names and not config.has_weights:
         warn_of_names_without_words(resolved.class_names)
     if resolved.class_names is None and names is not None:
         resolved.class_names = check_class_names(names)
     if resolved.problem_type is None:
-        resolved.problem_type = _config_value(model, "problem_type")
+        resolved.problem_type = config_value(model, "problem_type")
+    if resolved.projection_dim is not None and resolved.teacher_class_names is None:
+        resolved.teacher_class_names = resolved.class_names
     _resolve_depths(resolved, model)
     if not config.has_weights:
         if resolved.prompt_template is None:
-            resolved.prompt_template = _config_value(model, "prompt_template") or DEFAULT_TEMPLATE
+            resolved.prompt_template = config_value(model, "prompt_template") or DEFAULT_TEMPLATE
         tokenizer = _tokenizer_for(config, model)
         _resolve_tokens(resolved, tokenizer)
-        _name_base_model(resolved, model, record_token_ids(resolved, tokenizer))
+        name_base_model(resolved, model, record_token_ids(resolved, tokenizer))
         resolved.set_at_injection = {name: getattr(resolved, name) for name in empty}
     _check_fits(resolved, model)
     if config.has_weights:
-        _check_base_model(config, model)
+        check_base_model(config, model)
         if getattr(model, "tokenizer", None) is not None:  # otherwise, when it writes the first prompts
             check_token_ids(resolved, model.tokenizer)
     return resolved
-
-
-def warn_of_other_classes(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
-    """Warns if an adapter that was loaded takes the place of other class names, or another kind of labels, of a model.
-
-    Args:
-        config (`CLIPPromptTuningConfig`):
-            The resolved configuration of the adapter.
-        model (`torch.nn.Module`):
-            The model. Nothing is compared unless it is a classifier that was given class names.
-    """
-    if not getattr(model, "names_were_given", False):
-        return
-    adapter, own = config.described, _config_value(model, "class_names")
-    if own is not None and config.class_names is not None and list(own) != config.class_names:
-        warnings.warn(
-            f"{_other_classes(adapter, config.class_names, list(own))} While the adapter is active, labels have to be "
-            f"numbered by its names (model.config.label2id). {_how_to_keep(config)}",
-            UserWarning,
-            stacklevel=2,
-        )
-    kinds = [kind or PROBLEM_TYPES[0] for kind in (config.problem_type, _config_value(model, "problem_type"))]
-    if kinds[0] != kinds[1]:
-        warnings.warn(
-            f"The adapter {adapter} was trained with problem_type={kinds[0]!r}, and the model has {kinds[1]!r}, which "
-            f"decides on loss and probabilities; set model.config.problem_type = {kinds[0]!r} for the adapter's.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def _other_classes(adapter: str, names: list[str], own: list[str]) -> str:
-    """Says how the class names of an adapter differ from those of the model."""
-    pairs = enumerate(zip(names, own))
-    at = next((label for label, (name, other) in pairs if name != other), min(len(names), len(own)))
-    if sorted(names) == sorted(own):
-        return (
-            f"The adapter {adapter} brings the class names of the model in another order: label {at} is "
-            f"{names[at]!r}, not {own[at]!r} as in the model."
-        )
-    added, missing = ([name for name in some if name not in others] for some, others in ((names, own), (own, names)))
-    parts = [f"{len(some)} {what} ({some[:5]})" for some, what in ((added, "new"), (missing, "missing")) if some]
-    numbers = "" if len(names) == len(own) else f"; it has {len(names)} classes instead of {len(own)}"
-    return f"The adapter {adapter} brings class names of its own in place of the model's: {', '.join(parts)}{numbers}."
-
-
-def _how_to_keep(config: CLIPPromptTuningConfig) -> str:
-    if config.class_specific:
-        return "Its vectors belong to its classes; with model.disable_adapter() the model has its own again."
-    return "To classify by the model's instead, call model.set_class_names([...]) with these."
-
-
-def _check_base_model(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
-    """Warns if the model is not the one that an adapter was trained on, by its values or else by its name."""
-    adapter, trained_on = config.described, _named_base(config)
-    if config.base_model_fingerprint is not None:
-        check_fingerprint(config.base_model_fingerprint, model, adapter, trained_on)
-        return
-    name, revision = getattr(model, "name_or_path", None), hub_settings_of(model).revision
-    recorded = config.base_model_name_or_path
-    if not name or not recorded or os.path.exists(name) or os.path.exists(recorded):
-        return  # a folder may hold any model
-    # A branch may be at this commit, so only a commit tells another state.
-    is_other_state = (
-        revision is not None and COMMIT.fullmatch(config.revision or "") is not None and revision != config.revision
-    )
-    if name != recorded or is_other_state:
-        warnings.warn(
-            f"The adapter {adapter} was trained on {trained_on}, and is loaded into {name!r}"
-            f"{f' at revision {revision!r}' if revision else ''}. It holds no values of its base model to compare. If "
-            "the weights differ, its predictions will be worse than they were; load the base model that it names.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def _name_base_model(config: CLIPPromptTuningConfig, model: nn.Module, token_ids: list[list[int]]) -> None:
-    """Sets commit, subfolder and fingerprint of the base model; `token_ids` are those of the adapter's texts."""
-    hub = hub_settings_of(model)
-    if config.revision not in (None, hub.revision) and hub.revision is not None:
-        name = getattr(model, "name_or_path", None)
-        if _commit_of(name, hub.at(config.revision, hub.subfolder)) != hub.revision:
-            warnings.warn(
-                f"The configuration says revision={config.revision!r}, but the model was loaded from {name!r} at "
-                f"{hub.revision!r}, which is what the adapter names as its base model's revision.",
-                UserWarning,
-                stacklevel=2,
-            )
-    config.revision = hub.revision or config.revision
-    config.base_model_subfolder = hub.subfolder or None
-    config.base_model_fingerprint = fingerprint_of(model, list(chain.from_iterable(token_ids)))
-
-
-def _commit_of(name: str | None, hub: HubSettings) -> str | None:
-    try:
-        return hub.pinned(name).revision
-    except OSError:  # offline, or no such revision
-        return None
-
-
-def _named_base(config: CLIPPromptTuningConfig) -> str:
-    revision = f" at revision {config.revision!r}" if config.revision else ""
-    return f"{config.base_model_name_or_path!r}{revision}"
 
 
 def chosen_towers(config: CLIPPromptTuningConfig, model: nn.Module, kind: str) -> list[Tower]:
@@ -282,11 +177,6 @@ def embed_width_of(model: nn.Module) -> int | None:
     """Returns E, the width of image and class embeddings: that of the outermost module whose config says it."""
     widths = (embed_width(getattr(module, "config", None)) for module in model.modules())
     return next((width for width in widths if width is not None), None)
-
-
-def _config_value(model: nn.Module, name: str):
-    """Returns a field of the model's config, or `None`: a module around a CLIP need not have a config."""
-    return getattr(getattr(model, "config", None), name, None)
 
 
 def _resolve_depths(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
@@ -390,6 +280,8 @@ def _check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
             f"image_conditioned needs image embeddings, and {name} has no image tower; use a "
             "CLIPForPromptClassification."
         )
+    if config.projection_dim is not None:
+        _check_heads(config, model)
     if not config.num_vision_virtual_tokens:
         return
     if not chosen_towers(config, model, "text"):
@@ -407,6 +299,24 @@ def _check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
             f"{name} masks the patches of an image, and its mask would not cover vision prompts; use "
             "Siglip2ForPromptClassification (from_base), or leave num_vision_virtual_tokens out."
         )
+
+
+def _check_heads(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    if find_heads(model) is None:
+        raise ValueError(
+            "projection_dim puts a projector behind the image tower, and class embeddings in place of the text tower, "
+            f"for which {type(model).__name__} has no place; use a classifier such as CLIPForPromptClassification, "
+            "which AutoModelForPromptClassification.from_base makes of it."
+        )
+
+
+def find_heads(model: nn.Module) -> tuple[str, str] | None:
+    """Returns the paths of the image head and the class head of the classifier in a model, `None` without one."""
+    heads = [
+        next((path for path, module in model.named_modules() if isinstance(unwrapped(module), kind)), None)
+        for kind in (ImageHead, ClassHead)
+    ]
+    return None if None in heads else (heads[0], heads[1])
 
 
 def _check_targets(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
@@ -431,6 +341,11 @@ def _check_fits(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
         _check_depth("vision_prompt_depth", config.vision_prompt_depth, chosen_towers(config, model, "vision"))
     if config.vision_prompts_from_text:
         _check_coupling(config, text)
+    if config.projection_dim is not None and config.class_names is None:
+        raise ValueError(
+            "projection_dim stores an embedding of the teacher for each class, but no class names are known; give "
+            "class_names, or put the adapter into a classifier that has some."
+        )
     if config.class_specific and config.class_names is None:
         raise ValueError(
             "class_specific makes vectors for each class, but no class names are known; give class_names, or put the "
