@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +31,15 @@ class PromptClassifierOutput(ImageClassifierOutput):
 
 
 def check_regularizers(
-    regularizers: Mapping[str, Regularizer], labels: torch.Tensor | None, return_loss_terms: bool
+    regularizers: Mapping[str, Regularizer],
+    names: Sequence[str],
+    labels: torch.Tensor | None,
+    return_loss_terms: bool,
 ) -> None:
-    """Raises `ValueError` if a training step on these inputs would ignore one of the regularizers."""
-    if regularizers and labels is None:
+    """Raises `ValueError` if a training step on these inputs would ignore a regularizer, or another of named terms."""
+    if names and labels is None:
         raise ValueError(
-            f"The loss terms {sorted(regularizers)} are added to the loss where the labels are, but forward got none; "
+            f"The loss terms {sorted(names)} are added to the loss where the labels are, but forward got none; "
             "leave out label_smoothing_factor and compute_loss_func, which keep them from the model, or evaluate with "
             "model.eval()."
         )
