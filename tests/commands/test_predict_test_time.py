@@ -1,5 +1,7 @@
 """`predict --test_time`: answers that are adapted to the images."""
 
+import json
+
 import pytest
 import torch
 from conftest import CLASS_NAMES
@@ -64,6 +66,17 @@ def test_answers_are_adapted_to_the_images(kind, images, tmp_path, run_here, ima
     ):
         assert label == best and probability == pytest.approx(value, abs=0.11)
     assert found != table(run_here(*arguments))
+
+
+def test_sets_and_temperatures_are_of_answers_without_adaptation(images, tmp_path, run_here, capsys):
+    adapter = saved(tmp_path / "adapter", "kgcoop")
+    with pytest.raises(SystemExit) as stopped:
+        run_here("predict", adapter, images, "--test_time", "tda", "--coverage", 0.9)
+    assert "leave out --test_time" in str(stopped.value.code) + capsys.readouterr().err
+    before = table(run_here("predict", adapter, images, "--test_time", "tda"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "temperature": 3.0}))
+    assert table(run_here("predict", adapter, images, "--test_time", "tda")) == before
 
 
 def test_an_adapter_that_cannot_be_adapted_is_told_at_once(images, tmp_path, run_here, capsys):

@@ -424,5 +424,5 @@ def test_arguments_that_make_no_sense_are_refused(arguments, message, classifier
 
 
 def test_models_that_are_no_classifiers_are_refused(clip):
-    with pytest.raises(TypeError, match="must be a classifier"):
+    with pytest.raises(TypeError, match="needs a classifier"):
         TestTimeTuner(clip)
