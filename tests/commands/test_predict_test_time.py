@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import CLASS_NAMES
+from conftest import CLASS_NAMES, slow_param
 from peft import get_peft_model
 from PIL import Image
 
-from clip_prompt_cli.fields import TEST_TIME
 from clip_prompt_peft import (
     AutoPeftModelForPromptClassification,
     CLIPForPromptClassification,
@@ -56,7 +55,7 @@ def expected(kind, folder, images, image_processor):
     return [(CLASS_NAMES[label], round(100 * value, 1)) for value, label in zip(values.tolist(), labels.tolist())]
 
 
-@pytest.mark.parametrize("kind", TEST_TIME)
+@pytest.mark.parametrize("kind", ["tpt", slow_param("c-tpt"), slow_param("r-tpt"), "tda"])
 def test_answers_are_adapted_to_the_images(kind, images, tmp_path, run_here, image_processor):
     adapter = saved(tmp_path / "adapter", "kgcoop")
     arguments = ("predict", adapter, images)
