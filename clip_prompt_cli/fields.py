@@ -22,6 +22,7 @@ METHODS = (
     "kgcoop",
     "maple",
     "prograd",
+    "promptkd",
     "promptsrc",
     "tcp",
     "tip-adapter",
@@ -138,6 +139,12 @@ class PromptFields:
         "size), except for arguments that are given. By default the words in front of {} become vectors, trained with "
         "AdamW.",
         "METHOD",
+    )
+    teacher: str | None = argument(
+        None,
+        "Hub id or folder of the teacher of --method promptkd: a larger CLIP, or an adapter. Labels then only choose "
+        "the images, --shots of each class or all, and are not learned from.",
+        "MODEL",
     )
     prompt_template: str = argument("a photo of a {}.", "Words to start from; {} is the class name.", "TEXT")
     num_virtual_tokens: int | None = argument(

@@ -87,7 +87,7 @@ EXAMPLES = {
 FIRST: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "images": ("train_dir", "test_dir", "dataset_name", "train_file", "shots"),
-        "model and prompt": ("model_name_or_path", "method", "prompt_template"),
+        "model and prompt": ("model_name_or_path", "method", "teacher", "prompt_template"),
         "training": (
             "output_dir",
             "num_train_epochs",

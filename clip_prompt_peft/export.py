@@ -279,6 +279,7 @@ class BakedClassifier(nn.Module):
         self.class_head = class_head
         self.vision_model = classifier.vision_model
         self.visual_projection = getattr(classifier, "visual_projection", nn.Identity())
+        self.image_head = classifier.image_head
         self.register_buffer("class_embeds", class_embeds)
         temperature = classifier.temperature or 1.0
         self.register_buffer("scale", classifier.log_scale.detach().exp() / temperature)
@@ -296,7 +297,7 @@ class BakedClassifier(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pooled = self.vision_model(pixel_values=pixel_values).pooler_output
-        image_embeds = normalize(self.visual_projection(pooled))  # (B, E)
+        image_embeds = normalize(self.image_head(self.visual_projection(pooled)))  # (B, E)
         logits = self.scale * image_embeds @ self.class_embeds.T + self.bias  # (B, C)
         if isinstance(self.class_head, CachedImages):
             logits = self.class_head(image_embeds, logits)

@@ -98,7 +98,7 @@ class PromptClassificationMixin(CalibratedClassifierMixin):
 
     @property
     def embed_width(self) -> int:
-        """E, the width of image and class embeddings."""
+        """E, the width of image embeddings, and of class embeddings unless an adapter has those of a teacher."""
         return embed_width(self.config)
 
     @property
@@ -123,9 +123,11 @@ class PromptClassificationMixin(CalibratedClassifierMixin):
         """Changes the classes, also those of the active prompt adapter.
 
         Raises:
-            ValueError: If the names are not valid, or a prompt is too long. Nothing is changed then.
+            ValueError: If the names are not valid, a prompt is too long, or the active adapter has class embeddings of
+                a teacher and none for a name. Nothing is changed then.
         """
         class_names = check_class_names(class_names)
+        self.class_head.check_class_names(class_names)
         layout = self.prompt_layout
         self.build_prompts(class_names, self.prompt_template, layout)
         warn_of_names_without_words(class_names)
@@ -176,6 +178,31 @@ class PromptClassificationMixin(CalibratedClassifierMixin):
             )
         with torch.inference_mode(False):  # inference tensors could not be used in a later training
             self._fixed_class_embeds = normalize(class_embeds.detach()).to(execution_device(self))
+
+    def set_teacher_class_embeds(self, class_embeds: torch.Tensor, class_names: Sequence[str] | None = None) -> None:
+        """Sets class embeddings of a teacher, which the active adapter compares with and which are saved with it.
+
+        [`DistillationTrainer`] does it for the classes of the training. For others, call `set_class_names` afterwards.
+
+        Args:
+            class_embeds (`torch.Tensor`):
+                (K, projection_dim), normalized or not, such as `teacher.get_class_embeds()`.
+            class_names (`Sequence[str]`, *optional*):
+                Their K classes. Those that the adapter has embeddings for get new ones, and others are added. By
+                default the classes in use.
+
+        Raises:
+            ValueError: If the active adapter has no `projection_dim`, or the shape is another one.
+
+        Example:
+
+        ```py
+        >>> teacher.set_class_names(["cat", "dog", "fox"])
+        >>> model.set_teacher_class_embeds(teacher.get_class_embeds(), teacher.class_names)
+        >>> model.set_class_names(["dog", "fox"])
+        ```
+        """
+        self.class_head.set_teacher_class_embeds(class_embeds, check_class_names(class_names or self.class_names))
 
     @property
     def has_fixed_class_embeds(self) -> bool:
@@ -347,7 +374,7 @@ class PromptClassificationMixin(CalibratedClassifierMixin):
         regularizers = self._active_regularizers(layout) if self.training else {}
         self._check_inputs(layout, image_inputs["pixel_values"], image_embeds)
         labels = self._checked_labels(layout, labels)
-        check_regularizers(regularizers, labels, return_loss_terms)
+        check_regularizers(regularizers, labels, return_loss_terms, layout)
         vision = None
         if image_embeds is None:
             vision = self.get_image_features(**image_inputs, **kwargs)

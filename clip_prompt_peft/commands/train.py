@@ -67,6 +67,7 @@ from .outputs import (
     write_record,
 )
 from .resume import find_checkpoint, hint_at_checkpoint, what_is_done
+from .teacher import check_teacher, load_teacher
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,6 +84,7 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         set_up_logging(training_args)
         check_training(training_args)
         check_runs(model_args, data_args, training_args)
+        check_teacher(prompt_args.method, prompt_args.teacher)
         is_main_process = training_args.process_index == 0
         output_dir = training_args.output_dir
         record = record_of(model_args, data_args, prompt_args, training_args, given)
@@ -117,7 +119,11 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             name, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
         )
         image_processor = load_image_processor(model)
-        config = prompt_args.config(model)
+        teacher = None
+        if prompt_args.teacher is not None:
+            hub.pop("revision")
+            teacher = load_teacher(prompt_args.teacher, class_names, prompt_args.prompt_template, **hub)
+        config = prompt_args.config(model, **({} if teacher is None else {"projection_dim": teacher.width}))
         if to_calibrate is not None:
             check_has_place(config)
         use_one_thread_if_tiny(name)
@@ -125,7 +131,8 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             peft_model = get_peft_model(model, config)  # raises if the prompt does not fit
         recipe = prompt_args.recipe(peft_model, planned[0], len(drawn), data_args.shots, given)
         unread = with_pixel_values(drawn, image_processor, augment=data_args.augment)
-        make = partial(make_trainer, peft_model, unread, validation, image_processor)
+        of_teacher = {} if teacher is None else {"teacher": teacher.model}
+        make = partial(make_trainer, peft_model, unread, validation, image_processor, **of_teacher)
         rehearse(make, recipe, planned[0], config)
         model = peft_model.unload()
         if training_args.push_to_hub and is_main_process:
@@ -147,8 +154,10 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
 
     runs += planned
     if is_main_process:
-        announce(name, data_args, runs, class_names, test_sets)
+        announce(name, data_args, runs, class_names, test_sets, prompt_args.teacher)
     model.to(training_args.device)
+    if teacher is not None:
+        teacher.model.to(training_args.device)
     with hint_at_checkpoint(runs[0]):
         test_sets = {name: embed(dataset, name) for name, dataset in test_sets.items()}
         to_calibrate = None if to_calibrate is None else embed(to_calibrate, "validation")
@@ -159,7 +168,9 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             if is_main_process:
                 print(f"Seed {run_args.seed}: {counted(len(drawn), 'training image')}", flush=True)
             num_views = NUM_VIEWS.get(prompt_args.method) if data_args.augment else None
-            if data_args.augment and num_views is None:
+            if teacher is not None:
+                train_set = teacher.training_images(drawn, image_processor, data_args.augment)
+            elif data_args.augment and num_views is None:
                 train_set = with_pixel_values(drawn, image_processor, augment=True)
             else:
                 train_set = embed(drawn, "train", num_views)
@@ -171,7 +182,7 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             if isinstance(config, ClassHeadConfig) and not trains_image_tower(config):
                 fit_class_head(model, train_set)
             recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots, given)
-            trainer = make_trainer(model, train_set, validation_set, image_processor, run_args, recipe)
+            trainer = make_trainer(model, train_set, validation_set, image_processor, run_args, recipe, **of_teacher)
             trainer.train(resume_from_checkpoint=find_checkpoint(run_args))
             calibration = None
             if to_calibrate is not None:
@@ -222,13 +233,17 @@ def draw(splits: DatasetDict, data_args, training_args) -> tuple[Dataset, Datase
     return sample_few_shot_splits(train, validation, **settings)
 
 
-def announce(model_name: str, data_args, runs: list[TrainingArguments], class_names, test_sets) -> None:
+def announce(
+    model_name: str, data_args, runs: list[TrainingArguments], class_names, test_sets, teacher: str | None
+) -> None:
     shots = counted(data_args.shots, "image") if data_args.shots else "all images"
     if data_args.shots and data_args.when_fewer == "all":
         shots = f"up to {shots}"
     seeds = f"seed{'s' if len(runs) > 1 else ''} " + ", ".join(str(run_args.seed) for run_args in runs)
     tests = ", ".join(f"{name} ({counted(len(dataset), 'image')})" for name, dataset in test_sets.items())
     print(f"Model      {model_name}")
+    if teacher is not None:
+        print(f"Teacher    {teacher}, from whose answers it learns instead of labels")
     print(f"Tuned on   {data_args.name}: {shots} of each of {counted(len(class_names), 'class')}, {seeds}")
     print(f"Tested on  {tests}")
     print(f"Running on {runs[0].device.type}, number of processes: {runs[0].world_size}", flush=True)
@@ -241,7 +256,7 @@ def create_repository(training_args: TrainingArguments) -> None:
 
 
 def make_trainer(
-    model, train_set, validation_set, image_processor, run_args: TrainingArguments, recipe: Recipe
+    model, train_set, validation_set, image_processor, run_args: TrainingArguments, recipe: Recipe, **further
 ) -> Trainer:
     return recipe.trainer_class(
         model=model,
@@ -252,6 +267,7 @@ def make_trainer(
         processing_class=image_processor,
         optimizers=recipe.optimizers,
         callbacks=[*recipe.callbacks, StopAtNonFinite()],
+        **further,
     )
 
 

@@ -99,6 +99,10 @@ class CLIPPromptTuningConfig(ClassifierAdapterConfig, PeftConfig):
             Whether the vision prompts are linear maps of the text prompts, with one map for each depth (MaPLe).
         image_conditioned (`bool`, *optional*, defaults to `False`):
             Whether a small network shifts the vectors depending on the image embedding (CoCoOp).
+        projection_dim (`int`, *optional*):
+            The width of the class embeddings of a teacher (PromptKD). A small network maps image embeddings to this
+            width, and images are compared with the embeddings of the teacher, which are saved with the adapter. The
+            text tower is not used, so `num_virtual_tokens` must be 0. By default there is no teacher.
         regularizer (`str`, *optional*):
             A loss term beside the cross entropy: `"kgcoop"`, `"prograd"` (needs [`ProGradTrainer`]) or `"promptsrc"`.
         regularizer_weights (`dict[str, float]`, *optional*):
@@ -120,6 +124,9 @@ class CLIPPromptTuningConfig(ClassifierAdapterConfig, PeftConfig):
             The names, or a regex, of modules to leave out.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train and save, such as `["text_projection"]`.
+        teacher_class_names (`list[str]`, *optional*):
+            Set at injection: the names of the classes that the adapter has embeddings of a teacher for. Those in
+            `class_names` are among them.
         padded_template (`str`, *optional*):
             Set at injection: the template with room for all vectors.
         replaced_token_ids (`list[int]`, *optional*):
@@ -159,6 +166,7 @@ class CLIPPromptTuningConfig(ClassifierAdapterConfig, PeftConfig):
     vision_prompt_depth: int | None = option(1, "Number of image layers with prompts; None means every layer.")
     vision_prompts_from_text: bool = option(False, "Whether vision prompts are linear maps of the text prompts.")
     image_conditioned: bool = option(False, "Whether a small network shifts the vectors depending on the image.")
+    projection_dim: int | None = option(None, "Width of a teacher's class embeddings to map images to (PromptKD).")
     regularizer: str | None = option(None, "Loss term beside the cross entropy: kgcoop, prograd or promptsrc.")
     regularizer_weights: dict[str, float] | None = option(None, "Weights of the regularizer; by default the paper's.")
     teacher_templates: list[str] | None = option(None, "Templates that the regularizer compares with.")
@@ -167,6 +175,7 @@ class CLIPPromptTuningConfig(ClassifierAdapterConfig, PeftConfig):
     target_modules: list[str] | str | None = option(None, "Embedding modules to wrap; by default all of the model.")
     exclude_modules: list[str] | str | None = option(None, "Modules to leave out.")
     modules_to_save: list[str] | None = option(None, "Further modules to train and to save with the vectors.")
+    teacher_class_names: list[str] | None = option(None, "Set at injection: classes with embeddings of a teacher.")
     padded_template: str | None = option(None, "Set at injection: the template with room for all vectors.")
     replaced_token_ids: list[int] | None = option(None, "Set at injection: the ids of the replaced tokens.")
     init_token_ids: list[int] | None = option(None, "Set at injection: the token ids that TEXT started from.")

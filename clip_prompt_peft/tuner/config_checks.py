@@ -10,6 +10,7 @@ from ..templates import check_class_names, check_template
 from .base_config import PROBLEM_TYPES, check_calibration, check_format_version, is_int_from
 
 
+MAX_PROJECTION = 8192  # the widest embeddings of known models have 2048
 MAX_TOKENS = 1000  # the literature uses up to 200; a file must not be able to ask for any amount of memory
 
 # The names and weights of the regularizers in `clip_prompt_peft.regularizers`. They are repeated here since the tuner
@@ -24,7 +25,7 @@ REGULARIZER_WEIGHTS = {
 def check_config(config) -> None:
     """Raises `ValueError` if a value of a configuration is not allowed, or values exclude each other."""
     checks = (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts)
-    for check in (*checks, _check_class_aware, _check_regularizer, _check_teacher_templates):
+    for check in (*checks, _check_class_aware, _check_projection, _check_regularizer, _check_teacher_templates):
         check(config)
     check_calibration(config)
 
@@ -75,9 +76,9 @@ def _check_types(config) -> None:
 
 def _check_numbers(config) -> None:
     n = config.num_virtual_tokens
-    smallest = 1 if config.num_vision_virtual_tokens == 0 else 0
+    smallest = 1 if config.num_vision_virtual_tokens == 0 and config.projection_dim is None else 0
     if n is not None and not is_int_from(smallest, n):
-        hint = " (0, no text vectors, only with num_vision_virtual_tokens)" if n == 0 else ""
+        hint = " (0, no text vectors, only with num_vision_virtual_tokens or projection_dim)" if n == 0 else ""
         raise ValueError(f"num_virtual_tokens must be a positive integer, got {n!r}{hint}.")
     if config.start_idx is not None and not is_int_from(0, config.start_idx):
         raise ValueError(
@@ -161,6 +162,29 @@ def _check_class_aware(config) -> None:
     check_deep_prompts_end(config)
 
 
+def _check_projection(config) -> None:
+    width = config.projection_dim
+    if width is None:
+        return
+    if not is_int_from(1, width) or width > MAX_PROJECTION:
+        raise ValueError(f"projection_dim must be an integer from 1 to {MAX_PROJECTION}, or None, got {width!r}.")
+    if config.num_virtual_tokens != 0:
+        raise ValueError(
+            f"projection_dim={width} compares images with the class embeddings of a teacher, so that text vectors "
+            f"would have no effect; set num_virtual_tokens=0, got {config.num_virtual_tokens!r}."
+        )
+    if config.regularizer is not None:
+        raise ValueError(
+            f"regularizer={config.regularizer!r} compares with the zero-shot model, whose embeddings are not of the "
+            f"width projection_dim={width}; leave one of them out."
+        )
+    if config.teacher_class_names is not None:
+        config.teacher_class_names = check_class_names(config.teacher_class_names)
+        unknown = [name for name in config.class_names or () if name not in config.teacher_class_names]
+        if unknown:
+            raise ValueError(f"class_names holds {unknown[0]!r}, which is not in teacher_class_names.")
+
+
 def _check_vision_prompts(config) -> None:
     n, n_vision = config.num_virtual_tokens, config.num_vision_virtual_tokens
     if n_vision == 0 and config.vision_prompt_depth != 1:
@@ -228,6 +252,11 @@ def check_resolved(config) -> None:
     check_template(config.padded_template)
     if config.start_idx is None:
         raise ValueError("start_idx must be given with replaced_token_ids; the adapter's configuration is damaged.")
+    if (config.projection_dim is None) != (config.teacher_class_names is None):
+        raise ValueError(
+            f"projection_dim={config.projection_dim!r} and teacher_class_names={config.teacher_class_names!r} must be "
+            "given together or not at all; the adapter's configuration is damaged."
+        )
 
 
 def _is_patterns(value) -> bool:

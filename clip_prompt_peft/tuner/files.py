@@ -24,7 +24,7 @@ from ..file_contents import foreign_content
 
 # The names of the tensors of each method. In a model, they lie in containers that hold nothing but adapters.
 ADAPTER_TENSORS = {
-    "CLIP_PROMPT_TUNING": re.compile(r"(^|\.)learnable_\w+(\.(weight|bias))?"),
+    "CLIP_PROMPT_TUNING": re.compile(r"(^|\.)learnable_\w+(\.(weight|bias|running_mean|running_var))?"),
     "CLIP_CLASS_HEAD": re.compile(r"(^|\.)(class_head\.ln_tuning_head\.\w+|ln_tuning_layers\.(weight|bias))$"),
 }
 INDEX = "labels"  # the last part of the name of a tensor of class indices

@@ -6,7 +6,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from clip_prompt_peft import CLIPPromptTuningConfig, CLIPTextLearnableEmbeddings
+from clip_prompt_peft import ClassHeadConfig, CLIPPromptTuningConfig, CLIPTextLearnableEmbeddings, fit_class_head
+from clip_prompt_peft.tuner import CLIPTeacherClasses
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -53,10 +54,25 @@ def randomize(model, adapter_name="default", seed=0):
     vectors.copy_(0.1 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)))
 
 
+def fitted(model):
+    """The model, of which a class head, if it has one, has read a few images of each class."""
+    if isinstance(model.active_peft_config, ClassHeadConfig) and model.active_peft_config.target_modules is None:
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.arange(12) % len(model.class_names)
+        embeds = torch.randn(12, model.get_base_model().embed_width, generator=generator)
+        fit_class_head(model, {"image_embeds": embeds, "labels": labels})
+    return model
+
+
 @torch.no_grad()
 def as_if_trained(model, std=0.1, seed=0):
-    """Adds noise to every tensor that is trained, and returns the model."""
+    """Adds noise to every tensor that is trained, and returns the model; of a teacher, class embeddings are random."""
     generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, CLIPTeacherClasses) and (name := layer.teacher_adapter):
+            class_names = layer.prompt_configs[name].teacher_class_names
+            embeds = torch.randn(len(class_names), layer.prompt_layouts[name].projection_dim, generator=generator)
+            layer.set_teacher_class_embeds(embeds, class_names)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter += std * torch.randn(parameter.shape, generator=generator)
