@@ -22,6 +22,7 @@ METHODS = (
     "kgcoop",
     "maple",
     "prograd",
+    "promptkd",
     "promptsrc",
     "tcp",
     "tip-adapter",
@@ -30,6 +31,7 @@ METHODS = (
     "vpt-shallow",
     "zs-lp",
 )
+TEST_TIME = ("tpt", "c-tpt", "r-tpt", "tda")
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "expected_calibration_error")
 DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for the user's own data
 NO_DEFAULT = "%(default).0s"  # prints nothing, and keeps argparse from adding the default
@@ -120,6 +122,11 @@ class DataTrainingFields(DataFields):
     augment: bool = argument(
         False, "Random resized crops and flips of the training images. The image tower then runs in every step."
     )
+    calibrate: bool = argument(
+        False,
+        "Fit a temperature on half of the validation images, and scores for sets of classes (`predict --coverage`) "
+        "on the other half. Both are saved with the adapter.",
+    )
 
 
 @dataclass
@@ -132,6 +139,12 @@ class PromptFields:
         "size), except for arguments that are given. By default the words in front of {} become vectors, trained with "
         "AdamW.",
         "METHOD",
+    )
+    teacher: str | None = argument(
+        None,
+        "Hub id or folder of the teacher of --method promptkd: a larger CLIP, or an adapter. Labels then only choose "
+        "the images, --shots of each class or all, and are not learned from.",
+        "MODEL",
     )
     prompt_template: str = argument("a photo of a {}.", "Words to start from; {} is the class name.", "TEXT")
     num_virtual_tokens: int | None = argument(

@@ -16,6 +16,7 @@ from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from .fields import (
     NO_DEFAULT,
+    TEST_TIME,
     BenchmarkArguments,
     DataFields,
     DataTrainingFields,
@@ -137,6 +138,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """Returns the share that an argument gives, for `add_argument(type=share)`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, such as 0.9, got {text!r}")
+    return value
+
+
 def port(text: str) -> int:
     """Returns the port that an argument gives, for `add_argument(type=port)`."""
     if not text.isdecimal() or not 0 <= int(text) < 2**16:
@@ -172,8 +184,19 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 def add_to_predict(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files, or folders of them")
+    parser.add_argument("--top_k", metavar="NUMBER", type=positive, help="how many labels to show for each image (1)")
     parser.add_argument(
-        "--top_k", metavar="NUMBER", type=positive, default=1, help="how many labels to show for each image (1)"
+        "--coverage",
+        metavar="SHARE",
+        type=share,
+        help="show sets of classes, which hold the right one for this share of images, such as 0.9, of the kind that "
+        "the adapter was calibrated with (`train --calibrate true`)",
+    )
+    parser.add_argument(
+        "--test_time",
+        choices=TEST_TIME,
+        help="adapt to the images without labels: tune the prompt to 64 views of each (tpt; c-tpt, r-tpt: with other "
+        "objectives), or keep caches of those that came before (tda)",
     )
     parser.add_argument("--batch_size", metavar="NUMBER", type=positive, default=32, help="images at a time (32)")
 
@@ -258,6 +281,14 @@ def add_to_convert(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_to_convert_open_clip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name_or_path", metavar="NAME", help="Hub id or folder with an open_clip_config.json")
+    parser.add_argument("output_dir", metavar="OUT", help="the folder to write, which must not exist or be empty")
+    parser.add_argument(
+        "--model_revision", dest="revision", metavar="REVISION", help="branch, tag or commit on the Hub"
+    )
+
+
 ADDITIONS = {
     "predict": add_to_predict,
     "report": add_to_report,
@@ -265,6 +296,7 @@ ADDITIONS = {
     "serve": add_to_serve,
     "demo": add_to_demo,
     "convert": add_to_convert,
+    "convert-open-clip": add_to_convert_open_clip,
 }
 
 

@@ -30,12 +30,14 @@ from .text.prompts import build_class_prompts
 from .training.callbacks import GaussianPromptAveraging, StopAtNonFinite
 from .training.checkpoints import last_whole_checkpoint
 from .training.configs import method_config
+from .training.distillation import DistillationTrainer, distillation_loss
 from .training.dynamic_adapter import DynamicAdapter
 from .training.heads import TwoStageTuning, fit_class_head, start_class_head
 from .training.prograd import ProGradMixin, ProGradTrainer
 from .training.recipes import training_recipe
 from .training.test_time import TestTimeTuner
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
+from .tuner.hub import load_image_processor
 from .tuner.presets import PRESETS
 
 
@@ -60,6 +62,7 @@ __all__ = [
     "CLIPTextLearnableEmbeddings",
     "ClassHeadConfig",
     "ClassHeadModel",
+    "DistillationTrainer",
     "DynamicAdapter",
     "GaussianPromptAveraging",
     "KnownCheckpoint",
@@ -75,9 +78,11 @@ __all__ = [
     "build_class_prompts",
     "check_label_names",
     "description_ensemble",
+    "distillation_loss",
     "fit_class_head",
     "known_checkpoints",
     "last_whole_checkpoint",
+    "load_image_processor",
     "load_templates",
     "method_config",
     "pad_template",

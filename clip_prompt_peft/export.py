@@ -25,16 +25,16 @@ from transformers.utils import logging as progress
 from .heads import CachedImages
 from .image_files import decode_image, process_images
 from .installing import how_to_install
-from .modeling import PromptClassificationMixin
+from .modeling import PromptClassificationMixin, classifier_in
 from .text import normalize
-from .towers import eval_mode, find_towers, takes_patches
+from .towers import eval_mode, find_towers, image_side, is_quantized, takes_patches
 from .tuner.hub import load_image_processor
 
 
 logger = logging.getLogger(__name__)
 
 ONNX_FILE, INT8_FILE, CLASS_EMBEDS_FILE = "model.onnx", "model_int8.onnx", "class_embeds.safetensors"
-LABELS_FILE, REPORT_FILE = "labels.json", "export.json"
+LABELS_FILE, CONFORMAL_FILE, REPORT_FILE = "labels.json", "conformal.json", "export.json"
 INPUT, OUTPUTS = "pixel_values", ["logits", "image_embeds"]
 
 NEEDED_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -105,9 +105,12 @@ def export_classifier(
     - `model.onnx` maps `pixel_values` (B, 3, H, W) to `logits` (B, C) and `image_embeds` (B, E), for any batch size B.
     - `model_int8.onnx` is the same graph with 8-bit weights, if requested and accurate enough.
     - `class_embeds.safetensors` holds the normalized `class_embeds` (C, E), `scale` and `bias`. For an image embedding
-      x of the same image tower, the logits are `scale * x / |x| @ class_embeds.T + bias`. A head with a cache adds
+      x of the same image tower, the logits are `scale * x / |x| @ class_embeds.T + bias`. A temperature of the
+      classifier is part of `scale` and `bias`. A head with a cache adds
       `cache_alpha * exp(-cache_beta * (1 - x / |x| @ cache_keys.T)) @ cache_values` to them.
     - `labels.json` holds the class names in order, and `preprocessor_config.json` the image preprocessing.
+    - `conformal.json`, if the model has scores for sets of classes, holds what
+      [`~evaluation.conformal.ConformalClassifier`] needs: the method, the number of validation images, their scores.
     - `export.json` holds the returned report.
 
     Adapters that are conditioned on the image cannot be exported, since their class embeddings differ from image to
@@ -145,7 +148,7 @@ def export_classifier(
     >>> report = export_classifier(model, "pets-onnx", images=test["image"], labels=test["label"], int8=True)
     ```
     """
-    classifier = _classifier_in(model)
+    classifier = classifier_in(model, "export_classifier")
     _check_exportable(classifier)
     _check_images(classifier, images, labels, int8)
     _check_packages()
@@ -158,23 +161,11 @@ def export_classifier(
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path) as folder:  # an earlier export stays in place until this one succeeds
             report = _write_files(Path(folder), classifier, baked, images, labels, image_processor, int8)
-            for file in [*path.glob(f"{ONNX_FILE}*"), *path.glob(f"{INT8_FILE}*")]:
-                file.unlink()  # an 8-bit graph of an earlier export must not remain beside the new one
+            for file in [*path.glob(f"{ONNX_FILE}*"), *path.glob(f"{INT8_FILE}*"), *path.glob(CONFORMAL_FILE)]:
+                file.unlink()  # those of an earlier export must not remain beside the new ones
             for file in Path(folder).iterdir():
                 os.replace(file, path / file.name)
     return report
-
-
-def _classifier_in(model) -> PromptClassificationMixin:
-    classifier = model
-    while isinstance(classifier, PeftModel):
-        classifier = classifier.get_base_model()
-    if not isinstance(classifier, PromptClassificationMixin):
-        raise TypeError(
-            "export_classifier needs a classifier such as CLIPForPromptClassification, or a PeftModel around one, got "
-            f"a {type(classifier).__name__}; build one with AutoModelForPromptClassification.from_base."
-        )
-    return classifier
 
 
 def _check_exportable(classifier: PromptClassificationMixin) -> None:
@@ -187,6 +178,14 @@ def _check_exportable(classifier: PromptClassificationMixin) -> None:
         raise ValueError(
             f"{type(classifier).__name__} takes images of any shape as patches, which cannot be exported. Embed "
             "them with PyTorch (get_image_features) and compare them with get_class_embeds()."
+        )
+    quantized = [m for part in image_side(classifier) for m in part.modules() if is_quantized(m)]
+    if quantized:
+        weight = type(getattr(quantized[0], "weight", None)).__name__
+        raise ValueError(
+            f"The image tower is quantized (it holds a {type(quantized[0]).__name__} with a weight of type {weight}), "
+            "which cannot be exported; load the base model in float32 and the adapter with it. int8=True writes a "
+            "graph with 8-bit weights."
         )
     if classifier.dtype != torch.float32:
         raise ValueError(f"The model is in {classifier.dtype}; load it in float32 (dtype=torch.float32) to export it.")
@@ -221,6 +220,8 @@ def _write_files(
     save_file(tensors, folder / CLASS_EMBEDS_FILE, metadata={"format": "pt", "class_names": class_names})
     (folder / LABELS_FILE).write_text(class_names + "\n")
     image_processor.save_pretrained(folder)
+    if (scores := _valid_scores(classifier)) is not None:
+        (folder / CONFORMAL_FILE).write_text(json.dumps(scores) + "\n")
     write_onnx(baked, classifier.config.vision_config, folder / ONNX_FILE)
 
     batches = _pixel_batches(classifier, images, image_processor)
@@ -244,6 +245,20 @@ def _write_files(
     )
     (folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report
+
+
+def _valid_scores(classifier: PromptClassificationMixin) -> dict | None:
+    """Returns what is written of the scores for sets of classes; `None` if there are none for this model."""
+    from .evaluation.conformal import ConformalClassifier  # which imports `datasets`
+
+    if classifier.conformal_scores is None:
+        return None
+    try:
+        scores = ConformalClassifier(classifier).scores.to_dict()
+    except ValueError as error:
+        logger.warning("The scores for sets of classes are not exported: %s", error)
+        return None
+    return {name: scores[name] for name in ("method", "randomized", "num_images", "scores")}
 
 
 def _pixel_batches(classifier: PromptClassificationMixin, images, image_processor) -> list[torch.Tensor]:
@@ -272,10 +287,12 @@ class BakedClassifier(nn.Module):
         self.class_head = class_head
         self.vision_model = classifier.vision_model
         self.visual_projection = getattr(classifier, "visual_projection", nn.Identity())
+        self.image_head = classifier.image_head
         self.register_buffer("class_embeds", class_embeds)
-        self.register_buffer("scale", classifier.log_scale.detach().exp())
+        temperature = classifier.temperature or 1.0
+        self.register_buffer("scale", classifier.log_scale.detach().exp() / temperature)
         bias = getattr(classifier, "logit_bias", torch.zeros_like(self.scale))
-        self.register_buffer("bias", bias.detach().clone())
+        self.register_buffer("bias", bias.detach() / temperature)
 
     def buffers_of_head(self) -> dict[str, torch.Tensor]:
         """Returns what the logits are computed of, by name, beside the image embeddings."""
@@ -288,7 +305,7 @@ class BakedClassifier(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pooled = self.vision_model(pixel_values=pixel_values).pooler_output
-        image_embeds = normalize(self.visual_projection(pooled))  # (B, E)
+        image_embeds = normalize(self.image_head(self.visual_projection(pooled)))  # (B, E)
         logits = self.scale * image_embeds @ self.class_embeds.T + self.bias  # (B, C)
         if isinstance(self.class_head, CachedImages):
             logits = self.class_head(image_embeds, logits)

@@ -34,6 +34,20 @@ class ClassHead(nn.Module):
         """
         return encode()
 
+    def check_class_names(self, class_names: Sequence[str]) -> None:
+        """Raises `ValueError` if there can be no embedding of one of these classes."""
+
+    def set_teacher_class_embeds(self, class_embeds: torch.Tensor, class_names: Sequence[str]) -> None:
+        """Sets the embeddings (C, E') of classes that an adapter compares with in place of those of the prompts.
+
+        Raises:
+            ValueError: If no such adapter is active.
+        """
+        raise ValueError(
+            "No adapter with class embeddings of a teacher is active; make one with a projection_dim in its "
+            "configuration, or activate it."
+        )
+
     def forward(
         self, image_embeds: torch.Tensor, logits: torch.Tensor, class_names: Sequence[str] | None
     ) -> torch.Tensor:

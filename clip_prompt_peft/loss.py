@@ -12,9 +12,12 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .labels import IGNORED_LABEL
 from .regularizers import Prediction, Regularizer
 from .tuner.base_config import MULTI_LABEL
+from .tuner.layout import PromptLayout
 
 
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
+TEACHER = "teacher_"  # in a batch for distillation, in front of the names of the teacher's inputs, and of its logits
+TEACHER_LOGITS = f"{TEACHER}logits"
 
 
 @dataclass
@@ -35,8 +38,15 @@ def check_regularizers(
     names: Sequence[str],
     labels: torch.Tensor | None,
     return_loss_terms: bool,
+    layout: PromptLayout | None = None,
 ) -> None:
-    """Raises `ValueError` if a training step on these inputs would ignore a regularizer, or another of named terms."""
+    """Raises `ValueError` if a step would ignore a regularizer, or another of named terms, or cannot compute it."""
+    if regularizers and layout is not None and layout.projection_dim is not None:
+        raise ValueError(
+            f"The loss terms {sorted(regularizers)} compare with the zero-shot model, but the active adapter has "
+            f"class embeddings of a teacher, of the width projection_dim={layout.projection_dim}; take them out of "
+            "model.regularizers."
+        )
     if names and labels is None:
         raise ValueError(
             f"The loss terms {sorted(names)} are added to the loss where the labels are, but forward got none; "

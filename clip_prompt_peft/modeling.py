@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Self
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers.utils import can_return_tuple
 
+from .calibrated import CalibratedClassifierMixin
 from .heads import ClassHead, ImageHead
 from .labels import LabelCheck
 from .loss import PromptClassifierOutput, check_regularizers, compute_loss
-from .pretrained import PretrainedClassifierMixin
 from .regularizers import Prediction, Regularizer, regularizer_of
 from .regularizers.teacher import ZeroShotTeacher
 from .templates import (
@@ -29,11 +30,12 @@ from .text.cache import Memo
 from .text.prompts import ClassPrompts, build_class_prompts
 from .text.tokenization import IGNORED, EncodedTexts, encode_texts
 from .towers import embed_width, execution_device, num_positions, text_embeddings_of, token_table_name
+from .tuner import CLIPPromptTuningConfig
 from .tuner.hub import HubSettings, load_tokenizer
 from .tuner.layout import PromptLayout
 
 
-class PromptClassificationMixin(PretrainedClassifierMixin):
+class PromptClassificationMixin(CalibratedClassifierMixin):
     """
     Class names for a dual encoder: images are scored against the embeddings of one prompt for each class.
 
@@ -96,7 +98,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
 
     @property
     def embed_width(self) -> int:
-        """E, the width of image and class embeddings."""
+        """E, the width of image embeddings, and of class embeddings unless an adapter has those of a teacher."""
         return embed_width(self.config)
 
     @property
@@ -121,13 +123,16 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         """Changes the classes, also those of the active prompt adapter.
 
         Raises:
-            ValueError: If the names are not valid, or a prompt is too long. Nothing is changed then.
+            ValueError: If the names are not valid, a prompt is too long, or the active adapter has class embeddings of
+                a teacher and none for a name. Nothing is changed then.
         """
         class_names = check_class_names(class_names)
+        self.class_head.check_class_names(class_names)
         layout = self.prompt_layout
         self.build_prompts(class_names, self.prompt_template, layout)
         warn_of_names_without_words(class_names)
         self._fixed_class_embeds = None
+        self._forget_temperatures(class_names)
         self.config.class_names, self.names_were_given = class_names, True
         if layout is not None:
             self.text_embeddings.check_tokenizer(self._get_tokenizer())  # before the token ids of the new names count
@@ -141,11 +146,13 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         check_template(prompt_template)
         self.config.prompt_template = prompt_template
 
-    def adopt_prompt_layout(self, layout: PromptLayout) -> None:
-        """Takes over the template and the classes of an adapter that is merged into the model for good."""
+    def adopt_prompt_layout(self, layout: PromptLayout, calibrated: CLIPPromptTuningConfig | None = None) -> None:
+        """Takes over template, classes and calibration of an adapter that is merged into the model for good."""
+        self._adopt_calibration(None)
         self.set_prompt_template(layout.padded_template)
         if layout.class_names is not None:
             self.set_class_names(layout.class_names)
+        self._adopt_calibration(calibrated)
 
     def set_class_embeds(self, class_embeds: torch.Tensor | None) -> None:
         """Sets class embeddings that were made elsewhere, such as those of an ensemble of templates.
@@ -171,6 +178,31 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
             )
         with torch.inference_mode(False):  # inference tensors could not be used in a later training
             self._fixed_class_embeds = normalize(class_embeds.detach()).to(execution_device(self))
+
+    def set_teacher_class_embeds(self, class_embeds: torch.Tensor, class_names: Sequence[str] | None = None) -> None:
+        """Sets class embeddings of a teacher, which the active adapter compares with and which are saved with it.
+
+        [`DistillationTrainer`] does it for the classes of the training. For others, call `set_class_names` afterwards.
+
+        Args:
+            class_embeds (`torch.Tensor`):
+                (K, projection_dim), normalized or not, such as `teacher.get_class_embeds()`.
+            class_names (`Sequence[str]`, *optional*):
+                Their K classes. Those that the adapter has embeddings for get new ones, and others are added. By
+                default the classes in use.
+
+        Raises:
+            ValueError: If the active adapter has no `projection_dim`, or the shape is another one.
+
+        Example:
+
+        ```py
+        >>> teacher.set_class_names(["cat", "dog", "fox"])
+        >>> model.set_teacher_class_embeds(teacher.get_class_embeds(), teacher.class_names)
+        >>> model.set_class_names(["dog", "fox"])
+        ```
+        """
+        self.class_head.set_teacher_class_embeds(class_embeds, check_class_names(class_names or self.class_names))
 
     @property
     def has_fixed_class_embeds(self) -> bool:
@@ -321,8 +353,8 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
                 Whether to return cross entropy and regularizers separately, too.
 
         Returns:
-            `PromptClassifierOutput`: `logits` (B, C) = `exp(logit_scale) * image_embeds @ class_embeds.T`, and the
-            loss.
+            `PromptClassifierOutput`: `logits` (B, C) = `exp(logit_scale) * image_embeds @ class_embeds.T`, in
+            evaluation divided by the `temperature` if there is one, and the loss.
 
         Raises:
             TypeError: If images or labels are no tensors.
@@ -343,7 +375,7 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         self._check_inputs(layout, image_inputs["pixel_values"], image_embeds)
         labels = self._checked_labels(layout, labels)
         names = [*regularizers, *(["pull"] if self.training and self.class_head.adds_to_loss else [])]
-        check_regularizers(regularizers, names, labels, return_loss_terms)
+        check_regularizers(regularizers, names, labels, return_loss_terms, layout)
         vision = None
         if image_embeds is None:
             vision = self.get_image_features(**image_inputs, **kwargs)
@@ -355,6 +387,8 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
             )
         prediction = self.predict(self.image_head(image_embeds), self._class_embeds(layout, image_embeds))
         logits = self.class_head(prediction.image_embeds, prediction.logits, self._class_names(layout))
+        if not self.training and (temperature := self.temperature) is not None:
+            logits = logits / temperature
         prediction = replace(prediction, logits=logits)
         loss = loss_terms = None
         if labels is not None:
@@ -428,5 +462,25 @@ class PromptClassificationMixin(PretrainedClassifierMixin):
         return self.logit_scale
 
     def predict(self, image_embeds: torch.Tensor, class_embeds: torch.Tensor) -> Prediction:
-        """Computes the logits for image embeddings (B, E) and normalized class embeddings (C, E) or (B, C, E)."""
+        """Computes the logits for image embeddings (B, E) and normalized class embeddings (C, E) or (B, C, E).
+
+        They are those of training, without a temperature.
+        """
         return Prediction.of(image_embeds, class_embeds, self.log_scale, getattr(self, "logit_bias", None))
+
+
+def classifier_in(model, what: str) -> PromptClassificationMixin:
+    """Returns the classifier inside of a `PeftModel`, or the model itself if it is one.
+
+    Raises:
+        TypeError: If it is no classifier. The message says that `what` needs one.
+    """
+    classifier = model
+    while isinstance(classifier, PeftModel):
+        classifier = classifier.get_base_model()
+    if not isinstance(classifier, PromptClassificationMixin):
+        raise TypeError(
+            f"{what} needs a classifier such as CLIPForPromptClassification, or a PeftModel around one, got a "
+            f"{type(classifier).__name__}; build one with AutoModelForPromptClassification.from_base."
+        )
+    return classifier

@@ -33,6 +33,7 @@ from .tuner import (
     CLIPPromptTuningConfig,
     CLIPPromptTuningModel,
 )
+from .tuner.projection import TEACHER_EMBEDS
 
 
 BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
@@ -147,6 +148,12 @@ class PeftModelForPromptClassification(PeftModel):
                     "from peft. Save the model without them, or use model.gradient_checkpointing_enable()."
                 )
             broken = next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+            if broken is not None and TEACHER_EMBEDS in broken:
+                raise ValueError(
+                    f"The adapter {adapter_name!r} is not saved, since it has no class embeddings of a teacher yet, "
+                    "or not of all classes: train it with DistillationTrainer(teacher=...), or call "
+                    "model.set_teacher_class_embeds(teacher.get_class_embeds())."
+                )
             if broken is not None:
                 raise ValueError(
                     f"The adapter {adapter_name!r} is not saved, since {broken!r} holds NaN or Inf: the training "

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
@@ -35,6 +38,9 @@ class PromptClassificationPipeline(ImageClassificationPipeline):
     base64 text, the bytes of a file, an image of Pillow, or an array or tensor of shape (H, W), (H, W, C) or
     (C, H, W). Several images are a list or a dataset. An empty list gives an empty list.
 
+    With `coverage=0.9`, an image gets the set of classes of [`~evaluation.conformal.ConformalClassifier`], for which
+    the model needs scores. An empty set means that the model does not know.
+
     Args:
         model (`PromptClassificationMixin`, `PeftModelForPromptClassification`, or a model of a family):
             The model. One of a family, such as a `CLIPModel`, becomes a classifier with the class names in its config.
@@ -59,6 +65,7 @@ class PromptClassificationPipeline(ImageClassificationPipeline):
     ```
     """
 
+    _conformal: Any = None  # a `ConformalClassifier`, once a coverage is asked for
     _load_tokenizer = None  # loaded if there is one beside the model
 
     def __init__(self, model, tokenizer=None, **kwargs):
@@ -73,6 +80,33 @@ class PromptClassificationPipeline(ImageClassificationPipeline):
             return super().__call__(list(inputs), **kwargs) if inputs else []
         return super().__call__(inputs, **kwargs)
 
+    def _sanitize_parameters(self, coverage=None, **pipeline_parameters):  # type: ignore[override]
+        """Returns the arguments of each step. transformers calls it with those of a call."""
+        preprocess, forward, postprocess = super()._sanitize_parameters(**pipeline_parameters)
+        if coverage is not None:
+            _check_no_others(postprocess)
+            postprocess["coverage"] = coverage
+            self._check_coverage(coverage)
+        return preprocess, forward, postprocess
+
+    def _check_coverage(self, coverage: float) -> None:
+        from .evaluation.conformal import ConformalClassifier  # which imports `datasets`
+
+        if self._conformal is None:
+            model: Any = self.model
+            self._conformal = ConformalClassifier(model, self.image_processor)
+        if (told := self._conformal.check().too_few(coverage)) is not None:
+            warnings.warn(told, UserWarning, stacklevel=4)
+
+    def postprocess(self, model_outputs, *args, coverage: float | None = None, **kwargs):  # type: ignore[override]
+        """Returns labels and scores of an image; with `coverage`, those in its set, which may be empty."""
+        if coverage is None:
+            return super().postprocess(model_outputs, *args, **kwargs)
+        _check_no_others(kwargs)  # of the call, if the coverage is that of the pipeline
+        sets = self._conformal.sets_of(model_outputs["logits"], coverage)
+        (names,), (labels,), (probabilities,) = sets.names, sets.labels, sets.probabilities
+        return [{"label": name, "score": float(probabilities[label])} for name, label in zip(names, labels)]
+
     def preprocess(self, image, timeout: float | None = None):  # type: ignore[override]  # as the class above has it
         """Returns what the model takes of one image."""
         inputs = process_images(self.image_processor, [_decode(image, timeout)])
@@ -83,6 +117,11 @@ class PromptClassificationPipeline(ImageClassificationPipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(save_directory, **kwargs)
+
+
+def _check_no_others(arguments: Mapping) -> None:
+    if arguments:
+        raise ValueError("With coverage, the answer is a set of any size; leave out top_k and function_to_apply.")
 
 
 def _decode(image, timeout: float | None) -> Image.Image:

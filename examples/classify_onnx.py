@@ -1,9 +1,13 @@
 """Classifies an image with an exported classifier. Needs only onnxruntime, numpy and pillow.
 
-python examples/classify_onnx.py EXPORTED_FOLDER IMAGE
+python examples/classify_onnx.py EXPORTED_FOLDER IMAGE [COVERAGE]
+
+With a coverage such as 0.9, it prints the set of classes that holds the right one with this probability, if the
+classifier was calibrated.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -32,9 +36,32 @@ def read(file):
     return image.convert("RGB")
 
 
-if len(sys.argv) != 3:
+def in_set(probabilities, coverage):
+    """Returns which classes are in the set, as ConformalClassifier of clip_prompt_peft does."""
+    path = Path(folder, "conformal.json")
+    if not path.exists():
+        sys.exit(
+            f"{folder} holds no conformal.json: the classifier was not calibrated (clip-prompt train --calibrate)"
+        )
+    conformal = json.loads(path.read_text())
+    scores, n = conformal["scores"], conformal["num_images"]
+    rank = math.ceil((n + 1) * coverage - 1e-9)
+    bound = scores[math.ceil(rank * len(scores) / n) - 1] if rank <= n else math.inf  # too few images: all classes
+    if conformal["method"] == "lac":
+        return 1 - probabilities <= bound
+    order = (-probabilities).argsort(kind="stable")
+    before = probabilities[order].cumsum() - probabilities[order]
+    before[0] = 0
+    before += np.random.random() * probabilities[order] if conformal["randomized"] else 0
+    return before[order.argsort()] <= bound
+
+
+if len(sys.argv) not in (3, 4):
     sys.exit(__doc__.strip())
-folder, file = sys.argv[1:]
+folder, file = sys.argv[1:3]
+coverage = float(sys.argv[3]) if len(sys.argv) == 4 else None
+if coverage is not None and not 0 < coverage < 1:
+    sys.exit(f"COVERAGE must lie between 0 and 1, got {coverage}")
 labels, config = (json.loads(Path(folder, f"{name}.json").read_text()) for name in ("labels", "preprocessor_config"))
 image = read(file)
 short, height, width = config["size"]["shortest_edge"], config["crop_size"]["height"], config["crop_size"]["width"]
@@ -46,6 +73,11 @@ image = image.resize((width, height), config["resample"], box)  # only the cente
 pixels = np.asarray(image, np.float32) * config["rescale_factor"]
 pixels = ((pixels - config["image_mean"]) / config["image_std"]).transpose(2, 0, 1)[None].astype(np.float32)
 logits = onnxruntime.InferenceSession(f"{folder}/model.onnx").run(["logits"], {"pixel_values": pixels})[0][0]
+logits = logits.astype(np.float64)
 probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-for i in probabilities.argsort()[::-1][:5]:
+best = probabilities.argsort()[::-1]
+shown = best[:5] if coverage is None else best[in_set(probabilities, coverage)[best]]
+for i in shown:
     print(f"{probabilities[i]:6.1%}  {labels[i]}")
+if not len(shown):
+    print("none: the classifier does not know")

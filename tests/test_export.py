@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapters import as_if_trained, fitted
 from conftest import EMOJI, TINY_CLIP
+from families import Case
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -15,7 +16,15 @@ from transformers import AutoImageProcessor, CLIPModel
 
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, method_config
 from clip_prompt_peft.data import class_names_of, load_image_dataset, with_pixel_values
-from clip_prompt_peft.export import CLASS_EMBEDS_FILE, INT8_FILE, ONNX_FILE, export_classifier, write_int8
+from clip_prompt_peft.evaluation.conformal import ConformalClassifier
+from clip_prompt_peft.export import (
+    CLASS_EMBEDS_FILE,
+    INT8_FILE,
+    ONNX_FILE,
+    BakedClassifier,
+    export_classifier,
+    write_int8,
+)
 
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -250,3 +259,31 @@ def test_missing_packages_are_named(classifier, tmp_path, monkeypatch):
     monkeypatch.setattr("clip_prompt_peft.export.find_spec", lambda name: None if name == "onnxscript" else True)
     with pytest.raises(ImportError, match=r'needs onnxscript, .*pip install .*"onnxscript>='):
         export_classifier(classifier, tmp_path / "new")
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_a_temperature_is_part_of_scale_and_bias(family):
+    case = Case(family)
+    classifier, inputs = case.classifier().eval(), case.images
+    with torch.no_grad():
+        raw = classifier(**inputs).logits
+        classifier.set_temperature(2.5)
+        logits, _ = BakedClassifier(classifier, classifier.get_class_embeds())(**inputs)
+    torch.testing.assert_close(logits, raw / 2.5, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_scores_of_a_calibrated_classifier_are_exported_if_they_are_its_own(dataset, tmp_path, pixel_values, caplog):
+    model = tuned_model(dataset).eval()
+    model.set_temperature(1.7)
+    ConformalClassifier.fit(model, dataset.select(range(40)), AutoImageProcessor.from_pretrained(TINY_CLIP))
+    export_classifier(model, tmp_path)
+    torch.testing.assert_close(
+        run(tmp_path / ONNX_FILE, pixel_values)[0], logits_of(model, pixel_values), rtol=0, atol=1e-4
+    )
+    written = json.loads((tmp_path / "conformal.json").read_text())
+    assert written["scores"] == model.conformal_scores["scores"] and "probe" not in written
+    model.set_temperature(2.0)
+    export_classifier(model, tmp_path)
+    assert "scores for sets of classes are not exported: The sets were calibrated with the temperature" in caplog.text
+    assert not (tmp_path / "conformal.json").exists()

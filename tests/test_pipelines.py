@@ -28,6 +28,7 @@ from clip_prompt_peft import (
     PromptClassificationPipeline,
 )
 from clip_prompt_peft.commands.predict import classify as predict
+from clip_prompt_peft.evaluation.conformal import ConformalClassifier
 from clip_prompt_peft.image_files import UnreadableImageError, decode_image, process_images
 
 
@@ -311,3 +312,45 @@ class TestImages:
             assert len(str(caught.value)) < 700
         with pytest.raises(TypeError, match="got a dict"):
             classify({"image": None})
+
+
+class TestSetsOfClasses:
+    @pytest.fixture
+    def model(self, classifier):
+        model = tuned(classifier)
+        logits = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+        ConformalClassifier.fit(model, logits=logits, labels=torch.arange(40) % 4, method="lac")
+        return model
+
+    def test_are_those_of_the_model_also_after_saving(self, model, image, image_processor, tmp_path):
+        expected = ConformalClassifier(model, image_processor).predict_set([image], coverage=0.6)
+        save(model, image_processor, tmp_path)
+        for classify in (
+            PromptClassificationPipeline(model, image_processor=image_processor),
+            pipeline(TASK, model=str(tmp_path)),
+        ):
+            one, two = classify(image, coverage=0.6), classify([image, image], coverage=0.6, batch_size=2)
+            assert all([entry["label"] for entry in each] == expected.names[0] for each in (one, *two))
+            assert len(two) == 2
+            scores = {model.class_names[label]: expected.probabilities[0, label] for label in expected.labels[0]}
+            assert scores_of(one) == pytest.approx(scores, abs=1e-5)
+            assert len(classify(image)) == 4  # a coverage is that of one call
+
+    def test_are_refused_with_other_arguments_or_without_scores(self, model, image, image_processor):
+        classify = PromptClassificationPipeline(model, image_processor=image_processor)
+        for arguments, message in (
+            ({"coverage": 0.9, "top_k": 2}, "leave out top_k"),
+            ({"coverage": 1.5}, "coverage must be a number between 0 and 1"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                classify(image, **arguments)
+        with pytest.raises(ValueError, match="leave out top_k"):
+            PromptClassificationPipeline(model, image_processor=image_processor, coverage=0.9)(image, top_k=2)
+        with pytest.warns(UserWarning, match="A coverage of 0.99 cannot be promised after 40 validation images"):
+            assert len(classify(image, coverage=0.99)) == 4
+        model.set_temperature(3.0)
+        with pytest.raises(ValueError, match="calibrated with the temperature 1, and the model has 3 now"):
+            classify(image, coverage=0.9)
+        model.set_conformal_scores(None)
+        with pytest.raises(ValueError, match="has no scores of validation images"):
+            PromptClassificationPipeline(model, image_processor=image_processor)(image, coverage=0.9)

@@ -84,6 +84,8 @@ OVERRIDDEN = {
     "BaseTuner._unload_and_optionally_merge": "unload would leave merged rows, and LoRA in deep layers",
     "LNTuningModel._create_new_module": "LayerNorms would not be left alone where an adapter tunes none",
     "Module._load_from_state_dict": "an adapter whose weights were never loaded would be used",
+    "Pipeline._sanitize_parameters": "the pipeline would not take a coverage; transformers documents it for pipelines",
+    "Trainer._set_signature_columns_if_needed": "the columns of a teacher would be removed from a data set",
 }
 
 

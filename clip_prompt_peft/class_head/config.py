@@ -14,6 +14,7 @@ from ..tuner.base_config import (
     PROBLEM_TYPES,
     ClassifierAdapterConfig,
     CLIPPromptPeftType,
+    check_calibration,
     check_format_version,
     is_int_from,
     option,
@@ -76,7 +77,7 @@ class ClassHeadConfig(ClassifierAdapterConfig, LNTuningConfig):
         embed_width (`int`, *optional*):
             Set at injection: E. A configuration that is made with this field belongs to saved weights and cannot start
             a new adapter.
-        base_model_subfolder, base_model_fingerprint, format_version:
+        temperature, conformal_scores, base_model_subfolder, base_model_fingerprint, format_version:
             As in [`CLIPPromptTuningConfig`].
 
     Raises:
@@ -96,6 +97,8 @@ class ClassHeadConfig(ClassifierAdapterConfig, LNTuningConfig):
     problem_type: str | None = option(None, "One label per image or several; taken from the classifier.")
     num_keys: int | None = option(None, "Set by fit_class_head: the number of keys of a cache.")
     embed_width: int | None = option(None, "Set at injection: the width of image and class embeddings.")
+    temperature: float | None = option(None, "Number by which logits are divided in evaluation; by default none.")
+    conformal_scores: dict | None = option(None, "Set by ConformalClassifier.fit: scores of validation images.")
     base_model_subfolder: str | None = option(None, "Set at injection: folder of the base model in its repository.")
     base_model_fingerprint: dict | None = option(None, "Set at injection: some values of the base model.")
     format_version: int = option(FORMAT_VERSION, "Version of the file format.")
@@ -152,6 +155,7 @@ def _check_types(config) -> None:
             if not is_of_kind(getattr(config, name)):
                 raise ValueError(f"{name} must be {kind}, got {getattr(config, name)!r}.")
     check_format_version(config)
+    check_calibration(config)
 
 
 def _check_numbers(config) -> None:

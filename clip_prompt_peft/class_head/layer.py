@@ -112,6 +112,12 @@ class ClassHeadLayer(ClassHead, BaseTunerLayer):
     # What the classifier asks for
 
     @property
+    def configs_in_effect(self) -> list[ClassHeadConfig]:
+        """The configuration of the adapter whose head answers, as it is saved."""
+        name = self.active_name()
+        return [] if name is None else [self.configs[name]]
+
+    @property
     def class_names(self) -> list[str] | None:
         name = self.active_name()
         return None if name is None else self.names_in_use[name]

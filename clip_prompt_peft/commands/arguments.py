@@ -54,9 +54,10 @@ class DataTrainingArguments(DataArguments, DataTrainingFields):
 class PromptArguments(PromptFields):
     """The prompt to learn."""
 
-    def config(self, model: CLIPModel) -> PeftConfig:
+    def config(self, model: CLIPModel, **of_teacher) -> PeftConfig:
         """Returns the configuration for `model`. Raises `ValueError` if the arguments contradict each other."""
-        fields = {name: value for name, value in vars(self).items() if value is not None and name != "method"}
+        given = {name: value for name, value in vars(self).items() if name not in ("method", "teacher")}
+        fields = {**{name: value for name, value in given.items() if value is not None}, **of_teacher}
         if self.method is None:
             return CLIPPromptTuningConfig(**fields)
         if self.method in PEFT_METHODS:

@@ -20,7 +20,7 @@ from ..evaluation.tables import counted
 from ..training.callbacks import GaussianPromptAveraging
 from ..training.heads import TwoStageTuning
 from ..training.recipes import Recipe
-from ..tuner.files import adapter_folders
+from ..tuner.files import adapter_folders, holds_model
 from .data import HELD_OUT, images_per_class
 
 
@@ -94,9 +94,8 @@ def check_base_model(name: str, flag: str = "--model_name_or_path") -> None:
         if not is_hub_id(name):
             raise ValueError(f"{flag} {name!r} is neither a folder nor a Hub id.")
         return
-    holds_model = os.path.isfile(os.path.join(name, "config.json"))
     is_adapter = os.path.isfile(os.path.join(name, CONFIG_NAME))
-    adapters = [name] if is_adapter else [] if holds_model else adapter_folders(name)
+    adapters = [name] if is_adapter else [] if holds_model(name) else adapter_folders(name)
     if adapters:
         raise ValueError(
             f"{flag} {name!r} {'is an adapter' if is_adapter else 'holds adapters'}, and not a model. Name the base "

@@ -76,6 +76,8 @@ def record_of(
     What the recipe chooses is left out as well, unless its name is in `given`, the names of the user's arguments.
     """
     drawing = {"shots": data_args.shots, "when_fewer": data_args.when_fewer, "augment": data_args.augment}
+    if data_args.calibrate:  # records of earlier versions do not have it
+        drawing["calibrate"] = True
     model = {name: getattr(model_args, name) for name in ("model_name_or_path", "model_revision")}
     training, chosen = training_args.to_dict(), {*RECIPE_ARGUMENTS} - given
     record = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Annotated
 
+import numpy as np
 import torch
 from fastapi import FastAPI, Form, HTTPException, UploadFile
 from peft import PeftConfig, get_peft_model
@@ -19,6 +20,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig
+from ..evaluation.conformal import ConformalClassifier
+from ..evaluation.conformal_scores import ConformalScores
 from ..image_files import UnreadableImageError, decode_image, process_images
 from ..tuner.files import WEIGHTS_NAME
 from ..tuner.hub import HubSettings, load_image_processor
@@ -136,6 +139,8 @@ class AdapterStore:
         self.image_processor = load_image_processor(self._classifier)
         self._model = get_peft_model(self._classifier, CLIPPromptTuningConfig(), adapter_name=UNTRAINED).eval()
         self._lock = Lock()  # active adapter and class names are state of the model
+        self._checked_scores: dict[str, ConformalScores] = {}  # of those adapters that were asked for sets
+        self._random = np.random.default_rng()
         self._decoding = Lock()  # large images are decoded one at a time
 
     def available(self) -> list[str]:
@@ -188,8 +193,11 @@ class AdapterStore:
         with self._lock:
             self._check_loaded([name])
             self._model.delete_adapter(name)
+            self._checked_scores.pop(name, None)
 
-    def classify(self, images: Iterable[Image.Image], adapters: Sequence[str], top_k: int) -> list[Scores]:
+    def classify(
+        self, images: Iterable[Image.Image], adapters: Sequence[str], top_k: int, coverage: float | None = None
+    ) -> tuple[list[Scores], list[Scores] | None]:
         """Classifies each image with its adapter, all in one pass of the image tower.
 
         Args:
@@ -199,16 +207,42 @@ class AdapterStore:
                 The name of the adapter for each image.
             top_k (`int`):
                 How many labels to return for each image.
+            coverage (`float`, *optional*):
+                The probability with which a set of classes holds the true one.
+
+        Returns:
+            `tuple`: The best labels of each image and, with `coverage`, the labels in its set.
 
         Raises:
-            HTTPException: 404 if an adapter is not loaded.
+            HTTPException: 404 if an adapter is not loaded, 422 if it has no valid scores for sets of classes.
         """
         inputs = self._inputs(images)
         with self._lock, torch.no_grad():
             self._check_loaded(adapters)
+            scores = {name: self._scores(name) for name in dict.fromkeys(adapters)} if coverage is not None else {}
             logits = self._model(**inputs, adapter_names=list(adapters)).logits
             loaded = self.loaded()
-        return [best(of_image, loaded[name], top_k) for of_image, name in zip(logits, adapters)]
+            draws = self._random.random(len(adapters))
+        answers = [best(of_image, loaded[name], top_k) for of_image, name in zip(logits, adapters)]
+        if coverage is None:
+            return answers, None
+        return answers, [
+            in_set(of_image, loaded[name], scores[name], coverage, draw)
+            for of_image, name, draw in zip(logits, adapters, draws)
+        ]
+
+    def _scores(self, name: str) -> ConformalScores:
+        """Returns the scores for sets of classes of an adapter, which are compared with it once."""
+        if name not in self._checked_scores:
+            active = self._model.active_adapter
+            self._model.set_adapter(name)
+            try:
+                self._checked_scores[name] = ConformalClassifier(self._model, self.image_processor).scores
+            except ValueError as error:
+                raise HTTPException(422, f"The adapter {name!r} gives no sets of classes: {error}") from None
+            finally:
+                self._model.set_adapter(active)
+        return self._checked_scores[name]
 
     def classify_zero_shot(self, images: Iterable[Image.Image], class_names: list[str], top_k: int) -> list[Scores]:
         """Classifies all images zero-shot. Raises `HTTPException` 422 if the class names cannot be used."""
@@ -261,6 +295,16 @@ def best(logits: torch.Tensor, class_names: list[str], top_k: int) -> Scores:
     return [(class_names[label], value) for value, label in zip(values.tolist(), labels.tolist())]
 
 
+def in_set(
+    logits: torch.Tensor, class_names: list[str], scores: ConformalScores, coverage: float, draw: float
+) -> Scores:
+    """Returns the labels in the set of an image's logits (C,), the most probable first."""
+    probabilities = logits.double().softmax(dim=0)
+    is_in = scores.in_set(probabilities[None].cpu().numpy(), coverage, np.array([draw]))[0]
+    order = probabilities.argsort(descending=True, stable=True).tolist()
+    return [(class_names[label], probabilities[label].item()) for label in order if is_in[label]]
+
+
 class Label(BaseModel):
     label: str
     probability: float
@@ -269,6 +313,8 @@ class Label(BaseModel):
 class Answer(BaseModel):
     adapter: str | None
     labels: list[Label]
+    in_set: list[Label] | None = None  # with `coverage`
+    is_unsure: bool | None = None  # whether the set is empty, or of more than `max_set_size` classes
 
 
 class Adapters(BaseModel):
@@ -302,16 +348,19 @@ def create_app(store: AdapterStore, max_upload: int = 10 * 2**20) -> FastAPI:
     def unload_adapter(name: str) -> None:
         store.unload(name)
 
-    @app.post("/classify")
+    @app.post("/classify", response_model_exclude_unset=True)
     def classify(
         images: list[UploadFile],
         adapters: Annotated[list[str], Form(default_factory=list)],
         class_names: Annotated[list[str], Form(default_factory=list)],
         top_k: Annotated[int, Form(ge=1)] = 5,
+        coverage: Annotated[float | None, Form(gt=0, lt=1)] = None,
+        max_set_size: Annotated[int, Form(ge=1)] = 1,
     ) -> list[Answer]:
         """
         Takes either `adapters`, one for all images or one for each, or `class_names`. With neither, the only loaded
-        adapter answers.
+        adapter answers. With `coverage`, adapters that were calibrated answer with a set of classes, too, which holds
+        the true one with this probability. `is_unsure` says that it is empty, or of more than `max_set_size` classes.
         """
         loaded = [*store.loaded()]
         if not adapters and not class_names and len(loaded) == 1:
@@ -319,16 +368,23 @@ def create_app(store: AdapterStore, max_upload: int = 10 * 2**20) -> FastAPI:
         check_request(len(images), len(adapters), len(class_names), loaded)
         pictures = (read_image(upload.file.read(), upload.filename or "the image") for upload in images)
         if class_names:
+            if coverage is not None:
+                raise HTTPException(422, "coverage goes with adapters that were calibrated, not with class_names.")
             names, scores = [None] * len(images), store.classify_zero_shot(pictures, class_names, top_k)
+            sets = None
         else:
             names = adapters * len(images) if len(adapters) == 1 else adapters
-            scores = store.classify(pictures, names, top_k)
-        return [
-            Answer(adapter=name, labels=[Label(label=label, probability=value) for label, value in of_image])
-            for name, of_image in zip(names, scores)
-        ]
+            scores, sets = store.classify(pictures, names, top_k, coverage)
+        answers = [Answer(adapter=name, labels=as_labels(of_image)) for name, of_image in zip(names, scores)]
+        for answer, of_image in zip(answers, sets or ()):
+            answer.in_set, answer.is_unsure = as_labels(of_image), not 1 <= len(of_image) <= max_set_size
+        return answers
 
     return app
+
+
+def as_labels(scores: Scores) -> list[Label]:
+    return [Label(label=label, probability=value) for label, value in scores]
 
 
 def check_request(num_images: int, num_adapters: int, num_class_names: int, loaded: list[str]) -> None:

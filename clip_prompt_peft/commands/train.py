@@ -28,6 +28,7 @@ from ..data import (
     sample_few_shot_splits,
     with_pixel_values,
 )
+from ..evaluation.calibration import TemperatureFit
 from ..evaluation.comparison import Answers, Comparison
 from ..evaluation.interpret import nearest_words
 from ..evaluation.metrics import compute_metrics
@@ -42,6 +43,7 @@ from ..tuner import ClassifierAdapterConfig
 from ..tuner.files import WEIGHTS_NAME
 from ..tuner.hub import load_image_processor
 from .arguments import parse_arguments, parser
+from .calibrating import calibrate, check_has_place, images_to_calibrate
 from .checks import check_runs, check_shots, check_training, rehearse
 from .common import (
     COLUMNS,
@@ -65,6 +67,7 @@ from .outputs import (
     write_record,
 )
 from .resume import find_checkpoint, hint_at_checkpoint, what_is_done
+from .teacher import check_teacher, load_teacher
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,6 +84,7 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         set_up_logging(training_args)
         check_training(training_args)
         check_runs(model_args, data_args, training_args)
+        check_teacher(prompt_args.method, prompt_args.teacher)
         is_main_process = training_args.process_index == 0
         output_dir = training_args.output_dir
         record = record_of(model_args, data_args, prompt_args, training_args, given)
@@ -100,12 +104,13 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
         if training_args.eval_strategy != "no" and "validation" not in splits:
             raise ValueError("--eval_strategy needs validation images besides the test images, and there are none.")
         validation = splits.get("validation") if training_args.eval_strategy != "no" else None
+        to_calibrate = images_to_calibrate(data_args.calibrate, splits, test_sets)
         check_shots(splits["train"], validation, test_sets, data_args)
         if is_main_process and not data_args.is_embedded:
             warn_of_shared_images(splits["train"], test_sets)
-            if validation is not None:
-                warn_of_shared_images(splits["train"], {"validation": validation})
-                warn_of_shared_images(validation, test_sets, "validation")
+            if (used := to_calibrate if validation is None else validation) is not None:
+                warn_of_shared_images(splits["train"], {"validation": used})
+                warn_of_shared_images(used, test_sets, "validation")
         drawn, _ = draw(splits, data_args, training_args)
         name = model_args.model_name_or_path
         hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
@@ -114,13 +119,20 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             name, class_names=class_names, prompt_template=prompt_args.prompt_template, **hub
         )
         image_processor = load_image_processor(model)
-        config = prompt_args.config(model)
+        teacher = None
+        if prompt_args.teacher is not None:
+            hub.pop("revision")
+            teacher = load_teacher(prompt_args.teacher, class_names, prompt_args.prompt_template, **hub)
+        config = prompt_args.config(model, **({} if teacher is None else {"projection_dim": teacher.width}))
+        if to_calibrate is not None:
+            check_has_place(config)
         use_one_thread_if_tiny(name)
         with without_warning_of_renamed_property():
             peft_model = get_peft_model(model, config)  # raises if the prompt does not fit
         recipe = prompt_args.recipe(peft_model, planned[0], len(drawn), data_args.shots, given)
         unread = with_pixel_values(drawn, image_processor, augment=data_args.augment)
-        make = partial(make_trainer, peft_model, unread, validation, image_processor)
+        of_teacher = {} if teacher is None else {"teacher": teacher.model}
+        make = partial(make_trainer, peft_model, unread, validation, image_processor, **of_teacher)
         rehearse(make, recipe, planned[0], config)
         model = peft_model.unload()
         if training_args.push_to_hub and is_main_process:
@@ -142,10 +154,13 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
 
     runs += planned
     if is_main_process:
-        announce(name, data_args, runs, class_names, test_sets)
+        announce(name, data_args, runs, class_names, test_sets, prompt_args.teacher)
     model.to(training_args.device)
+    if teacher is not None:
+        teacher.model.to(training_args.device)
     with hint_at_checkpoint(runs[0]):
         test_sets = {name: embed(dataset, name) for name, dataset in test_sets.items()}
+        to_calibrate = None if to_calibrate is None else embed(to_calibrate, "validation")
     zero_shot, tuned = {}, []
     for run_args in runs:
         with hint_at_checkpoint(run_args), no_empty_folders(output_dir):
@@ -153,7 +168,9 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             if is_main_process:
                 print(f"Seed {run_args.seed}: {counted(len(drawn), 'training image')}", flush=True)
             num_views = NUM_VIEWS.get(prompt_args.method) if data_args.augment else None
-            if data_args.augment and num_views is None:
+            if teacher is not None:
+                train_set = teacher.training_images(drawn, image_processor, data_args.augment)
+            elif data_args.augment and num_views is None:
                 train_set = with_pixel_values(drawn, image_processor, augment=True)
             else:
                 train_set = embed(drawn, "train", num_views)
@@ -166,8 +183,12 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
                 with errors_in_one_line():
                     fit_class_head(model, train_set)
             recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots, given)
-            trainer = make_trainer(model, train_set, validation_set, image_processor, run_args, recipe)
+            trainer = make_trainer(model, train_set, validation_set, image_processor, run_args, recipe, **of_teacher)
             trainer.train(resume_from_checkpoint=find_checkpoint(run_args))
+            calibration = None
+            if to_calibrate is not None:
+                validation_answers = classify(trainer.model, {"validation": to_calibrate}, run_args)["validation"]
+                calibration = calibrate(trainer.model, validation_answers, run_args.seed, is_main_process)
             tuned_answers = classify(trainer.model, test_sets, run_args)
             tuned.append(shown_metrics(tuned_answers))
             if not zero_shot:
@@ -177,8 +198,10 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
                     answers = classify(trainer.model, test_sets, run_args)
                 zero_shot = shown_metrics(answers)
             if is_main_process:
-                comparison = Comparison(trainer.model.class_names, answers[test_name], tuned_answers[test_name])
-                trainer.model.card_details = describe(trainer, data_args, drawn, test_name, comparison)
+                temperature = None if calibration is None else calibration.temperature
+                both = answers[test_name], tuned_answers[test_name]
+                comparison = Comparison(trainer.model.class_names, *both, temperature)
+                trainer.model.card_details = describe(trainer, data_args, drawn, test_name, comparison, calibration)
                 write_record(run_args.output_dir, {**record, "run": run_of(trainer.args)})
             others = [name for name in test_sets if name != test_name]  # the card compares in detail on the first one
             save(trainer, model_args.hub_base_model_id, zero_shot, tuned[-1], others)
@@ -211,13 +234,17 @@ def draw(splits: DatasetDict, data_args, training_args) -> tuple[Dataset, Datase
     return sample_few_shot_splits(train, validation, **settings)
 
 
-def announce(model_name: str, data_args, runs: list[TrainingArguments], class_names, test_sets) -> None:
+def announce(
+    model_name: str, data_args, runs: list[TrainingArguments], class_names, test_sets, teacher: str | None
+) -> None:
     shots = counted(data_args.shots, "image") if data_args.shots else "all images"
     if data_args.shots and data_args.when_fewer == "all":
         shots = f"up to {shots}"
     seeds = f"seed{'s' if len(runs) > 1 else ''} " + ", ".join(str(run_args.seed) for run_args in runs)
     tests = ", ".join(f"{name} ({counted(len(dataset), 'image')})" for name, dataset in test_sets.items())
     print(f"Model      {model_name}")
+    if teacher is not None:
+        print(f"Teacher    {teacher}, from whose answers it learns instead of labels")
     print(f"Tuned on   {data_args.name}: {shots} of each of {counted(len(class_names), 'class')}, {seeds}")
     print(f"Tested on  {tests}")
     print(f"Running on {runs[0].device.type}, number of processes: {runs[0].world_size}", flush=True)
@@ -230,7 +257,7 @@ def create_repository(training_args: TrainingArguments) -> None:
 
 
 def make_trainer(
-    model, train_set, validation_set, image_processor, run_args: TrainingArguments, recipe: Recipe
+    model, train_set, validation_set, image_processor, run_args: TrainingArguments, recipe: Recipe, **further
 ) -> Trainer:
     return recipe.trainer_class(
         model=model,
@@ -241,6 +268,7 @@ def make_trainer(
         processing_class=image_processor,
         optimizers=recipe.optimizers,
         callbacks=[*recipe.callbacks, StopAtNonFinite()],
+        **further,
     )
 
 
@@ -264,7 +292,14 @@ def shown_metrics(answers: dict[str, Answers]) -> Results:
     return {name: {metric: of_set.metrics[metric] for metric in COLUMNS} for name, of_set in answers.items()}
 
 
-def describe(trainer: Trainer, data_args, drawn: Dataset, test_name: str, comparison: Comparison) -> CardDetails:
+def describe(
+    trainer: Trainer,
+    data_args,
+    drawn: Dataset,
+    test_name: str,
+    comparison: Comparison,
+    calibration: TemperatureFit | None,
+) -> CardDetails:
     """Returns the training's part of the model card."""
     args = trainer.args
     return CardDetails(
@@ -285,6 +320,7 @@ def describe(trainer: Trainer, data_args, drawn: Dataset, test_name: str, compar
         test_name=test_name,
         comparison=comparison,
         words=nearest_words(trainer.model) if learns_prompts(trainer.model) else (),
+        calibration=calibration,
     )
 
 

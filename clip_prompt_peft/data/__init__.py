@@ -11,6 +11,7 @@ from .known_datasets import KnownDataset, known_datasets, load_known_dataset
 from .path_lists import split_by_list
 from .sources import load_image_dataset
 from .standard import standardize
+from .teacher_logits import cache_teacher_logits
 from .views import RandomViews
 
 
@@ -22,6 +23,7 @@ __all__ = [
     "UnreadableImageError",
     "base_new_names",
     "cache_image_embeds",
+    "cache_teacher_logits",
     "class_names_of",
     "clean_class_name",
     "content_hash",

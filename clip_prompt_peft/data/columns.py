@@ -206,14 +206,14 @@ def read_labels(dataset: Dataset, label_column: str) -> list[Hashable]:
     return dataset.select_columns(label_column).with_format("arrow")[:][label_column].to_pylist()
 
 
-def with_known_types(stream: IterableDataset, label_column: str = LABEL, once: bool = False) -> IterableDataset:
+def with_known_types(stream: IterableDataset, label_column: str | None = LABEL, once: bool = False) -> IterableDataset:
     """Gives the images and labels of a stream without types those of its first example; other columns are dropped.
 
     Args:
         stream (`datasets.IterableDataset`):
             A stream, for example from a generator, with the columns `image` and `label_column`.
         label_column (`str`, *optional*, defaults to `"label"`):
-            The name of the label column.
+            The name of the label column. `None` leaves labels out.
         once (`bool`, *optional*, defaults to `False`):
             Whether the result is read once only. Then the stream is not started again after its first example, which a
             stream of something that cannot be read twice would have lost.
@@ -227,14 +227,16 @@ def with_known_types(stream: IterableDataset, label_column: str = LABEL, once: b
     first = next(examples, None)
     if first is None:
         raise ValueError("The stream has no examples.")
-    missing = [name for name in (IMAGE, label_column) if name not in first]
+    kept = [IMAGE] if label_column is None else [IMAGE, label_column]
+    missing = [name for name in kept if name not in first]
     if missing:
         raise ValueError(f"The stream has no column {missing[0]!r}; its columns are {', '.join(first)}.")
-    label = Dataset.from_list([{label_column: first[label_column]}]).features[label_column]
-    types = Features({IMAGE: Image(), label_column: label})
+    types = Features({IMAGE: Image()})
+    if label_column is not None:
+        types[label_column] = Dataset.from_list([{label_column: first[label_column]}]).features[label_column]
     if once:
         stream = IterableDataset.from_generator(_Pass(chain([first], examples)))
-    return stream.select_columns([IMAGE, label_column]).cast(types)
+    return stream.select_columns(kept).cast(types)
 
 
 class _Pass:

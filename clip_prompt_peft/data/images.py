@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature
 
 from ..image_files import process_images
+from ..loss import TEACHER, TEACHER_LOGITS
 from .columns import IMAGE, LABEL, check_is_one_split, check_label_order, check_labels_are_numbers, with_known_types
 from .reading import Reader, content_of, readable, undecoded
 
@@ -98,6 +99,8 @@ def with_pixel_values(
     image_processor: BaseImageProcessor,
     augment: bool = False,
     class_names: Sequence[str] | None = None,
+    unlabeled: bool = False,
+    teacher_processor: BaseImageProcessor | None = None,
 ) -> Dataset | IterableDataset:
     """
     Returns a view of a dataset whose examples are `pixel_values` and `labels`, computed when they are accessed.
@@ -111,6 +114,9 @@ def with_pixel_values(
     such as `with_format("torch")`, have no effect. A mode of the column, such as `datasets.Image(mode="L")`, is what
     images are converted to before they become RGB.
 
+    For [`DistillationTrainer`], images need no labels, and a teacher of another family or size can have pixel values
+    of its own. The column `teacher_logits` of [`~data.cache_teacher_logits`] is kept.
+
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             A dataset with the columns `image` and `label`.
@@ -120,6 +126,11 @@ def with_pixel_values(
             Whether to replace the resizing and cropping of the processor with [`RandomResizedCropFlip`], for training.
         class_names (`Sequence[str]`, *optional*):
             The classes of the model, `model.class_names`, to check that the labels number them in this order.
+        unlabeled (`bool`, *optional*, defaults to `False`):
+            Whether to leave labels out; a column of them need not be there.
+        teacher_processor (`BaseImageProcessor`, *optional*):
+            The image processor of a teacher. Its outputs for the same views of the images are added, with `teacher_`
+            in front of their names.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: The same examples, transformed lazily. Accessing an example
@@ -127,15 +138,26 @@ def with_pixel_values(
 
     Raises:
         TypeError: If the column of images is not of the type `Image`, which a transform may have instead.
-        ValueError: If the labels are no numbers, or number the classes in another order than `class_names`.
+        ValueError: If the labels are no numbers, or number the classes in another order than `class_names`; or if
+            `teacher_logits` would be combined with other views than those that they were computed for.
     """
     if isinstance(dataset, IterableDataset):
-        dataset = with_known_types(dataset)
-    check_labels_are_numbers(dataset)
-    check_label_order(dataset, class_names)
-    columns, read = readable(dataset)
-    columns = columns.rename_columns({IMAGE: PIXELS, LABEL: LABELS})
-    transform = PixelTransform(image_processor, augment, read)
+        dataset = with_known_types(dataset, None if unlabeled else LABEL)
+    if not unlabeled:
+        check_labels_are_numbers(dataset)
+        check_label_order(dataset, class_names)
+    others = [] if unlabeled else [LABEL]
+    if TEACHER_LOGITS in (dataset.column_names or ()):
+        if augment:
+            raise ValueError(
+                f"The column {TEACHER_LOGITS!r} holds what a teacher says of the images as they are, not of the "
+                "random crops of augment=True; leave one of them out, and give teacher_processor for a teacher that "
+                "sees the same crops in each step."
+            )
+        others.append(TEACHER_LOGITS)
+    columns, read = readable(dataset, others)
+    columns = columns.rename_columns({IMAGE: PIXELS, **({} if unlabeled else {LABEL: LABELS})})
+    transform = PixelTransform(image_processor, augment, read, teacher_processor)
     if isinstance(columns, IterableDataset):
         return columns.map(transform, batched=True, batch_size=STREAM_BATCH)
     return columns.with_transform(transform)
@@ -144,8 +166,9 @@ def with_pixel_values(
 class PixelTransform:
     """Turns a batch of images in `pixel_values` into (3, H, W) each, see [`with_pixel_values`] and [`readable`]."""
 
-    def __init__(self, image_processor, augment: bool, read: Reader) -> None:
+    def __init__(self, image_processor, augment: bool, read: Reader, teacher_processor=None) -> None:
         self.image_processor, self.augmentation, self.read = image_processor, None, read
+        self.of_teacher = None if teacher_processor is None else PixelTransform(teacher_processor, augment, read)
         if augment:
             size = getattr(image_processor, "crop_size", None) or getattr(image_processor, "size", None)
             if size is None:
@@ -159,7 +182,12 @@ class PixelTransform:
         images, labels = self.read(batch[PIXELS], batch.get(LABELS))
         if labels is not None:
             batch = batch | {LABELS: list(labels)}
-        return batch | {name: list(values) for name, values in self.model_inputs(images).items()}
+        of_teacher = {}
+        if self.of_teacher is not None:
+            with torch.random.fork_rng(devices=[]):  # the model's own views are drawn by the same numbers
+                of_teacher = self.of_teacher.model_inputs(images)
+        inputs = {**self.model_inputs(images), **{f"{TEACHER}{name}": value for name, value in of_teacher.items()}}
+        return batch | {name: list(values) for name, values in inputs.items()}
 
     def model_inputs(self, images: list[Image.Image]) -> BatchFeature:
         """Returns `pixel_values` (B, 3, H, W) and any further outputs of the processor."""

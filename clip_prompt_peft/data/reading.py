@@ -23,7 +23,9 @@ from .columns import IMAGE, LABEL, type_name
 Reader = Callable[[Sequence, Sequence | None], tuple[list[Image.Image], Sequence | None]]
 
 
-def readable(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, Reader]:
+def readable(
+    dataset: Dataset | IterableDataset, others: Sequence[str] = (LABEL,)
+) -> tuple[Dataset | IterableDataset, Reader]:
     """
     Returns the columns `image` and `label` of a dataset, in a form that is not decoded, and what reads the images.
 
@@ -34,6 +36,8 @@ def readable(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableData
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             A dataset with the columns `image` and `label`.
+        others (`Sequence[str]`, *optional*):
+            The columns beside `image`, in place of `label`.
 
     Raises:
         TypeError: If the column is not of the type `Image`, which a transform may have instead.
@@ -42,9 +46,11 @@ def readable(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableData
     """
     if transform_of(dataset) is None:
         mode = getattr((dataset.features or {}).get(IMAGE), "mode", None)
-        return undecoded(dataset.select_columns([IMAGE, LABEL])), ImageReader(mode)
-    labels = without_format(dataset).select_columns([LABEL])
-    return labels.add_column(IMAGE, np.arange(len(dataset))), TransformReader(dataset)
+        return undecoded(dataset.select_columns([IMAGE, *others])), ImageReader(mode)
+    rows = Dataset.from_dict({IMAGE: np.arange(len(dataset))})
+    if others:
+        rows = without_format(dataset).select_columns(list(others)).add_column(IMAGE, rows[IMAGE][:])
+    return rows, TransformReader(dataset)
 
 
 def transform_of(dataset: Dataset | IterableDataset) -> Callable | None:

@@ -15,9 +15,14 @@ from transformers import BaseImageProcessor, BatchFeature, EvalPrediction, defau
 from transformers.utils import logging
 
 from ..data import class_names_of, with_pixel_values
+from ..modeling import classifier_in
 from ..templates import check_label_names
 from ..towers import eval_mode, execution_device, has_adapters, image_side
+from .conformal_scores import ConformalScores, coverage_rows, hash_of_names
 from .metrics import compute_metrics, softmax
+
+
+ECE = "expected_calibration_error"
 
 
 @dataclass
@@ -95,11 +100,44 @@ class Comparison:
             The predictions without the adapter.
         tuned (`Answers`):
             The predictions with the adapter.
+        temperature (`float`, *optional*):
+            The temperature of the adapter, by which its logits are divided.
     """
 
     class_names: list[str]
     zero_shot: Answers
     tuned: Answers
+    temperature: float | None = None
+
+    @cached_property
+    def uncalibrated(self) -> Answers | None:
+        """The predictions with the adapter without its temperature; `None` if it has none."""
+        if self.temperature is None:
+            return None
+        return Answers(self.tuned.logits * self.temperature, self.tuned.labels, self.tuned.class_names)
+
+    def calibration_errors(self) -> tuple[float, float] | None:
+        """Returns the expected calibration error without and with the temperature; `None` if there is none."""
+        if self.uncalibrated is None:
+            return None
+        without, calibrated = (answers.metrics[ECE] for answers in (self.uncalibrated, self.tuned))
+        return without, calibrated
+
+    def coverage_rows(self, conformal_scores: dict | None) -> list[tuple[float, float, float, float]]:
+        """Returns how sets of classes do, see [`~evaluation.conformal.ConformalClassifier.evaluate`].
+
+        Args:
+            conformal_scores (`dict`, *optional*):
+                The scores of the adapter. Without them, and with those of other classes or of another temperature, the
+                list is empty.
+        """
+        if conformal_scores is None:
+            return []
+        scores = ConformalScores.from_dict(conformal_scores)
+        fits = (scores.temperature or 1.0) == (self.temperature or 1.0)
+        if not fits or scores.classes != hash_of_names(self.class_names):
+            return []
+        return coverage_rows(scores, softmax(self.tuned.logits.astype(np.float64)), self.tuned.labels)
 
     @property
     def gained(self) -> np.ndarray:
@@ -191,4 +229,4 @@ def compare_with_zero_shot(
                 zero_shot.append(model(**inputs).logits.float().cpu())
     labels = torch.cat(labels).numpy()
     zero_shot, tuned = (Answers(torch.cat(logits).numpy(), labels) for logits in (zero_shot, tuned))
-    return Comparison(class_names, zero_shot, tuned)
+    return Comparison(class_names, zero_shot, tuned, classifier_in(model, "comparing").temperature)

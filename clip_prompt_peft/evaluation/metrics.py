@@ -161,11 +161,15 @@ class ExpectedCalibrationError(ImageMetric):
             raise ValueError(f"num_bins must be 1 or more, got {num_bins}.")
         if probabilities.min() < 0 or probabilities.max() > 1 + 1e-6:
             raise ValueError("predictions must be probabilities from 0 to 1; apply a softmax to logits first.")
-        confidence = probabilities.max(axis=1)
         is_correct = probabilities.argmax(axis=1) == references
-        bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
-        gaps = np.bincount(bins, weights=is_correct - confidence, minlength=num_bins)  # summed over each bin
-        return {"expected_calibration_error": float(np.abs(gaps).sum() / len(references))}
+        return {"expected_calibration_error": calibration_error(probabilities.max(axis=1), is_correct, num_bins)}
+
+
+def calibration_error(confidence: np.ndarray, is_correct: np.ndarray, num_bins: int = 15) -> float:
+    """Returns the expected calibration error of N predictions from their probabilities and whether they are right."""
+    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    gaps = np.bincount(bins, weights=is_correct - confidence, minlength=num_bins)  # summed over each bin
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
 class MeanAveragePrecision(ImageMetric):

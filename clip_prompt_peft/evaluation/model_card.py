@@ -20,6 +20,7 @@ from .tables import counted, inline_code, markdown_table, table_cell
 
 
 if TYPE_CHECKING:  # these modules import `datasets` and `evaluate`, which importing the package must not do
+    from .calibration import TemperatureFit
     from .comparison import Comparison
     from .interpret import NearestWords
 
@@ -95,6 +96,8 @@ class CardDetails:
             The results on the test set, with and without the adapter.
         words (`Sequence[NearestWords]`, *optional*):
             The result of [`nearest_words`].
+        calibration (`TemperatureFit`, *optional*):
+            The result of [`~evaluation.calibration.fit_temperature`].
     """
 
     data: TrainingData | None = None
@@ -102,6 +105,7 @@ class CardDetails:
     test_name: str = "test"
     comparison: Comparison | None = None
     words: Sequence[NearestWords] = ()
+    calibration: TemperatureFit | None = None
 
 
 def environment_versions() -> dict[str, str]:
@@ -220,6 +224,8 @@ def _section(config, metrics: Mapping[str, float], repo_id: str | None, details:
             lines += ["", "### Training", "", *_training_lines(details.data, details.settings)]
         if details.comparison is not None:
             lines += ["", f"### Results on {inline_code(details.test_name)}", "", *_result_lines(details.comparison)]
+        if config.temperature is not None or config.conformal_scores is not None:
+            lines += ["", "### Calibration", "", *_calibration_lines(config, details)]
         if details.words:
             lines += ["", "### Nearest vocabulary words", "", *_word_lines(details.words)]
         versions = ", ".join(f"{name} {version}" for name, version in environment_versions().items())
@@ -253,12 +259,15 @@ def _head_facts(config: ClassHeadConfig) -> dict[str, str | None]:
     }
 
 
-def _class_facts(config: ClassifierAdapterConfig) -> dict[str, str]:
+def _class_facts(config: ClassifierAdapterConfig) -> dict[str, str | None]:
     names = config.class_names or []
     shown = ", ".join(inline_code(name) for name in names[:NUM_CLASSES_SHOWN])
     if len(names) > NUM_CLASSES_SHOWN:
         shown += f", ... ({len(names) - NUM_CLASSES_SHOWN} more)"
-    return {f"Classes ({len(names)})": shown or "none saved"}
+    return {
+        "Temperature, by which logits are divided": config.temperature and f"{config.temperature:.4g}",
+        f"Classes ({len(names)})": shown or "none saved",
+    }
 
 
 def _base_model(config) -> str:
@@ -329,6 +338,34 @@ def _result_lines(comparison: Comparison) -> list[str]:
         "",
         markdown_table([["class", "images", "accuracy, zero-shot", "accuracy, tuned"], *classes]),
     ]
+
+
+def _calibration_lines(config, details: CardDetails) -> list[str]:
+    fit, comparison, lines = details.calibration, details.comparison, []
+    error = "the expected calibration error is {:.4f} without the temperature and {:.4f} with it."
+    if fit is not None:
+        images = counted(fit.num_images, "validation image")
+        lines += [f"On the {images} that it was fitted on, {error.format(fit.ece_before, fit.ece_after)}", ""]
+    errors = None if comparison is None else comparison.calibration_errors()
+    if errors is not None:
+        lines += [f"On {inline_code(details.test_name)}, {error.format(*errors)}", ""]
+    rows = [] if comparison is None else comparison.coverage_rows(config.conformal_scores)
+    if rows:
+        scores = config.conformal_scores
+        lines += [
+            f"Sets of classes (split conformal prediction, {scores['method']}, scores of "
+            f"{counted(scores['num_images'], 'validation image')}) on {inline_code(details.test_name)}:",
+            "",
+            markdown_table(
+                [
+                    ["coverage asked for", "sets with the true class", "mean size", "empty sets"],
+                    *([f"{row[0]:.2f}", f"{row[1]:.4f}", f"{row[2]:.2f}", f"{row[3]:.4f}"] for row in rows),
+                ]
+            ),
+        ]
+    elif config.conformal_scores is not None:
+        lines.append("The adapter holds scores for sets of classes with a coverage (`ConformalClassifier`).")
+    return lines
 
 
 def _word_lines(words: Sequence[NearestWords]) -> list[str]:

@@ -15,6 +15,7 @@ from peft import PeftModel
 from ..class_head import ClassHeadConfig
 from ..data.reading import readable
 from ..installing import how_to_install
+from ..modeling import classifier_in
 from . import plots
 from .comparison import Answers, Comparison
 from .interpret import nearest_words
@@ -67,6 +68,8 @@ def write_report(
         facts={**_facts(model, comparison), **(facts or {})},
         metrics=comparison.metric_rows(),
         classes=comparison.class_rows(),
+        calibration=comparison.calibration_errors(),
+        sets=comparison.coverage_rows(classifier_in(model, "A report").conformal_scores),
         pairs=_pairs(comparison, dataset),
         words=nearest_words(model),
         pictures=_pictures(model, comparison),
@@ -82,6 +85,7 @@ def _facts(model, comparison: Comparison) -> dict[str, str]:
     return {
         "Base model": os.path.basename(os.path.normpath(config.base_model_name_or_path or "unknown")),
         **_facts_of_adapter(config),
+        **({} if comparison.temperature is None else {"Temperature": f"{comparison.temperature:.4g}"}),
         "Classes": str(len(comparison.class_names)),
         "Test images": str(len(comparison.tuned.labels)),
         "Changed predictions": f"{len(comparison.gained)} images gained, {len(comparison.lost)} lost",
@@ -114,7 +118,9 @@ def _pictures(model, comparison: Comparison) -> dict[str, dict[str, str]]:
             for kind, answers in both.items()
         },
         "Calibration": {
-            kind: plots.plot_reliability(answers.confidence, answers.is_correct) for kind, answers in both.items()
+            kind: plots.plot_reliability(answers.confidence, answers.is_correct)
+            for kind, answers in {**both, "tuned, without the temperature": comparison.uncalibrated}.items()
+            if answers is not None
         },
         "Similarity of classes": {
             kind: plots.plot_class_similarity(of_kind.float().cpu().numpy(), names) for kind, of_kind in embeds.items()

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from datasets import ClassLabel, Dataset, Value
 
-from ..data import cache_image_embeds, class_names_of, keep_classes, sample_few_shot, with_pixel_values
+from ..data import (
+    cache_image_embeds,
+    cache_teacher_logits,
+    class_names_of,
+    keep_classes,
+    sample_few_shot,
+    with_pixel_values,
+)
 from ..data.columns import LABEL
 from ..data.image_embeds import EmbeddedImages
 from ..towers import embed_width
@@ -95,6 +102,18 @@ class ImageSet:
         """Returns a data set of `image_embeds` and `labels`, for training with a frozen image tower."""
         columns = {"image_embeds": self.embeds(model, image_processor).numpy(), "labels": self.labels}
         return EmbeddedImages.from_dict(columns).with_format("torch")
+
+    def whole_classes(self) -> ImageSet:
+        """Returns all images that the pool has of these classes, not only those that were drawn."""
+        label_names = self.pool.dataset.features[LABEL].names
+        label_name_of = dict(zip(class_names_of(self.pool.dataset), label_names))
+        return self.pool.classes([label_name_of[name] for name in self.class_names])
+
+    def for_distillation(self, teacher, image_processor) -> Dataset:
+        """Returns a data set of `pixel_values` and of the logits of a teacher of the same kind, without labels."""
+        images = self.pool.dataset.select(self.rows).remove_columns(LABEL)
+        images = cache_teacher_logits(images, teacher, image_processor)
+        return with_pixel_values(images, image_processor, unlabeled=True)
 
     def pixels(self, image_processor) -> Dataset:
         """Returns a data set of `labels` and `pixel_values`, which are computed when they are read."""

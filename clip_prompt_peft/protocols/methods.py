@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -14,7 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save
 from transformers import BatchFeature, PrinterCallback, TrainingArguments, set_seed
 
@@ -32,6 +33,7 @@ from ..tuner.presets import PRESETS
 from .image_set import ImageSet
 
 
+TEACHER = "ivlp"  # the preset of the teacher that a distillation learns from
 Score = Callable[[ImageSet], "np.ndarray | None"]  # (N, C) logits, or None if the method cannot predict the classes
 
 
@@ -199,11 +201,40 @@ def _published(name: str, backbone: Backbone, train: ImageSet, seed: int) -> Abs
     return _adapter(backbone, train, seed, method_config(name, backbone.model), name)
 
 
+@contextmanager
+def _distilled(all_classes: bool, backbone: Backbone, train: ImageSet, seed: int) -> Iterator[FittedMethod]:
+    """
+    PromptKD. Its teacher is the backbone with prompts in both towers (`ivlp`), tuned on the labeled training images.
+
+    The student sees the images of the pool without labels: those of all classes (transductive, as published), or only
+    of the classes in `train` (inductive). Then the teacher gives it embeddings of new classes after its training.
+    """
+    of_teacher = replace(backbone, model=copy.deepcopy(backbone.model))
+    with _tuned(of_teacher, train, seed, method_config(TEACHER, of_teacher.model), TEACHER) as (teacher, _):
+        images = train.pool.classes() if all_classes else train.whole_classes()
+        teacher.set_class_names(images.class_names)
+        config = method_config("promptkd", backbone.model, projection_dim=teacher.get_base_model().embed_width)
+        with _tuned(backbone, images, seed, config, "promptkd", teacher) as (model, num_trainable):
+
+            def score(images: ImageSet) -> np.ndarray:
+                known = model.active_peft_config.teacher_class_names
+                new = [name for name in images.class_names if name not in known]
+                if new:
+                    teacher.set_class_names(new)
+                    model.set_teacher_class_embeds(teacher.get_class_embeds().detach(), new)
+                model.set_class_names(images.class_names)
+                return _logits(backbone, model, images, from_pixels=True)
+
+            yield FittedMethod(score, num_trainable, _num_bytes(model))
+
+
 METHODS: dict[str, Method] = {
     "zero-shot": Method(_zero_shot, is_trained=False),
     "ensemble": Method(_ensemble, is_trained=False),
     "linear-probe": Method(_linear_probe),
     "prompt-tuning": Method(_prompt_tuning),
+    "promptkd": Method(partial(_distilled, False)),
+    "promptkd-transductive": Method(partial(_distilled, True)),
 }
 
 
@@ -216,6 +247,32 @@ def _adapter(
     name: str | None = None,
 ) -> Iterator[FittedMethod]:
     """Trains any peft adapter with the `Trainer`."""
+    with _tuned(backbone, train, seed, config, name) as (model, num_trainable):
+
+        def score(images: ImageSet) -> np.ndarray | None:
+            if getattr(config, "class_specific", False) and images.class_names != train.class_names:
+                return None
+            model.set_class_names(images.class_names)
+            return _logits(backbone, model, images, trains_image_tower(config))
+
+        yield FittedMethod(score, num_trainable, _num_bytes(model))
+
+
+def _num_bytes(model: PeftModel) -> int:
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return len(save(tensors, metadata={"format": "pt"}))  # as in the file that save_pretrained writes
+
+
+@contextmanager
+def _tuned(
+    backbone: Backbone,
+    train: ImageSet,
+    seed: int,
+    config: PeftConfig,
+    name: str | None = None,
+    teacher: PeftModel | None = None,
+) -> Iterator[tuple[PeftModel, int]]:
+    """Trains an adapter, yields the model and the number of trained parameters, and takes the adapter out again."""
     backbone.model.set_class_names(train.class_names)
     modes = [(module, module.training) for module in backbone.model.modules()]
     set_seed(seed)
@@ -225,24 +282,17 @@ def _adapter(
         if isinstance(config, ClassHeadConfig) and not trains_image_tower(config):
             fit_class_head(model, _dataset(backbone, train, from_pixels=False))
         num_trainable = model.get_nb_trainable_parameters()[0]  # before the second of two stages freezes some
-        train_adapter(model, backbone, train, seed, name)
-
-        def score(images: ImageSet) -> np.ndarray | None:
-            if getattr(config, "class_specific", False) and images.class_names != train.class_names:
-                return None
-            model.set_class_names(images.class_names)
-            return _logits(backbone, model, images, trains_image_tower(config))
-
-        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-        num_bytes = len(save(tensors, metadata={"format": "pt"}))  # as in the file that save_pretrained writes
-        yield FittedMethod(score, num_trainable, num_bytes)
+        train_adapter(model, backbone, train, seed, name, teacher)
+        yield model, num_trainable
     finally:
         model.unload()
         for module, mode in modes:  # the Trainer has put all of them into training mode
             module.training = mode
 
 
-def train_adapter(model, backbone: Backbone, train: ImageSet, seed: int, name: str | None) -> None:
+def train_adapter(
+    model, backbone: Backbone, train: ImageSet, seed: int, name: str | None, teacher: PeftModel | None = None
+) -> None:
     """Trains the trainable parameters of a model.
 
     Args:
@@ -256,9 +306,14 @@ def train_adapter(model, backbone: Backbone, train: ImageSet, seed: int, name: s
             The seed of the order of the images.
         name (`str`, *optional*):
             The published method of the adapter, some of which need their own trainer or callbacks.
+        teacher (`PeftModel`, *optional*):
+            The teacher of a distillation, which takes the place of labels.
     """
     from_pixels, device = trains_image_tower(model.active_peft_config), backbone.model.device.type
-    dataset = _dataset(backbone, train, from_pixels)  # otherwise image embeddings are computed only once
+    if teacher is None:
+        dataset = _dataset(backbone, train, from_pixels)  # otherwise image embeddings are computed only once
+    else:
+        dataset = train.for_distillation(teacher, backbone.image_processor)
     recipe = _recipe(model, backbone.settings, train, name, use_cpu=device == "cpu")
     with TemporaryDirectory() as folder:
         args = TrainingArguments(
@@ -271,7 +326,12 @@ def train_adapter(model, backbone: Backbone, train: ImageSet, seed: int, name: s
             **recipe.arguments,
         )
         trainer = recipe.trainer_class(
-            model, args, train_dataset=dataset, optimizers=recipe.optimizers, callbacks=recipe.callbacks
+            model,
+            args,
+            train_dataset=dataset,
+            optimizers=recipe.optimizers,
+            callbacks=recipe.callbacks,
+            **({} if teacher is None else {"teacher": teacher}),
         )
         trainer.remove_callback(PrinterCallback)  # the benchmark shows one progress bar for all runs
         trainer.train()

@@ -9,7 +9,8 @@ from .prograd import ProGradRegularizer, project_gradient
 from .promptsrc import PromptSRCRegularizer
 
 
-# The keys are the values of `CLIPPromptTuningConfig.regularizer`. A test compares their weights with tuner/config.py.
+# The keys are the values of `CLIPPromptTuningConfig.regularizer`. A test compares their weights with
+# tuner/config_checks.py.
 REGULARIZERS: dict[str, type[Regularizer]] = {
     "kgcoop": KgCoOpRegularizer,
     "prograd": ProGradRegularizer,

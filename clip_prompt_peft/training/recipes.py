@@ -19,6 +19,7 @@ from ..towers import trainable_parameters
 from ..tuner import CLIPPromptTuningConfig
 from ..tuner.presets import PRESETS
 from .callbacks import GaussianPromptAveraging
+from .distillation import DistillationTrainer
 from .heads import TwoStageTuning
 from .prograd import ProGradTrainer
 
@@ -63,6 +64,7 @@ SETTINGS: dict[str, PaperSettings] = {
     "kgcoop": PaperSettings(0.002, 128, 100),
     "prograd": PaperSettings(0.002, 32, COOP_EPOCHS),
     "tcp": PaperSettings(0.002, 32, 50, ADAM),
+    "promptkd": PaperSettings(0.005, 8, 20),
     "promptsrc": PaperSettings(0.0025, 4, 20),
 }
 
@@ -106,6 +108,7 @@ HEAD_SETTINGS: dict[str, PaperSettings] = {
     "tip-adapter": PaperSettings(1e-3, 256, 0, (torch.optim.AdamW, {"eps": 1e-4, "weight_decay": 1e-2})),
     "tip-adapter-f": PaperSettings(1e-3, 256, 20, (torch.optim.AdamW, {"eps": 1e-4, "weight_decay": 1e-2})),
 }
+TRAINERS: dict[str, type[Trainer]] = {"prograd": ProGradTrainer, "promptkd": DistillationTrainer}
 # The fields of a configuration that tell kinds of prompts apart.
 KIND = (
     "class_specific",
@@ -113,6 +116,7 @@ KIND = (
     "num_vision_virtual_tokens",
     "vision_prompts_from_text",
     "class_aware_layer",
+    "projection_dim",
     "regularizer",
 )
 DEFAULT = "default"  # the name of the recipe for a configuration without a preset
@@ -221,7 +225,7 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
     steps_per_epoch = _steps_per_epoch(num_examples, batch_size, arguments)
     optimizers = with_epoch_cosine(model, arguments["learning_rate"], num_epochs, steps_per_epoch, settings.optimizer)
     averaging = GaussianPromptAveraging(PROMPTSRC_MEAN * num_epochs, PROMPTSRC_STD * num_epochs)
-    trainer_class = ProGradTrainer if PRESETS.get(name, {}).get("regularizer") == "prograd" else Trainer
+    trainer_class = TRAINERS.get(name, Trainer)
     return Recipe(arguments, optimizers, [averaging] if name == "promptsrc" else [], trainer_class)
 
 

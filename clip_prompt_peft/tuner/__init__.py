@@ -8,6 +8,7 @@
 | `base_layer.py` | the base class of all layers |
 | `layer.py` | vectors in the text (CoOp), also conditioned on the image (CoCoOp) |
 | `vectors.py` | vectors in deeper layers and in the image tower (VPT, IVLP), mapped from text vectors (MaPLe) |
+| `projection.py` | a projector behind the image tower, and class embeddings of a teacher (PromptKD) |
 | `tensors.py` | new tensors of an adapter |
 | `model.py` | injecting, merging, and fitting saved tensors to the model |
 | `files.py` | reading and checking the files of an adapter |
@@ -20,6 +21,7 @@ from .base_config import ClassifierAdapterConfig, CLIPPromptPeftType, CLIPPrompt
 from .config import CLIPPromptTuningConfig
 from .layer import CLIPTextLearnableEmbeddings
 from .model import CLIPPromptTuningModel
+from .projection import CLIPProjectedImages, CLIPTeacherClasses
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 
 
@@ -29,6 +31,8 @@ __all__ = [
     "CLIPPromptTaskType",
     "CLIPPromptTuningConfig",
     "CLIPPromptTuningModel",
+    "CLIPProjectedImages",
+    "CLIPTeacherClasses",
     "CLIPTextLearnableEmbeddings",
     "CLIPVisionLearnableEmbeddings",
     "ClassifierAdapterConfig",

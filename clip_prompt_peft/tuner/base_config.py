@@ -6,6 +6,7 @@ import enum
 import os
 from collections.abc import Callable
 from dataclasses import field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
 from peft import PeftConfig
@@ -14,6 +15,7 @@ from peft import PeftConfig
 FORMAT_VERSION = 1  # of adapter_config.json; files without a version are of this one, too
 MULTI_LABEL = "multi_label_classification"  # transformers' name for it in `config.problem_type`
 PROBLEM_TYPES = ("single_label_classification", MULTI_LABEL)
+TEMPERATURES = (1e-3, 1e3)  # CLIP multiplies similarities by 100; this reaches from a factor of 0.1 to 100,000
 
 
 class CLIPPromptPeftType(str, enum.Enum):
@@ -44,11 +46,13 @@ class ClassifierAdapterConfig(ConfigBase):
     Mixin for the configuration of an adapter that brings its own classes and template, and records its base model.
 
     List it before a configuration of peft. The subclass has the fields `class_names`, `prompt_template`,
-    `problem_type`, `base_model_subfolder`, `base_model_fingerprint` and `format_version`.
+    `problem_type`, `temperature`, `conformal_scores`, `base_model_subfolder`, `base_model_fingerprint` and
+    `format_version`.
     """
 
     source = None  # the folder or Hub id that it was read from
     class_specific = False
+    set_at_injection: dict[str, object]  # field to value, of a configuration that an injection has made
 
     def check_task_type(self, check_by_peft: Callable[[], None]) -> None:
         """Sets the task type. The check of peft accepts its own task types only, so it runs without ours."""
@@ -65,6 +69,11 @@ class ClassifierAdapterConfig(ConfigBase):
             raise ValueError(f"The configuration of {name!r} is damaged: {error}") from error
         config.source = str(pretrained_model_name_or_path)
         return config
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the configuration belongs to saved weights, and cannot start a new adapter."""
+        raise NotImplementedError
 
     @property
     def described(self) -> str:
@@ -93,6 +102,29 @@ def check_format_version(config) -> None:
             f"The adapter has the file format {config.format_version!r}, but this version of clip_prompt_peft reads "
             f"formats up to {FORMAT_VERSION}; install a newer version."
         )
+
+
+def check_calibration(config) -> None:
+    """Raises `ValueError` if temperature or conformal scores of a configuration are not valid."""
+    check_temperature(config.temperature)
+    check_conformal_scores(config.conformal_scores)
+
+
+def check_temperature(temperature) -> None:
+    """Raises `ValueError` unless a temperature is `None` or a number from 0.001 to 1000."""
+    low, high = TEMPERATURES
+    is_number = isinstance(temperature, Real) and not isinstance(temperature, bool)
+    if temperature is not None and not (is_number and low <= temperature <= high):
+        raise ValueError(
+            f"temperature must be a number from {low:g} to {high:g}, by which logits are divided, or None, got "
+            f"{temperature!r}."
+        )
+
+
+def check_conformal_scores(scores) -> None:
+    """Raises `ValueError` unless conformal scores are a dictionary or `None`. Its values are checked when used."""
+    if scores is not None and not isinstance(scores, dict):
+        raise ValueError(f"conformal_scores must be a dictionary that ConformalClassifier.fit made, got {scores!r}.")
 
 
 def is_int_from(smallest: int, value) -> bool:

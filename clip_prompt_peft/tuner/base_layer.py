@@ -47,8 +47,8 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.prompt_layouts: dict[str, PromptLayout] = {}
-        # By adapter and tensor name, the parameters that saved weights have to replace before the adapter is used.
-        self._awaited: dict[str, dict[str, nn.Parameter]] = {}
+        # By adapter and tensor name, the tensors that saved weights have to replace before the adapter is used.
+        self._awaited: dict[str, dict[str, torch.Tensor]] = {}
         self.merged_adapters = []
         self._active_adapter = adapter_name
 
@@ -69,12 +69,13 @@ class CLIPPromptLayer(nn.Module, BaseTunerLayer):
             if adapter_name in container:
                 del container[adapter_name]
 
-    def parameters_of(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields the tensors of an adapter with their names relative to this layer."""
+    def parameters_of(self, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the tensors of an adapter that are saved, with their names relative to this layer."""
         for container_name in self.adapter_layer_names:
-            for name, parameter in getattr(self, container_name).named_parameters(prefix=container_name):
+            container = getattr(self, container_name)
+            for name, tensor in container.state_dict(prefix=f"{container_name}.", keep_vars=True).items():
                 if name.split(".")[1] == adapter_name:
-                    yield name, parameter
+                    yield name, tensor
 
     def await_weights(self, adapter_name: str) -> None:
         """Marks the tensors of an adapter as not initialized: it cannot be used before saved weights are loaded."""

@@ -142,6 +142,11 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             )
         return layouts[0]
 
+    @property
+    def configs_in_effect(self) -> list[CLIPPromptTuningConfig]:
+        """The configurations of the adapters in effect, active or merged, as they are saved."""
+        return [self.prompt_configs[name] for name in self._in_effect() if name in self.prompt_configs]
+
     def set_class_names(self, class_names: list[str], tokenizer) -> None:
         """Changes the class names of the adapter in effect, in its layout and in the configuration that is saved."""
         name = self._in_effect()[0]

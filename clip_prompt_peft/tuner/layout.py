@@ -9,6 +9,7 @@ from peft import PromptTuningInit
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from ..heads import ClassHead, ImageHead
 from ..templates import (
     DEFAULT_TEMPLATE,
     check_class_names,
@@ -28,14 +29,11 @@ from ..towers import (
     num_rows,
     takes_patches,
     token_table_name,
+    unwrapped,
 )
 from .base_model import check_base_model, config_value, name_base_model
-from .config import (
-    ClassTokenPosition,
-    CLIPPromptTuningConfig,
-    check_coupled_depths,
-    check_deep_prompts_end,
-)
+from .config import ClassTokenPosition, CLIPPromptTuningConfig
+from .config_checks import check_coupled_depths, check_deep_prompts_end
 from .hub import hub_settings_of, load_tokenizer
 from .token_ids import check_token_ids, record_token_ids
 
@@ -63,6 +61,7 @@ class PromptLayout:
     text_prompt_depth: int
     class_aware_layer: int | None
     num_vision_virtual_tokens: int
+    projection_dim: int | None
     regularizer: str | None
     regularizer_weights: dict[str, float] | None
     teacher_templates: list[str] | None
@@ -114,6 +113,7 @@ class PromptLayout:
     def merge_obstacle(self) -> str | None:
         """The reason why the adapter cannot be folded into the base model, or `None` if it can."""
         obstacles = {
+            "it has a projector behind the image tower": self.projection_dim is not None,
             "it has vision prompts": self.num_vision_virtual_tokens > 0,
             "it has prompts in front of deeper layers": self.text_prompt_depth != 1,
             "its vectors depend on the image": self.image_conditioned,
@@ -147,6 +147,8 @@ def resolve(config: CLIPPromptTuningConfig, model: nn.Module) -> CLIPPromptTunin
         resolved.class_names = check_class_names(names)
     if resolved.problem_type is None:
         resolved.problem_type = config_value(model, "problem_type")
+    if resolved.projection_dim is not None and resolved.teacher_class_names is None:
+        resolved.teacher_class_names = resolved.class_names
     _resolve_depths(resolved, model)
     if not config.has_weights:
         if resolved.prompt_template is None:
@@ -278,6 +280,8 @@ def _check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
             f"image_conditioned needs image embeddings, and {name} has no image tower; use a "
             "CLIPForPromptClassification."
         )
+    if config.projection_dim is not None:
+        _check_heads(config, model)
     if not config.num_vision_virtual_tokens:
         return
     if not chosen_towers(config, model, "text"):
@@ -295,6 +299,24 @@ def _check_towers(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
             f"{name} masks the patches of an image, and its mask would not cover vision prompts; use "
             "Siglip2ForPromptClassification (from_base), or leave num_vision_virtual_tokens out."
         )
+
+
+def _check_heads(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
+    if find_heads(model) is None:
+        raise ValueError(
+            "projection_dim puts a projector behind the image tower, and class embeddings in place of the text tower, "
+            f"for which {type(model).__name__} has no place; use a classifier such as CLIPForPromptClassification, "
+            "which AutoModelForPromptClassification.from_base makes of it."
+        )
+
+
+def find_heads(model: nn.Module) -> tuple[str, str] | None:
+    """Returns the paths of the image head and the class head of the classifier in a model, `None` without one."""
+    heads = [
+        next((path for path, module in model.named_modules() if isinstance(unwrapped(module), kind)), None)
+        for kind in (ImageHead, ClassHead)
+    ]
+    return None if None in heads else (heads[0], heads[1])
 
 
 def _check_targets(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
@@ -319,6 +341,11 @@ def _check_fits(config: CLIPPromptTuningConfig, model: nn.Module) -> None:
         _check_depth("vision_prompt_depth", config.vision_prompt_depth, chosen_towers(config, model, "vision"))
     if config.vision_prompts_from_text:
         _check_coupling(config, text)
+    if config.projection_dim is not None and config.class_names is None:
+        raise ValueError(
+            "projection_dim stores an embedding of the teacher for each class, but no class names are known; give "
+            "class_names, or put the adapter into a classifier that has some."
+        )
     if config.class_specific and config.class_names is None:
         raise ValueError(
             "class_specific makes vectors for each class, but no class names are known; give class_names, or put the "

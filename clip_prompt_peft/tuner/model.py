@@ -9,13 +9,16 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..towers import Tower, has_adapters
+from ..heads import ImageHead
+from ..towers import Tower, find_towers, has_adapters
 from .base_layer import CLIPPromptLayer
 from .base_model import check_adapter_name, warn_of_other_classes
 from .config import CLIPPromptTuningConfig
 from .files import check_tensors
 from .layer import CLIPTextLearnableEmbeddings
-from .layout import PromptLayout, chosen_towers, embed_width_of, resolve
+from .layout import PromptLayout, chosen_towers, embed_width_of, find_heads, resolve
+from .projection import CLIPProjectedImages, CLIPTeacherClasses
+from .quantized import check_passes_gradients, keep_trainable
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 
 
@@ -79,7 +82,10 @@ class CLIPPromptTuningModel(BaseTuner):
                 self.targeted_module_names.append(key)
 
     def _prepare_adapter_config(self, peft_config: CLIPPromptTuningConfig, model_config: dict):
+        keep_trainable(self.model)
         resolved = resolve(peft_config, self.model)
+        if not peft_config.inference_mode:
+            check_passes_gradients(self.model, next(iter(find_towers(self.model, "text"))).like.dtype)
         if self._becomes_active and peft_config.has_weights:
             warn_of_other_classes(resolved, self.model)
         self.peft_config[self._injected] = resolved  # a copy: the user may use the same object for another model
@@ -90,12 +96,19 @@ class CLIPPromptTuningModel(BaseTuner):
             chosen_towers(resolved, self.model, "text"), resolved.text_prompt_depth, resolved.class_aware_layer
         )
         self._vision_targets = _targets(chosen_towers(resolved, self.model, "vision"), vision_depth)
+        self._heads = () if resolved.projection_dim is None else find_heads(self.model)
         self._check_modules_to_save(resolved)
         self._check_coupled_layers(resolved)
         return resolved
 
     def _check_coupled_layers(self, peft_config) -> None:
         keys = (*self._text_targets, *self._vision_targets) if peft_config.vision_prompts_from_text else ()
+        excluded = [key for key in self._heads if not self._check_target_module_exists(peft_config, key)]
+        if excluded:
+            raise ValueError(
+                f"exclude_modules leaves out {excluded[0]!r}, but projection_dim={peft_config.projection_dim} needs "
+                "both heads; do not exclude them."
+            )
         excluded = [key for key in keys if not self._check_target_module_exists(peft_config, key)]
         if excluded:
             raise ValueError(
@@ -107,7 +120,7 @@ class CLIPPromptTuningModel(BaseTuner):
         # peft would leave such modules, or the prompts, out without a word, or break off with half of the layers made.
         for name in peft_config.modules_to_save or ():
             keys = [key for key, _ in self.model.named_modules() if key.replace(".base_layer", "").endswith(name)]
-            for target in (*self._text_targets, *self._vision_targets):
+            for target in (*self._text_targets, *self._vision_targets, *self._heads):
                 key = next((key for key in keys if f"{key}.".startswith(f"{target}.")), None)
                 key = key or next((key for key in keys if target.startswith(f"{key}.")), None)
                 if key is not None:
@@ -124,13 +137,38 @@ class CLIPPromptTuningModel(BaseTuner):
         at different paths.
         """
         by_name = copy.copy(peft_config)
-        targets = {**self._text_targets, **self._vision_targets}
+        targets = {*self._text_targets, *self._vision_targets, *self._heads}
         by_name.target_modules = [key] if key in targets or COMPILED + key in targets else []  # peft took it off
         return check_target_module_exists(by_name, key)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
-        if current_key not in {**self._text_targets, **self._vision_targets}:
+        if current_key not in {*self._text_targets, *self._vision_targets, *self._heads}:
             current_key = COMPILED + current_key  # peft has taken the prefix off
+        if current_key in self._heads:
+            layer = self._add_to_head(target, adapter_name, peft_config)
+        else:
+            layer = self._add_to_tower(target, adapter_name, peft_config, current_key)
+        if self._is_new:
+            layer.reset_adapter_parameters(adapter_name, peft_config)
+        else:
+            layer.await_weights(adapter_name)
+        if layer is not target:
+            if any(module.disable_adapters for module in self.model.modules() if isinstance(module, CLIPPromptLayer)):
+                layer.enable_adapters(False)  # as all other layers are
+            self._replace_module(parent, target_name, layer, target)
+
+    def _add_to_head(self, target, adapter_name, peft_config) -> CLIPPromptLayer:
+        like = next(tower.like for _, tower in self._text_targets.values())
+        is_new = not isinstance(target, CLIPPromptLayer)
+        if isinstance(target.get_base_layer() if not is_new else target, ImageHead):
+            layer = CLIPProjectedImages(target, adapter_name) if is_new else target
+            layer.update_layer(adapter_name, self._layout, embed_width_of(self.model), like)
+        else:
+            layer = CLIPTeacherClasses(target, adapter_name) if is_new else target
+            layer.update_layer(adapter_name, self._layout, peft_config, like)
+        return layer
+
+    def _add_to_tower(self, target, adapter_name, peft_config, current_key) -> CLIPPromptLayer:
         in_text = current_key in self._text_targets
         depth, tower = (self._text_targets if in_text else self._vision_targets)[current_key]
         if in_text and depth == 0:
@@ -144,14 +182,7 @@ class CLIPPromptTuningModel(BaseTuner):
             if is_class_aware:
                 widths["class_width"] = embed_width_of(self.model)
             layer.update_layer(adapter_name, self._layout, n, tower.like, **widths)
-        if self._is_new:
-            layer.reset_adapter_parameters(adapter_name, peft_config)
-        else:
-            layer.await_weights(adapter_name)
-        if layer is not target:
-            if any(module.disable_adapters for module in self.model.modules() if isinstance(module, CLIPPromptLayer)):
-                layer.enable_adapters(False)  # as all other layers are
-            self._replace_module(parent, target_name, layer, target)
+        return layer
 
     def _add_to_text_embeddings(self, target, adapter_name, peft_config) -> CLIPTextLearnableEmbeddings:
         image_width = embed_width_of(self.model)
@@ -194,7 +225,7 @@ class CLIPPromptTuningModel(BaseTuner):
             parameter.data = parameter.data.to(dtype)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
-        layout = None
+        layout = calibrated = None
         if merge:
             names = self.active_adapters if adapter_names is None else adapter_names
             unknown = [name for name in names if name not in self.peft_config]
@@ -203,6 +234,7 @@ class CLIPPromptTuningModel(BaseTuner):
                     f"There is no adapter {unknown[0]!r} to merge; the model has {sorted(self.peft_config)}."
                 )
             layout = PromptLayout.of(self.peft_config[names[0]]) if names else None
+            calibrated = self.peft_config[names[0]] if len(names) == 1 else None  # of several, nothing is known
         else:
             self._restore_base_weights()
         text_layers = [part for part in self.model.modules() if isinstance(part, CLIPTextLearnableEmbeddings)]
@@ -215,7 +247,7 @@ class CLIPPromptTuningModel(BaseTuner):
         for layer in text_layers:  # no longer in the model; the labels are those of its own classes again
             layer.set_adapter([])
         if layout is not None and hasattr(model, "adopt_prompt_layout"):
-            model.adopt_prompt_layout(layout)  # the merged rows belong to its texts
+            model.adopt_prompt_layout(layout, calibrated)  # the merged rows belong to its texts
         return model
 
     def _restore_base_weights(self) -> None:

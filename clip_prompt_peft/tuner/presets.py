@@ -33,6 +33,12 @@ PRESETS: dict[str, dict] = {
         "class_aware_layer": 8,
         "regularizer": "kgcoop",
     },
+    "promptkd": {
+        "num_virtual_tokens": 0,
+        "num_vision_virtual_tokens": 4,
+        "vision_prompt_depth": 9,
+        "projection_dim": 768,  # of the authors' teacher, a ViT-L/14
+    },
     "promptsrc": {
         "num_virtual_tokens": 4,
         "text_prompt_depth": 9,

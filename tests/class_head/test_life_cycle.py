@@ -355,3 +355,20 @@ def test_a_vit_b_16_has_61440_values_in_its_layer_norms():
         clip = CLIPModel(CLIPConfig(vision_config={"patch_size": 16}))
     norms = [clip.get_submodule(path) for path in block_layer_norms(clip)]
     assert sum(value.numel() for norm in norms for value in norm.parameters()) == 61_440
+
+
+@pytest.mark.parametrize("name", ["clap", "2sfs", "tip-adapter"])
+def test_a_temperature_is_kept_with_a_head(name, pixel_values, zero_shot, tmp_path):
+    model = headed(name)
+    expected = logits_of(model, pixel_values) / 2
+    model.get_base_model().set_temperature(2.0)
+    torch.testing.assert_close(logits_of(model, pixel_values), expected)
+    model.save_pretrained(tmp_path)
+    assert "by which logits are divided: 2" in (tmp_path / "README.md").read_text()
+    loaded = AutoPeftModelForPromptClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits_of(loaded, pixel_values), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits_of(model, pixel_values), zero_shot)
+    change_config(tmp_path, temperature=-1)
+    with pytest.raises(ValueError, match=r"temperature must be a number from 0\.001 to 1000"):
+        AutoPeftModelForPromptClassification.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import shutil
 import struct
 import threading
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import AutoImageProcessor
 
 from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft.evaluation.conformal import ConformalClassifier
 
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -347,3 +349,76 @@ def test_many_at_once_get_their_own_answers(loaded, adapters):
     assert len(answers) == 12
     for name, answer in answers:
         assert probabilities(answer) == pytest.approx(wanted[name], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A service with an adapter that is calibrated, one that is not, and one whose scores are another's."""
+    from fastapi.testclient import TestClient
+
+    from clip_prompt_peft.commands.service import AdapterStore, create_app
+
+    folder = tmp_path_factory.mktemp("adapters")
+    base = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=["cat", "dog", "owl"])
+    model = get_peft_model(base, CLIPPromptTuningConfig(), adapter_name="sure").eval()
+    model.set_temperature(3.0)
+    logits = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    ConformalClassifier.fit(model, logits=logits, labels=torch.arange(60) % 3, method="lac")
+    model.save_pretrained(folder)
+    torch.manual_seed(1)
+    model.add_adapter("bare", CLIPPromptTuningConfig(prompt_tuning_init="RANDOM", num_virtual_tokens=4))
+    model.save_pretrained(folder, selected_adapters=["bare"])
+    model.set_adapter("bare")
+    model.set_conformal_scores(model.peft_config["sure"].conformal_scores)
+    model.set_temperature(3.0)
+    model.save_pretrained(folder / "copied", selected_adapters=["bare"])
+    shutil.move(folder / "copied" / "bare", folder / "wrong")
+    shutil.rmtree(folder / "copied")
+    (folder / "adapter_config.json").unlink(missing_ok=True)
+    store = AdapterStore(TINY_CLIP, folder)
+    for name in ("sure", "bare", "wrong"):
+        store.load(name)
+    return SimpleNamespace(store=store, client=TestClient(create_app(store)), folder=folder)
+
+
+class TestSetsOfClasses:
+    def ask(self, calibrated, *images, **form):
+        files = [("images", (f"picture-{i}", image)) for i, image in enumerate(images)]
+        return calibrated.client.post("/classify", files=files, data=form)
+
+    def test_come_with_the_temperature_and_say_when_the_model_is_unsure(self, calibrated):
+        image = picture()
+        folder = calibrated.folder / "sure"
+        model = AutoPeftModelForPromptClassification.from_pretrained(folder)
+        assert model.temperature == 3.0
+        processor = AutoImageProcessor.from_pretrained(TINY_CLIP)
+        for coverage in (0.05, 0.5, 0.9):
+            (answer,) = self.ask(calibrated, image, adapters="sure", coverage=coverage, max_set_size=2).json()
+            assert probabilities(answer) == pytest.approx(expected(folder, image), abs=1e-4)
+            sets = ConformalClassifier(model, processor).predict_set([Image.open(BytesIO(image))], coverage)
+            assert [entry["label"] for entry in answer["in_set"]] == sets.names[0]
+            assert answer["is_unsure"] == (not 1 <= len(sets.names[0]) <= 2)
+        (answer,) = self.ask(calibrated, image, adapters="sure").json()
+        assert set(answer) == {"adapter", "labels"}
+
+    @pytest.mark.parametrize(
+        ("form", "message"),
+        [
+            ({"adapters": "bare", "coverage": 0.9}, "'bare' gives no sets of classes: The model has no scores"),
+            ({"adapters": "wrong", "coverage": 0.9}, "'wrong' gives no sets of classes: .* another model"),
+            ({"class_names": ["a", "b"], "coverage": 0.9}, "coverage goes with adapters that were calibrated"),
+            ({"adapters": "sure", "coverage": 1.0}, "less than 1"),
+            ({"adapters": "sure", "coverage": 0.9, "max_set_size": 0}, "greater than or equal to 1"),
+        ],
+    )
+    def test_are_refused_with_the_reason(self, calibrated, form, message):
+        answer = self.ask(calibrated, picture(), **form)
+        assert answer.status_code == 422 and re.search(message, json.dumps(answer.json()))
+        assert self.ask(calibrated, picture(), adapters="sure", coverage=0.9).status_code == 200
+
+    def test_are_checked_anew_for_an_adapter_that_is_loaded_anew(self, calibrated):
+        assert self.ask(calibrated, picture(), adapters="sure", coverage=0.9).status_code == 200
+        calibrated.store.unload("sure")
+        assert "sure" not in calibrated.store._checked_scores
+        calibrated.store.load("sure")
+        assert self.ask(calibrated, picture(), adapters="sure", coverage=0.9).status_code == 200

@@ -7,6 +7,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from clip_prompt_peft import ClassHeadConfig, CLIPPromptTuningConfig, CLIPTextLearnableEmbeddings, fit_class_head
+from clip_prompt_peft.tuner import CLIPTeacherClasses
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -65,8 +66,13 @@ def fitted(model):
 
 @torch.no_grad()
 def as_if_trained(model, std=0.1, seed=0):
-    """Adds noise to every tensor that is trained, and returns the model."""
+    """Adds noise to every tensor that is trained, and returns the model; of a teacher, class embeddings are random."""
     generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, CLIPTeacherClasses) and (name := layer.teacher_adapter):
+            class_names = layer.prompt_configs[name].teacher_class_names
+            embeds = torch.randn(len(class_names), layer.prompt_layouts[name].projection_dim, generator=generator)
+            layer.set_teacher_class_embeds(embeds, class_names)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter += std * torch.randn(parameter.shape, generator=generator)

@@ -52,9 +52,10 @@ SHARING = {
 NUM_EVALUATED, EVAL_BATCH = 24, 4  # six batches: as many for each of 1, 2 or 3 processes
 
 
-# What is trained: all presets, and regularizers with prompts of another kind.
+# What is trained: all presets but the one with BatchNorm, whose batch is that of a process; and regularizers with
+# prompts of another kind.
 METHODS = {
-    **{name: (name, {}) for name in PRESETS},
+    **{name: (name, {}) for name in PRESETS if name != "promptkd"},
     "ivlp+prograd": ("ivlp", {"regularizer": "prograd"}),
     "cocoop+kgcoop": ("cocoop", {"regularizer": "kgcoop"}),
 }

@@ -24,7 +24,7 @@ DEPTH_2 = {"text_prompt_depth": 2, "vision_prompt_depth": 2}
 KINDS = {
     "default": {},
     **PRESETS,
-    "vpt-deep": {**PRESETS["vpt-deep"], "vision_prompt_depth": 2},
+    **{name: {**PRESETS[name], "vision_prompt_depth": 2} for name in ("vpt-deep", "promptkd")},
     **{name: {**PRESETS[name], **DEPTH_2} for name in ("ivlp", "maple", "promptsrc")},
     "middle": {"num_virtual_tokens": 4, "class_token_position": "middle"},
     "front": {"num_virtual_tokens": 4, "class_token_position": "front"},

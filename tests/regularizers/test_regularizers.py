@@ -17,7 +17,7 @@ from clip_prompt_peft.regularizers import (
     project_gradient,
 )
 from clip_prompt_peft.regularizers.promptsrc import mean_distance, mean_divergence
-from clip_prompt_peft.tuner.config import REGULARIZER_WEIGHTS
+from clip_prompt_peft.tuner.config_checks import REGULARIZER_WEIGHTS
 
 
 IMAGES = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # (B, E)

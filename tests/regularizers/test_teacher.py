@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
 from clip_prompt_peft.regularizers import REGULARIZERS, KgCoOpRegularizer, Regularizer
 from clip_prompt_peft.regularizers.teacher import without_adapters
-from clip_prompt_peft.tuner.config import REGULARIZER_WEIGHTS
+from clip_prompt_peft.tuner.config_checks import REGULARIZER_WEIGHTS
 
 
 class Probe(Regularizer):

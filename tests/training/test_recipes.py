@@ -7,7 +7,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from clip_prompt_peft import PRESETS, CLIPPromptTuningConfig, GaussianPromptAveraging, ProGradTrainer, training_recipe
+from clip_prompt_peft import (
+    PRESETS,
+    CLIPPromptTuningConfig,
+    DistillationTrainer,
+    GaussianPromptAveraging,
+    ProGradTrainer,
+    training_recipe,
+)
 from clip_prompt_peft.training.recipes import SETTINGS, epoch_learning_rate, with_epoch_cosine
 
 
@@ -140,7 +147,8 @@ def test_a_recipe_for_no_images_is_an_error(clip, numbers):
 def test_recipes_have_the_trainer_class_and_callbacks_of_their_method(clip):
     model = get_peft_model(clip, CLIPPromptTuningConfig())
     recipes = {name: training_recipe(name, model, num_examples=64, use_cpu=True) for name in PRESETS}
-    assert {name for name in PRESETS if recipes[name].trainer_class is not Trainer} == {"prograd"}
+    assert {name for name in PRESETS if recipes[name].trainer_class is not Trainer} == {"prograd", "promptkd"}
+    assert recipes["promptkd"].trainer_class is DistillationTrainer
     assert recipes["prograd"].trainer_class is ProGradTrainer
     (averaging,) = recipes["promptsrc"].callbacks
     assert isinstance(averaging, GaussianPromptAveraging) and (averaging.mean, averaging.std) == (15, 1)

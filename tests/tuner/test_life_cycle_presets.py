@@ -20,6 +20,8 @@ from clip_prompt_peft import (
 CLASS_NAMES = ["cat", "golden retriever", "lily of the valley"]
 LABELS = torch.tensor([0, 2, 1, 1])
 MERGEABLE = {"coop", "kgcoop", "prograd"}
+# The class embeddings of a teacher, and a bias in front of a BatchNorm, which takes it off again.
+KEPT = ("learnable_teacher_embeds", "learnable_projector_in.default.bias")
 MERGED = {"rtol": 0, "atol": 1e-4}
 LOADED = {"rtol": 0, "atol": 1e-5}  # a matrix that lies at another place in memory is multiplied in another order
 
@@ -83,12 +85,13 @@ def test_a_step_lowers_the_loss_and_changes_every_tensor_of_the_adapter_and_no_o
     losses = train_with_sgd(model, inputs, lr=1e-4, num_steps=2)
     assert losses[1] < losses[0]
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {name for name in before if ".learnable_" in name}
+    kept = {name for name in before if any(part in name for part in KEPT)}
+    assert changed == {name for name in before if ".learnable_" in name} - kept
 
 
 def test_an_adapter_of_any_name_is_saved_under_the_same_keys(case, tmp_path):
     base = case.base()
-    model = get_peft_model(base, case.config(base), adapter_name="mine")
+    model = as_if_trained(get_peft_model(base, case.config(base), adapter_name="mine"))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(case.base(), tmp_path / "mine", adapter_name="theirs").eval()
     torch.testing.assert_close(case.logits(loaded), case.logits(model.eval()), **LOADED)

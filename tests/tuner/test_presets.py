@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import TINY_CLIP
 from peft import get_peft_model
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig
 
-from clip_prompt_peft import PRESETS, CLIPPromptTuningConfig
+from clip_prompt_peft import PRESETS, CLIPForPromptClassification, CLIPPromptTuningConfig
 
 
 # For ViT-B/16, computed from the authors' code. Class-specific presets have 100 classes.
@@ -21,6 +21,7 @@ TRAINED_PARAMETERS = {
     "kgcoop": 2_048,
     "prograd": 8_192,
     "tcp": 331_904,
+    "promptkd": 1_013_760,
     "promptsrc": 46_080,
 }
 
@@ -31,7 +32,7 @@ def vit_b_16():
     vision = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "patch_size": 16}
     config = CLIPConfig(text_config=text, vision_config={**vision, "image_size": 224}, projection_dim=512)
     with torch.device("meta"):
-        return CLIPModel(config)
+        return CLIPForPromptClassification(config)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
