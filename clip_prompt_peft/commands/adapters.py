@@ -16,12 +16,8 @@ from .. import AutoPeftModelForPromptClassification, PeftModelForPromptClassific
 from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import listed
 from ..training.checkpoints import last_whole_checkpoint
-<<<<<<< HEAD
-from ..tuner.files import adapter_folders, holds_model
-=======
 from ..tuner import ClassifierAdapterConfig
-from ..tuner.files import adapter_folders
->>>>>>> 4f68e1edaa823f9feac8126c6aeab6c06096a07e
+from ..tuner.files import adapter_folders, holds_model
 from ..tuner.hub import HubSettings, check_revision, load_image_processor, pin_base_model
 from .checks import check_base_model
 from .common import silence_libraries, use_one_thread_if_tiny
