@@ -85,6 +85,11 @@ class DynamicAdapter:
         probability_range: tuple[float, float] = (0.03, 1.0),
         selection: float = 0.1,
     ) -> None:
+        if not isinstance(class_embeds, torch.Tensor):
+            raise TypeError(
+                f"class_embeds must be a tensor (C, E), got a {type(class_embeds).__name__}; DynamicAdapter.of(model) "
+                "takes those of a classifier."
+            )
         if class_embeds.ndim != 2 or not len(class_embeds) or not torch.isfinite(class_embeds).all():
             raise ValueError(
                 f"class_embeds must be (C, E) with finite values, one row for each class, got "
@@ -131,7 +136,7 @@ class DynamicAdapter:
                 "activate another adapter, or disable it."
             )
         with torch.inference_mode(False), torch.no_grad():
-            class_embeds, logit_scale = classifier.get_class_embeds(), classifier.logit_scale.exp().item()
+            class_embeds, logit_scale = classifier.get_class_embeds(), classifier.log_scale.exp().item()
         return cls(class_embeds, logit_scale, **settings)
 
     def reset(self) -> None:
