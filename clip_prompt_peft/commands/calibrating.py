@@ -38,8 +38,8 @@ def check_has_place(config) -> None:
     if not isinstance(config, ClassifierAdapterConfig):
         raise ValueError(
             f"--calibrate is saved with adapters of prompts and class heads, and this --method trains "
-            f"{config.peft_type.value} of peft, which has no place for it. Merge such an adapter and call fit_temperature on the classifier "
-            "instead, or choose another --method."
+            f"{config.peft_type.value} of peft, which has no place for it. Merge such an adapter and call "
+            "fit_temperature on the classifier instead, or choose another --method."
         )
 
 
