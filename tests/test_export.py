@@ -109,6 +109,7 @@ def test_class_heads_are_exported_with_all_that_they_add(dataset, pixel_values, 
     fields = {"alpha": 2.0, "beta": 3.0} if method == "tip-adapter-f" else {}
     model = as_if_trained(fitted(get_peft_model(base, method_config(method, base, **fields)))).eval()
     model.set_class_names(["owl", *model.class_names[:3]])  # one that the head does not know
+    base.set_temperature(1.6)
     expected = logits_of(model, pixel_values)
     export_classifier(model, tmp_path)
     torch.testing.assert_close(run(tmp_path / ONNX_FILE, pixel_values)[0], expected, rtol=0, atol=1e-4)
