@@ -281,6 +281,14 @@ def add_to_convert(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_to_convert_open_clip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name_or_path", metavar="NAME", help="Hub id or folder with an open_clip_config.json")
+    parser.add_argument("output_dir", metavar="OUT", help="the folder to write, which must not exist or be empty")
+    parser.add_argument(
+        "--model_revision", dest="revision", metavar="REVISION", help="branch, tag or commit on the Hub"
+    )
+
+
 ADDITIONS = {
     "predict": add_to_predict,
     "report": add_to_report,
@@ -288,6 +296,7 @@ ADDITIONS = {
     "serve": add_to_serve,
     "demo": add_to_demo,
     "convert": add_to_convert,
+    "convert-open-clip": add_to_convert_open_clip,
 }
 
 

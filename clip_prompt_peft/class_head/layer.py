@@ -162,6 +162,11 @@ class ClassHeadLayer(ClassHead, BaseTunerLayer):
             return nn.Identity()
         return active[0].baked(places_of(class_names, active[1]))
 
+    @property
+    def adds_to_loss(self) -> bool:
+        config = self.adapter_config
+        return config is not None and config.pull
+
     def loss_terms(self) -> dict[str, torch.Tensor]:
         active = self._active_head()
         return {} if active is None else active[0].loss_terms()

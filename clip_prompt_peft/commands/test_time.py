@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,6 +35,8 @@ def adapted(
     Raises:
         ValueError: If the classifier cannot be adapted that way.
     """
+    if model.get_base_model().temperature is not None:
+        print("The temperature of the adapter is for answers without --test_time and is not applied.", file=sys.stderr)
     if kind != TDA:
         tuner = TestTimeTuner(model, kind, RandomViews(image_processor, generator=torch.Generator().manual_seed(0)))
         tuner.check()

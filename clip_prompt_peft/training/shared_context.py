@@ -15,17 +15,6 @@ from ..tuner.base_config import MULTI_LABEL
 from ..tuner.layout import PromptLayout, resolve
 
 
-def classifier_of(model) -> PromptClassificationMixin:
-    """Returns the classifier that a model is, or that a `PeftModel` is around."""
-    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(classifier, PromptClassificationMixin):
-        raise TypeError(
-            f"The model must be a classifier, or a PeftModel of one, got a {type(classifier).__name__}; create one "
-            "with AutoModelForPromptClassification.from_pretrained, or from_base."
-        )
-    return classifier
-
-
 def check_mode(classifier: PromptClassificationMixin) -> None:
     """Raises `ValueError` in training mode."""
     if any(module.training for module in classifier.modules()):

@@ -15,20 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ..modeling import PromptClassificationMixin, classifier_in
 from ..text import normalize
 from ..text.cache import Memo
 from ..text.contexts import ContextEncoder, SharedContext
 from ..towers import execution_device, takes_patches
 from ..tuner.layout import PromptLayout
-from .shared_context import check_logits, check_mode, check_softmax, classifier_of, shared_context
+from .shared_context import check_logits, check_mode, check_softmax, shared_context
 from .views_of_image import NUM_NEIGHBORS, check_number_of_views, dispersion, entropy, entropy_of_mean, view_weights
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from PIL import Image
-
-    from ..modeling import PromptClassificationMixin
 
 
 TPT, C_TPT, R_TPT = "tpt", "c-tpt", "r-tpt"
@@ -69,7 +68,8 @@ class TestTimeTuner:
     are kept, and the context takes a step of AdamW towards predictions that are certain together. Every image starts
     from the same vectors, with a new optimizer. The vectors are those of the active adapter, which all classes and
     images have to share, or without one the words in front of `{}` of the classifier's template. Prompts in deeper
-    layers and in the image tower stay as they are. The classifier itself is not changed.
+    layers and in the image tower stay as they are. The classifier itself is not changed. Its `temperature`, if there
+    is one, belongs to the answers without tuning and is not applied.
 
     Many images take one pass of the text tower, one backward pass each, and one pass without gradients for their tuned
     contexts; see [`~text.contexts.SharedContext`]. The result is that of one image at a time.
@@ -147,7 +147,7 @@ class TestTimeTuner:
         self.selection, self.steps, self.learning_rate = selection, steps, learning_rate
         self.dispersion_weight, self.batch_size = dispersion_weight, batch_size
         self._layouts = Memo()
-        classifier_of(model)
+        self._classifier()
 
     def __call__(
         self,
@@ -182,7 +182,7 @@ class TestTimeTuner:
             images (`torch.Tensor`, `PIL.Image.Image` or `list[PIL.Image.Image]`):
                 The views or the images, as for a call of the tuner.
         """
-        classifier = classifier_of(self.model)
+        classifier = self._classifier()
         check_mode(classifier)
         with torch.inference_mode(False), torch.no_grad():
             return torch.cat(list(self._embeds_in_batches(classifier, images)))
@@ -193,7 +193,7 @@ class TestTimeTuner:
         if (images is None) == (image_embeds is None):
             raise ValueError(f"Give either images or image_embeds, {'neither was' if images is None else 'not both'}.")
         self.check()
-        classifier = classifier_of(self.model)
+        classifier = self._classifier()
         layout, vectors = self._context(classifier)
         with torch.inference_mode(False), torch.no_grad():
             if image_embeds is None:
@@ -213,11 +213,14 @@ class TestTimeTuner:
 
     def check(self) -> None:
         """Raises what a call would raise whatever the images are: that the classifier cannot be tuned this way."""
-        classifier = classifier_of(self.model)
+        classifier = self._classifier()
         check_mode(classifier)
         check_softmax(classifier)
         check_logits(classifier)
         self._context(classifier)
+
+    def _classifier(self) -> PromptClassificationMixin:
+        return classifier_in(self.model, "TestTimeTuner")
 
     def _context(self, classifier) -> tuple[PromptLayout, torch.Tensor | None]:
         return shared_context(classifier, self._layouts)

@@ -106,7 +106,7 @@ def test_metrics_are_those_that_are_computed():
 
 
 def test_every_declared_argument_has_a_help():
-    for name in (*DATACLASSES, "predict", "export", "serve", "demo", "convert"):
+    for name in (*DATACLASSES, "predict", "export", "serve", "demo", "convert", "convert-open-clip"):
         for action in parser_of(name, show_all=True)._actions:
             assert action.help, (name, action.dest)
             assert action.help != argparse.SUPPRESS or action.dest in ("help", "help_all")

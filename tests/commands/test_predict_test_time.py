@@ -1,12 +1,13 @@
 """`predict --test_time`: answers that are adapted to the images."""
 
+import json
+
 import pytest
 import torch
-from conftest import CLASS_NAMES
+from conftest import CLASS_NAMES, slow_param
 from peft import get_peft_model
 from PIL import Image
 
-from clip_prompt_cli.fields import TEST_TIME
 from clip_prompt_peft import (
     AutoPeftModelForPromptClassification,
     CLIPForPromptClassification,
@@ -54,7 +55,7 @@ def expected(kind, folder, images, image_processor):
     return [(CLASS_NAMES[label], round(100 * value, 1)) for value, label in zip(values.tolist(), labels.tolist())]
 
 
-@pytest.mark.parametrize("kind", TEST_TIME)
+@pytest.mark.parametrize("kind", ["tpt", slow_param("c-tpt"), slow_param("r-tpt"), "tda"])
 def test_answers_are_adapted_to_the_images(kind, images, tmp_path, run_here, image_processor):
     adapter = saved(tmp_path / "adapter", "kgcoop")
     arguments = ("predict", adapter, images)
@@ -64,6 +65,17 @@ def test_answers_are_adapted_to_the_images(kind, images, tmp_path, run_here, ima
     ):
         assert label == best and probability == pytest.approx(value, abs=0.11)
     assert found != table(run_here(*arguments))
+
+
+def test_sets_and_temperatures_are_of_answers_without_adaptation(images, tmp_path, run_here, capsys):
+    adapter = saved(tmp_path / "adapter", "kgcoop")
+    with pytest.raises(SystemExit) as stopped:
+        run_here("predict", adapter, images, "--test_time", "tda", "--coverage", 0.9)
+    assert "leave out --test_time" in str(stopped.value.code) + capsys.readouterr().err
+    before = table(run_here("predict", adapter, images, "--test_time", "tda"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "temperature": 3.0}))
+    assert table(run_here("predict", adapter, images, "--test_time", "tda")) == before
 
 
 def test_an_adapter_that_cannot_be_adapted_is_told_at_once(images, tmp_path, run_here, capsys):
