@@ -282,10 +282,10 @@ class BakedClassifier(nn.Module):
         self, classifier: PromptClassificationMixin, class_embeds: torch.Tensor, class_head: nn.Module | None = None
     ) -> None:
         super().__init__()
-        temperature = classifier.temperature or 1.0
+        temperature = classifier.temperature or 1.0  # of all logits, those of a cache included
         if isinstance(class_head, CachedImages):
-            alpha = class_head.alpha / temperature
-            class_head = CachedImages(class_head.keys.detach(), class_head.values, alpha, class_head.beta)
+            alpha, beta = class_head.alpha / temperature, class_head.beta
+            class_head = CachedImages(class_head.keys.detach(), class_head.values, alpha, beta)
         self.class_head = class_head
         self.vision_model = classifier.vision_model
         self.visual_projection = getattr(classifier, "visual_projection", nn.Identity())

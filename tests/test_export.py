@@ -25,6 +25,7 @@ from clip_prompt_peft.export import (
     export_classifier,
     write_int8,
 )
+from clip_prompt_peft.heads import CachedImages
 
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -269,8 +270,22 @@ def test_a_temperature_is_part_of_scale_and_bias(family):
     with torch.no_grad():
         raw = classifier(**inputs).logits
         classifier.set_temperature(2.5)
-        logits, _ = BakedClassifier(classifier, classifier.get_class_embeds())(**inputs)
+        logits, _ = BakedClassifier(classifier, classifier.get_class_embeds(), classifier.class_head)(**inputs)
     torch.testing.assert_close(logits, raw / 2.5, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_temperature_divides_what_a_cache_of_images_adds():
+    classifier = Case("CLIP").classifier().eval()
+    images = Case("CLIP").images["pixel_values"]
+    keys = torch.nn.functional.normalize(torch.randn(6, classifier.embed_width))
+    cache = CachedImages(keys, torch.eye(6)[:, :4], 2, 3)
+    logits = []
+    for temperature in (None, 2.5):
+        classifier.set_temperature(temperature)
+        logits.append(BakedClassifier(classifier, classifier.get_class_embeds(), cache)(images)[0])
+    torch.testing.assert_close(logits[1], logits[0] / 2.5, rtol=0, atol=1e-4)
+    assert cache.alpha == 2
 
 
 @pytest.mark.slow
