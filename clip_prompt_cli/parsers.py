@@ -16,6 +16,7 @@ from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from .fields import (
     NO_DEFAULT,
+    TEST_TIME,
     BenchmarkArguments,
     DataFields,
     DataTrainingFields,
@@ -190,6 +191,12 @@ def add_to_predict(parser: argparse.ArgumentParser) -> None:
         type=share,
         help="show sets of classes, which hold the right one for this share of images, such as 0.9, of the kind that "
         "the adapter was calibrated with (`train --calibrate true`)",
+    )
+    parser.add_argument(
+        "--test_time",
+        choices=TEST_TIME,
+        help="adapt to the images without labels: tune the prompt to 64 views of each (tpt; c-tpt, r-tpt: with other "
+        "objectives), or keep caches of those that came before (tda)",
     )
     parser.add_argument("--batch_size", metavar="NUMBER", type=positive, default=32, help="images at a time (32)")
 

@@ -60,6 +60,7 @@ EXAMPLES = {
         "clip-prompt predict outputs/pets cat.jpg pictures/",
         "clip-prompt predict user/pets-prompts cat.jpg --top_k 5",
         "clip-prompt predict outputs/pets cat.jpg --coverage 0.9",
+        "clip-prompt predict outputs/pets pictures/ --test_time tpt",
     ),
     "report": (
         "clip-prompt report outputs/pets",

@@ -21,6 +21,7 @@ from .templates import check_class_names, check_template, name_labels
 from .towers import with_modules_of
 from .tuner.files import check_adapter, check_adapter_folder
 from .tuner.hub import HubSettings, hub_settings_of, locate
+from .tuner.quantized import keep_trainable
 
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class PretrainedClassifierMixin(ModelBase):
         if pretrained_model_name_or_path is None:  # transformers would call it "None"
             model.name_or_path = model.config.name_or_path = own_name or ""
         model.hub_settings = base
+        keep_trainable(model)
         model._set_up(class_names, prompt_template, tokenizer)
         return (model, info) if with_info else model
 
@@ -171,6 +173,7 @@ class PretrainedClassifierMixin(ModelBase):
             )
         classifier = with_modules_of(model, cls)
         classifier.hub_settings = hub
+        keep_trainable(classifier)
         classifier._set_up(class_names, prompt_template, tokenizer)
         return classifier
 

@@ -18,6 +18,7 @@ from ..evaluation.metrics import compute_metrics
 from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import counted
 from ..training.callbacks import GaussianPromptAveraging
+from ..training.heads import TwoStageTuning
 from ..training.recipes import Recipe
 from ..tuner.files import adapter_folders, holds_model
 from .data import HELD_OUT, images_per_class
@@ -171,10 +172,13 @@ def rehearse(
     averages = any(isinstance(callback, GaussianPromptAveraging) for callback in recipe.callbacks)
     if averages and run_args.load_best_model_at_end:
         raise ValueError("--method promptsrc averages over epochs, which --load_best_model_at_end would undo.")
-    if getattr(config, "regularizer", None) is not None and run_args.label_smoothing_factor:
+    if any(isinstance(callback, TwoStageTuning) for callback in recipe.callbacks) and run_args.load_best_model_at_end:
+        raise ValueError("--method 2sfs trains in two stages, which --load_best_model_at_end would mix.")
+    term = getattr(config, "regularizer", None) or ("pull" if getattr(config, "pull", False) else None)
+    if term is not None and run_args.label_smoothing_factor:
         raise ValueError(
             f"--label_smoothing_factor keeps the labels from the model, so it does not go with the regularizer "
-            f"{config.regularizer!r} of this --method."
+            f"{term!r} of this --method."
         )
     with TemporaryDirectory() as folder:
         try:
