@@ -18,8 +18,9 @@ from readme_snippets import DOCUMENTS, snippets_of
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 # Each line in a process of its own, in which the later documents go on from the earlier ones, as their text says.
+LATER = ("data", "methods", "training", "hub", "export", "scaling", "uncertainty", "test_time")
 CHAINS = [
-    [README, *(DOCS / f"{name}.md" for name in ("data", "methods", "training", "hub", "export", "scaling"))],
+    [README, *(DOCS / f"{name}.md" for name in LATER)],
     [DOCS / "lora_beside_prompts.md"],
     [DOCS / "families.md"],
 ]

@@ -43,6 +43,7 @@ TOKENWISE_MODULES = (
     "transformers.models.groupvit.modeling_groupvit",
     "peft.tuners.lora.",
     "peft.tuners.ln_tuning.",
+    "clip_prompt_peft.class_head.",
     "peft.tuners.ia3.",
     "peft.tuners.trainable_tokens.",
     "peft.tuners._buffer_dict",

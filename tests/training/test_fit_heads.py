@@ -1,13 +1,18 @@
 """Training of class heads with the stock Trainer: what they read off the images, and two stages in one run."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+import two_stage_processes
 from cases import new_classifier
 from conftest import CLASS_NAMES, slow_param
 from datasets import Dataset
 from families import FAMILIES
+from launching import torchrun
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -250,6 +255,28 @@ def test_clap_holds_rows_of_known_classes_and_needs_its_weights():
     assert model(**data).loss == model(**data, return_loss_terms=True).loss_terms["cross_entropy"]
 
 
+def test_what_was_read_off_the_images_is_replaced():
+    model, data = new_model("clap"), embedded()
+    head = model.get_base_model().class_head.ln_tuning_head["default"]
+    fit_class_head(model, {**data, "labels": data["labels"].flip(0)})
+    wrong = head.pull_weights.clone()
+    head.class_embeds.data.normal_()  # as if it had been trained
+    fit_class_head(model, data)
+    right = head.pull_weights.clone()
+    fresh = new_model("clap")
+    fit_class_head(fresh, data)
+    torch.testing.assert_close(right, fresh.get_base_model().class_head.ln_tuning_head["default"].pull_weights)
+    assert not torch.allclose(right, wrong)
+
+
+def test_a_step_that_would_leave_the_pull_out_is_refused():
+    model, data = new_model("clap"), embedded()
+    fit_class_head(model, data)
+    with pytest.raises(ValueError, match=r"\['pull'\].*label_smoothing_factor"):
+        model.train()(image_embeds=data["image_embeds"])
+    model.eval()(image_embeds=data["image_embeds"])
+
+
 def with_labels(labels):
     return {**embedded(), "labels": labels}
 
@@ -314,3 +341,18 @@ def test_layer_norms_of_the_layers_are_found_in_every_family(family):
     assert all("layer" in path for path in paths) and not any("embeddings" in path for path in paths)
     assert len({path.partition(".")[0] for path in paths}) == 2
     assert not any(path.rpartition(".")[2].startswith(("post_", "pre_", "final_")) for path in paths)
+
+
+@pytest.mark.slow
+def test_two_processes_train_both_stages_as_one_does(tmp_path):
+    command = [sys.executable, "-m", *torchrun(2).split(), two_stage_processes.__file__, str(tmp_path)]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = two_stage_processes.trained(tmp_path / "alone", num_processes=1)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys() == alone.keys()
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5)
