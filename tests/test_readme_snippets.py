@@ -22,6 +22,7 @@ CHAINS = [
     [README, *(DOCS / f"{name}.md" for name in ("data", "methods", "training", "hub", "export", "scaling"))],
     [DOCS / "lora_beside_prompts.md"],
     [DOCS / "families.md"],
+    [DOCS / "distillation.md"],
 ]
 ARE_NOT_RUN = {ROOT / "CONTRIBUTING.md"}  # changes to the library itself
 
