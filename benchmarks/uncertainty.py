@@ -25,6 +25,7 @@ from clip_prompt_peft.data.known_datasets import STYLES, load_style
 from clip_prompt_peft.evaluation.calibration import fit_temperature
 from clip_prompt_peft.evaluation.comparison import ECE, Answers
 from clip_prompt_peft.evaluation.conformal import ConformalClassifier
+from clip_prompt_peft.evaluation.metrics import calibration_error, softmax
 
 
 WAYS = (("lac", False), ("aps", False), ("aps", True))
@@ -56,6 +57,16 @@ def answers_of(model, dataset) -> Answers:
     return Answers(model(image_embeds=rows["image_embeds"]).logits.numpy(), rows["labels"].numpy())
 
 
+def error_if_right(answers: Answers, num_draws: int = 200) -> float:
+    """Returns the mean error if the probabilities were exactly right: labels are drawn from them."""
+    probabilities, random = softmax(answers.logits.astype(np.float64)), np.random.default_rng(0)
+    errors = []
+    for _ in range(num_draws):
+        labels = (probabilities.cumsum(axis=1) < random.random((len(probabilities), 1))).sum(axis=1)
+        errors.append(calibration_error(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels))
+    return float(np.mean(errors))
+
+
 def measure(model, parts: dict, others: dict) -> dict[tuple, list[float]]:
     """Returns the numbers of a seed by what they are: style, way and quantity."""
     tests = {"same style": parts["test"], **others}
@@ -68,6 +79,7 @@ def measure(model, parts: dict, others: dict) -> dict[tuple, list[float]]:
             (name, "accuracy"): answers.metrics["accuracy"],
             (name, "before"): before[name].metrics[ECE],
             (name, "after"): answers.metrics[ECE],
+            (name, "floor"): error_if_right(answers),
         }
     for method, randomized in WAYS:
         conformal = ConformalClassifier.fit(model, parts["scores"], method=method, randomized=randomized)
@@ -128,11 +140,11 @@ def show(results: dict[str, list[dict]], others: list[str]) -> None:
             method,
             cell(method, "temperature", factor=1, digits=2),
             place,
-            *(cell(method, place, name) for name in ("accuracy", "before", "after")),
+            *(cell(method, place, name) for name in ("accuracy", "before", "after", "floor")),
         ]
         for method, place in pairs
     ]
-    header = ["method", "temperature", "pictures", "accuracy", "error without", "error with the temperature"]
+    header = ["method", "temperature", "pictures", "accuracy", "error without", "with the temperature", "if right"]
     print_table("Calibration error (ECE, 15 bins), percent", header, errors)
     names = ["lac", "aps", "aps, randomized"]
     header = ["method", "pictures", *(f"{name}: {what}" for name in names for what in ("coverage", "size"))]

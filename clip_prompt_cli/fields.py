@@ -31,6 +31,7 @@ METHODS = (
     "vpt-shallow",
     "zs-lp",
 )
+TEST_TIME = ("tpt", "c-tpt", "r-tpt", "tda")
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "expected_calibration_error")
 DEFAULT_MODEL = "openai/clip-vit-base-patch16"  # for the user's own data
 NO_DEFAULT = "%(default).0s"  # prints nothing, and keeps argparse from adding the default

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check(name, rest)
     os.environ.setdefault("TQDM_DELAY", "2")  # seconds: no bars of what takes less; read when tqdm is imported
     try:
-        import_module(f"clip_prompt_peft.commands.{name}").main(rest)
+        import_module(f"clip_prompt_peft.commands.{name.replace('-', '_')}").main(rest)
         sys.stdout.flush()
     except KeyboardInterrupt:  # while importing; commands say how to go on
         print("\nStopped.", file=sys.stderr)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def overview() -> str:
     """Returns the help of the program."""
-    lines = "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items())
+    lines = "\n".join(f"  {name:<18}{text}" for name, text in COMMANDS.items())
     return f"""\
 usage: {PROGRAM} COMMAND ...
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": "classify over HTTP, with any number of adapters on one CLIP",
     "demo": "show zero-shot and tuned side by side in the browser",
     "convert": "turn a checkpoint of the original authors' code into an adapter",
+    "convert-open-clip": "write a checkpoint of open_clip in the format of transformers",
 }
 
 

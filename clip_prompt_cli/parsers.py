@@ -16,6 +16,7 @@ from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from .fields import (
     NO_DEFAULT,
+    TEST_TIME,
     BenchmarkArguments,
     DataFields,
     DataTrainingFields,
@@ -191,6 +192,12 @@ def add_to_predict(parser: argparse.ArgumentParser) -> None:
         help="show sets of classes, which hold the right one for this share of images, such as 0.9, of the kind that "
         "the adapter was calibrated with (`train --calibrate true`)",
     )
+    parser.add_argument(
+        "--test_time",
+        choices=TEST_TIME,
+        help="adapt to the images without labels: tune the prompt to 64 views of each (tpt; c-tpt, r-tpt: with other "
+        "objectives), or keep caches of those that came before (tda)",
+    )
     parser.add_argument("--batch_size", metavar="NUMBER", type=positive, default=32, help="images at a time (32)")
 
 
@@ -274,6 +281,14 @@ def add_to_convert(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_to_convert_open_clip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name_or_path", metavar="NAME", help="Hub id or folder with an open_clip_config.json")
+    parser.add_argument("output_dir", metavar="OUT", help="the folder to write, which must not exist or be empty")
+    parser.add_argument(
+        "--model_revision", dest="revision", metavar="REVISION", help="branch, tag or commit on the Hub"
+    )
+
+
 ADDITIONS = {
     "predict": add_to_predict,
     "report": add_to_report,
@@ -281,6 +296,7 @@ ADDITIONS = {
     "serve": add_to_serve,
     "demo": add_to_demo,
     "convert": add_to_convert,
+    "convert-open-clip": add_to_convert_open_clip,
 }
 
 

@@ -32,6 +32,9 @@ Converts a checkpoint of the original authors' code to an adapter. The code of C
 IVLP, VPT (in MaPLe's repository) and PromptSRC saves a pickle `model.pth.tar-N`: the `state_dict` of the prompt
 learner or of the whole model, with epoch, optimizer and scheduler. That of CLIP-LoRA saves `lora_weights.pt`, which
 becomes a LoRA of peft.""",
+    "convert-open-clip": """\
+Writes a checkpoint of open_clip as a folder in the format of transformers: model, tokenizer and image processor.
+open_clip is not needed. Other commands take open_clip's checkpoints as they are; the folder is for other programs.""",
 }
 
 USAGES = {
@@ -43,6 +46,7 @@ USAGES = {
     "serve": "[ADAPTERS] [--port NUMBER]",
     "demo": "[ADAPTERS] [--port NUMBER]",
     "convert": "CHECKPOINT OUT --base_model_name_or_path MODEL [--class_names NAME ...]",
+    "convert-open-clip": "NAME OUT [--model_revision REVISION]",
 }
 
 EXAMPLES = {
@@ -56,6 +60,7 @@ EXAMPLES = {
         "clip-prompt predict outputs/pets cat.jpg pictures/",
         "clip-prompt predict user/pets-prompts cat.jpg --top_k 5",
         "clip-prompt predict outputs/pets cat.jpg --coverage 0.9",
+        "clip-prompt predict outputs/pets pictures/ --test_time tpt",
     ),
     "report": (
         "clip-prompt report outputs/pets",
@@ -80,6 +85,7 @@ EXAMPLES = {
         "clip-prompt convert model.pth.tar-5 maple-caltech --base_model_name_or_path openai/clip-vit-base-patch16 \\",
         "    --class_names face leopard ...",
     ),
+    "convert-open-clip": ("clip-prompt convert-open-clip imageomics/bioclip-2 bioclip-2",),
 }
 
 # For the commands with more arguments than a screen has lines: what their help shows, by the titles of its groups.

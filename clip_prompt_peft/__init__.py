@@ -37,6 +37,7 @@ from .training.prograd import ProGradMixin, ProGradTrainer
 from .training.recipes import training_recipe
 from .training.test_time import TestTimeTuner
 from .tuner import CLIPPromptTuningConfig, CLIPPromptTuningModel, CLIPTextLearnableEmbeddings
+from .tuner.hub import load_image_processor
 from .tuner.presets import PRESETS
 
 
@@ -81,6 +82,7 @@ __all__ = [
     "fit_class_head",
     "known_checkpoints",
     "last_whole_checkpoint",
+    "load_image_processor",
     "load_templates",
     "method_config",
     "pad_template",

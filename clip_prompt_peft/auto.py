@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from peft.utils import CONFIG_NAME
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation.model_card import is_hub_id
 from .families import classifier_class
@@ -13,7 +13,7 @@ from .modeling import PromptClassificationMixin
 from .peft_model import PeftModelForPromptClassification
 from .tuner import ClassifierAdapterConfig
 from .tuner.files import fetch, fetch_weights, read_config
-from .tuner.hub import HubSettings, check_revision, locate, pin_base_model
+from .tuner.hub import HubSettings, check_revision, load_config, locate, pin_base_model
 
 
 class FromPretrainedOnly:
@@ -51,7 +51,8 @@ class AutoModelForPromptClassification(FromPretrainedOnly):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
-                A checkpoint of a supported family, a saved classifier, or a prompt adapter, as a folder or Hub id.
+                A checkpoint of a supported family in the format of transformers or of open_clip, a saved classifier,
+                or a prompt adapter, as a folder or Hub id.
             model_args, kwargs:
                 The arguments of the classifier's own `from_pretrained` (`class_names`, `prompt_template`, ...).
 
@@ -62,7 +63,7 @@ class AutoModelForPromptClassification(FromPretrainedOnly):
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
             name, base, adapter = locate(pretrained_model_name_or_path, kwargs)
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **base.arguments)
+            config = load_config(name, base)
             kwargs["revision"] = (adapter or base).revision  # the commit, from here on
         classifier = classifier_class(config)
         return classifier.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)

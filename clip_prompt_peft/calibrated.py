@@ -48,7 +48,7 @@ class CalibratedClassifierMixin(PretrainedClassifierMixin):
             ValueError: If it is no such number, or several prompt adapters are in effect together.
         """
         check_temperature(temperature)
-        self._set_calibration("temperature", temperature)
+        self._set_calibration("temperature", None if temperature is None else float(temperature))  # of NumPy, too
 
     @property
     def conformal_scores(self) -> dict | None:
@@ -112,7 +112,7 @@ class CalibratedClassifierMixin(PretrainedClassifierMixin):
                     "probabilities of the new classes are not calibrated. Call fit_temperature again with validation "
                     "images of these classes, or set_temperature to keep it.",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=3,
                 )
 
     def _adopt_calibration(self, config: ClassifierAdapterConfig | None) -> None:

@@ -27,7 +27,7 @@ from .image_files import decode_image, process_images
 from .installing import how_to_install
 from .modeling import PromptClassificationMixin, classifier_in
 from .text import normalize
-from .towers import eval_mode, find_towers, takes_patches
+from .towers import eval_mode, find_towers, image_side, is_quantized, takes_patches
 from .tuner.hub import load_image_processor
 
 
@@ -178,6 +178,14 @@ def _check_exportable(classifier: PromptClassificationMixin) -> None:
         raise ValueError(
             f"{type(classifier).__name__} takes images of any shape as patches, which cannot be exported. Embed "
             "them with PyTorch (get_image_features) and compare them with get_class_embeds()."
+        )
+    quantized = [m for part in image_side(classifier) for m in part.modules() if is_quantized(m)]
+    if quantized:
+        weight = type(getattr(quantized[0], "weight", None)).__name__
+        raise ValueError(
+            f"The image tower is quantized (it holds a {type(quantized[0]).__name__} with a weight of type {weight}), "
+            "which cannot be exported; load the base model in float32 and the adapter with it. int8=True writes a "
+            "graph with 8-bit weights."
         )
     if classifier.dtype != torch.float32:
         raise ValueError(f"The model is in {classifier.dtype}; load it in float32 (dtype=torch.float32) to export it.")

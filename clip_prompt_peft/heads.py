@@ -83,6 +83,11 @@ class ClassHead(nn.Module):
     def label_with(self, config) -> None:
         """Keeps the labels in the config of a classifier those of the classes in use, from now on."""
 
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether `loss_terms` are not empty."""
+        return False
+
     def loss_terms(self) -> dict[str, torch.Tensor]:
         """Returns what is added to the loss in training, by name."""
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,20 +35,21 @@ class PromptClassifierOutput(ImageClassifierOutput):
 
 def check_regularizers(
     regularizers: Mapping[str, Regularizer],
+    names: Sequence[str],
     labels: torch.Tensor | None,
     return_loss_terms: bool,
     layout: PromptLayout | None = None,
 ) -> None:
-    """Raises `ValueError` if a training step would ignore one of the regularizers, or cannot compute it."""
+    """Raises `ValueError` if a step would ignore a regularizer, or another of named terms, or cannot compute it."""
     if regularizers and layout is not None and layout.projection_dim is not None:
         raise ValueError(
             f"The loss terms {sorted(regularizers)} compare with the zero-shot model, but the active adapter has "
             f"class embeddings of a teacher, of the width projection_dim={layout.projection_dim}; take them out of "
             "model.regularizers."
         )
-    if regularizers and labels is None:
+    if names and labels is None:
         raise ValueError(
-            f"The loss terms {sorted(regularizers)} are added to the loss where the labels are, but forward got none; "
+            f"The loss terms {sorted(names)} are added to the loss where the labels are, but forward got none; "
             "leave out label_smoothing_factor and compute_loss_func, which keep them from the model, or evaluate with "
             "model.eval()."
         )

@@ -374,7 +374,8 @@ class PromptClassificationMixin(CalibratedClassifierMixin):
         regularizers = self._active_regularizers(layout) if self.training else {}
         self._check_inputs(layout, image_inputs["pixel_values"], image_embeds)
         labels = self._checked_labels(layout, labels)
-        check_regularizers(regularizers, labels, return_loss_terms, layout)
+        names = [*regularizers, *(["pull"] if self.training and self.class_head.adds_to_loss else [])]
+        check_regularizers(regularizers, names, labels, return_loss_terms, layout)
         vision = None
         if image_embeds is None:
             vision = self.get_image_features(**image_inputs, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 from urllib.request import urlopen
 
@@ -83,10 +84,7 @@ class PromptClassificationPipeline(ImageClassificationPipeline):
         """Returns the arguments of each step. transformers calls it with those of a call."""
         preprocess, forward, postprocess = super()._sanitize_parameters(**pipeline_parameters)
         if coverage is not None:
-            if postprocess:
-                raise ValueError(
-                    "With coverage, the answer is a set of any size; leave out top_k and function_to_apply."
-                )
+            _check_no_others(postprocess)
             postprocess["coverage"] = coverage
             self._check_coverage(coverage)
         return preprocess, forward, postprocess
@@ -104,6 +102,7 @@ class PromptClassificationPipeline(ImageClassificationPipeline):
         """Returns labels and scores of an image; with `coverage`, those in its set, which may be empty."""
         if coverage is None:
             return super().postprocess(model_outputs, *args, **kwargs)
+        _check_no_others(kwargs)  # of the call, if the coverage is that of the pipeline
         sets = self._conformal.sets_of(model_outputs["logits"], coverage)
         (names,), (labels,), (probabilities,) = sets.names, sets.labels, sets.probabilities
         return [{"label": name, "score": float(probabilities[label])} for name, label in zip(names, labels)]
@@ -118,6 +117,11 @@ class PromptClassificationPipeline(ImageClassificationPipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(save_directory, **kwargs)
+
+
+def _check_no_others(arguments: Mapping) -> None:
+    if arguments:
+        raise ValueError("With coverage, the answer is a set of any size; leave out top_k and function_to_apply.")
 
 
 def _decode(image, timeout: float | None) -> Image.Image:

@@ -6,21 +6,26 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .assets import PIPELINE_FILE, custom_pipelines
 from .file_contents import foreign_content
+from .open_clip import OpenClipCheckpoint, find_checkpoint
 from .templates import check_class_names, check_template, name_labels
 from .towers import with_modules_of
 from .tuner.files import check_adapter, check_adapter_folder
 from .tuner.hub import HubSettings, hub_settings_of, locate
+from .tuner.quantized import keep_trainable
 
 
 logger = logging.getLogger(__name__)
+HUB_ARGUMENTS = {setting.name for setting in fields(HubSettings)}
 PUSH_SETTINGS = ("commit_message", "create_pr", "max_shard_size", "private", "token")
 
 
@@ -60,7 +65,8 @@ class PretrainedClassifierMixin(ModelBase):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
-                A checkpoint of the family, a saved classifier, or a prompt adapter, as a folder or Hub id.
+                A checkpoint of the family in the format of transformers or of open_clip, a saved classifier, or a
+                prompt adapter, as a folder or Hub id.
             class_names (`Sequence[str]`, *optional*):
                 C names. By default those saved with the checkpoint or adapter.
             prompt_template (`str`, *optional*):
@@ -83,16 +89,20 @@ class PretrainedClassifierMixin(ModelBase):
         with_info = kwargs.pop("output_loading_info", False)
         if cls.weight_names is not None:
             kwargs.setdefault("key_mapping", cls.weight_names)
-        _, base, adapter = locate(pretrained_model_name_or_path, kwargs)
+        base_name, base, adapter = locate(pretrained_model_name_or_path, kwargs)
         kwargs.update(revision=base.revision, subfolder=base.subfolder)
         if adapter is not None:
             own = {"revision": adapter.revision, "subfolder": adapter.subfolder}
             kwargs["adapter_kwargs"] = {**own, **(kwargs.get("adapter_kwargs") or {})}
         own_name = getattr(kwargs.get("config"), "name_or_path", None)
+        checkpoint = None if base_name is None else find_checkpoint(base_name, **base.arguments)
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+            if checkpoint is not None:
+                model, info = cls._of_open_clip(checkpoint, pretrained_model_name_or_path, *model_args, **kwargs)
+            else:
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                )
         except SafetensorError as error:
             for file in sorted(Path(pretrained_model_name_or_path).rglob("*.safetensors")):
                 if what := foreign_content(file):
@@ -108,8 +118,35 @@ class PretrainedClassifierMixin(ModelBase):
         if pretrained_model_name_or_path is None:  # transformers would call it "None"
             model.name_or_path = model.config.name_or_path = own_name or ""
         model.hub_settings = base
+        keep_trainable(model)
         model._set_up(class_names, prompt_template, tokenizer)
         return (model, info) if with_info else model
+
+    @classmethod
+    def _of_open_clip(cls, checkpoint: OpenClipCheckpoint, name_or_path, *model_args, **kwargs) -> tuple[Self, dict]:
+        """Builds a model from a checkpoint of open_clip, with the adapter of that name if it is one."""
+        config = checkpoint.config
+        if not isinstance(config, cls.config_class):
+            raise ValueError(
+                f"{checkpoint.name_or_path!r} is a checkpoint of open_clip that becomes a "
+                f"{type(config).__name__.removesuffix('Config')}Model, and no {cls.base_class.__name__}. "
+                "AutoModelForPromptClassification picks the class by the checkpoint's config."
+            )
+        if isinstance(own := kwargs.pop("config", None), PreTrainedConfig):
+            config = own
+        else:  # what from_pretrained does with the settings of a config among its arguments
+            for key in [key for key in kwargs if hasattr(config, key) and key not in ("dtype", "torch_dtype")]:
+                setattr(config, key, kwargs.pop(key))
+        adapter = {key: kwargs.pop(key) for key in ("adapter_kwargs", "adapter_name") if key in kwargs}
+        kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
+        tensors = checkpoint.state_dict()
+        model, info = super().from_pretrained(
+            None, *model_args, config=config, state_dict=tensors, output_loading_info=True, **kwargs
+        )
+        model.name_or_path = model.config.name_or_path = checkpoint.name_or_path
+        if str(name_or_path) != checkpoint.name_or_path or os.path.isfile(os.path.join(name_or_path, CONFIG_NAME)):
+            model.load_adapter(str(name_or_path), **adapter)
+        return model, info
 
     @classmethod
     def from_base(
@@ -136,6 +173,7 @@ class PretrainedClassifierMixin(ModelBase):
             )
         classifier = with_modules_of(model, cls)
         classifier.hub_settings = hub
+        keep_trainable(classifier)
         classifier._set_up(class_names, prompt_template, tokenizer)
         return classifier
 

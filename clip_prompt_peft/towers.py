@@ -245,6 +245,25 @@ def inner_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from inner_tensors(getattr(tensor, name))
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Returns whether a linear layer or a table holds its weight in another form than as numbers of 16 bits or more.
+
+    Libraries of quantization keep other numbers of other names in place of the weight, or a tensor of their own class.
+    """
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features", "num_embeddings")]
+    if isinstance(module, ADAPTER_LAYERS) or not any(isinstance(size, int) for size in sizes):
+        return False
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
+        return True
+    return hasattr(weight, "__tensor_flatten__") and not is_shared(weight)
+
+
+def is_shared(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor is a part of one that several devices share."""
+    return type(tensor).__module__.startswith("torch.distributed")
+
+
 def trainable_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Returns the parameters of the modules that require gradients."""
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]

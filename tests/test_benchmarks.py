@@ -77,6 +77,26 @@ def test_scale(run_benchmark):
     assert all(re.fullmatch(r"\d+\.\d\d s", row[1]) for row in rows)
 
 
+@pytest.mark.slow
+def test_test_time(run_benchmark):
+    import test_time
+
+    rows = run_benchmark(test_time, "--size", "tiny", "--classes", "5", "--images", "2", "--repeats", "1")
+    assert [row[0].partition(",")[0].partition(":")[0] for row in rows] == ["authors' way", "ours", "ours"]
+    assert all(re.fullmatch(r"\d+\.\d{3} \(\d+\.\dx\)", cell) for row in rows for cell in row[1:])
+
+
+@pytest.mark.slow
+def test_test_time_styles(run_benchmark):
+    import test_time_styles
+
+    sizes = ["--seeds", "1", "--images", "3", "--views", "24", "--epochs", "1"]
+    rows = run_benchmark(test_time_styles, *sizes)
+    accuracies = rows[: 2 * len(test_time_styles.WAYS)]
+    assert [row[1] for row in accuracies] == [*test_time_styles.WAYS] * 2
+    assert all(re.fullmatch(r"\d+\.\d", cell) for row in accuracies for cell in row[2:])
+
+
 def test_only_lines_with_code_are_counted():
     import side_by_side
 

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from adapters import as_if_trained, fitted
 from conftest import EMOJI, TINY_CLIP
 from families import Case
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, CLIPModel
 
-from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import CLIPForPromptClassification, CLIPPromptTuningConfig, method_config
 from clip_prompt_peft.data import class_names_of, load_image_dataset, with_pixel_values
 from clip_prompt_peft.evaluation.conformal import ConformalClassifier
 from clip_prompt_peft.export import (
@@ -98,6 +100,27 @@ def test_the_class_embeddings_file_gives_the_logits(exported, pixel_values):
         features = exported.model.get_base_model().get_image_features(pixel_values).pooler_output
     logits = scale * features / features.norm(dim=-1, keepdim=True) @ class_embeds.T
     torch.testing.assert_close(logits, logits_of(exported.model, pixel_values), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["clap", "tip-adapter-f"])
+def test_class_heads_are_exported_with_all_that_they_add(dataset, pixel_values, tmp_path, method):
+    base = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=class_names_of(dataset))
+    fields = {"alpha": 2.0, "beta": 3.0} if method == "tip-adapter-f" else {}
+    model = as_if_trained(fitted(get_peft_model(base, method_config(method, base, **fields)))).eval()
+    model.set_class_names(["owl", *model.class_names[:3]])  # one that the head does not know
+    expected = logits_of(model, pixel_values)
+    export_classifier(model, tmp_path)
+    torch.testing.assert_close(run(tmp_path / ONNX_FILE, pixel_values)[0], expected, rtol=0, atol=1e-4)
+    saved = load_file(tmp_path / CLASS_EMBEDS_FILE)
+    with torch.no_grad():
+        embeds = base.get_image_features(pixel_values).pooler_output
+    embeds = embeds / embeds.norm(dim=-1, keepdim=True)
+    logits = saved["scale"] * embeds @ saved["class_embeds"].T + saved["bias"]
+    if method == "tip-adapter-f":
+        affinity = (-saved["cache_beta"] * (1 - embeds @ saved["cache_keys"].T)).exp()
+        logits = logits + saved["cache_alpha"] * affinity @ saved["cache_values"]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GoldenCase
+from conftest import GoldenCase, slow_param
 from peft import get_peft_model
 from torch.testing import assert_close
 
@@ -63,7 +63,7 @@ def show_flips(case, found):
     return int(flipped.sum())
 
 
-@pytest.mark.parametrize("start", ["words", "adapter"])
+@pytest.mark.parametrize("start", ["words", slow_param("adapter")])
 @pytest.mark.parametrize("name", TUNING_CASES)
 def test_kept_views_loss_gradient_and_answer_are_the_authors(name, start, golden_base):
     case = GoldenCase(name)

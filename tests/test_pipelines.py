@@ -344,6 +344,8 @@ class TestSetsOfClasses:
         ):
             with pytest.raises(ValueError, match=message):
                 classify(image, **arguments)
+        with pytest.raises(ValueError, match="leave out top_k"):
+            PromptClassificationPipeline(model, image_processor=image_processor, coverage=0.9)(image, top_k=2)
         with pytest.warns(UserWarning, match="A coverage of 0.99 cannot be promised after 40 validation images"):
             assert len(classify(image, coverage=0.99)) == 4
         model.set_temperature(3.0)

@@ -14,7 +14,7 @@ from clip_prompt_cli.parsers import DATACLASSES, OneLineParser
 
 
 COMMAND = re.compile(
-    r"(?:(?:-m clip_prompt_peft\.commands\.|clip-prompt )(?P<module>[a-z]\w*)"
+    r"(?:(?:-m clip_prompt_peft\.commands\.|clip-prompt )(?P<module>[a-z][\w-]*)"
     r"|python (?P<script>(?:examples|benchmarks|tests)/[\w/]+\.py))"
     r"(?P<arguments>[^`\n]*)"
 )
@@ -37,7 +37,7 @@ LINES = sorted({(target, *arguments) for document in DOCUMENTS for target, argum
 
 def is_a_name(line):
     """Whether a command is only mentioned, where its arguments are not at issue."""
-    return len(line) == 1 and line[0] in ("predict", "report", "export", "convert")
+    return len(line) == 1 and line[0] in ("predict", "report", "export", "convert", "convert-open-clip")
 
 
 class Parsed(BaseException):
@@ -62,7 +62,7 @@ def parse(monkeypatch):
             if target.endswith(".py"):
                 runpy.run_path(str(ROOT / target), run_name="__main__")
             else:
-                importlib.import_module(f"{PACKAGE}.{target}").main()
+                importlib.import_module(f"{PACKAGE}.{target.replace('-', '_')}").main()
         return ended.value.args[0]
 
     return parse

@@ -18,8 +18,12 @@ from readme_snippets import DOCUMENTS, snippets_of
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 # Each line in a process of its own, in which the later documents go on from the earlier ones, as their text says.
+LATER = ("data", "methods", "training", "hub", "export", "scaling", "uncertainty")
 CHAINS = [
-    [README, *(DOCS / f"{name}.md" for name in ("data", "methods", "training", "hub", "export", "scaling"))],
+    [
+        README,
+        *(DOCS / f"{name}.md" for name in ("data", "methods", "training", "hub", "export", "scaling", "uncertainty")),
+    ],
     [DOCS / "lora_beside_prompts.md"],
     [DOCS / "families.md"],
     [DOCS / "distillation.md"],

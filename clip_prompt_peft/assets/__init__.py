@@ -1,6 +1,6 @@
-"""The files that come with the package: a tiny CLIP, icons to train it on, prompt templates, and a pipeline.
+"""The files that come with the package: a tiny CLIP, icons to train it on, templates, byte pairs, and a pipeline.
 
-ATTRIBUTION.md states the origin of the model and the icons; each file of templates names its source.
+ATTRIBUTION.md states the origin of the model, the icons and the byte pairs; each file of templates names its source.
 """
 
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent
 TINY_CLIP = str(ASSETS / "tiny_clip")
+CLIP_MERGES = ASSETS / "clip_bpe" / "merges.txt.gz"  # the byte pairs of CLIP's tokenizer, in the order of their merges
 PIPELINE_FILE = ASSETS / "prompt_classification_pipeline.py"  # is copied beside saved classifiers
 
 

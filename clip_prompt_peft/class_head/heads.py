@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..heads import CachedImages
+from ..text.cache import Memo
 from ..tuner.tensors import empty_vectors
 from .config import CACHE, ClassHeadConfig
 
@@ -96,6 +97,11 @@ class CacheHead(nn.Module):
         self._set(empty_vectors((config.num_keys or 0, config.embed_width), like))
         self.register_buffer("labels", torch.zeros(config.num_keys or 0, dtype=torch.long, device=like.device))
         self.is_fitted = False
+        self._values = Memo()
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._values.clear()
 
     def _set(self, keys: torch.Tensor) -> None:
         if self.train_keys:
@@ -117,6 +123,7 @@ class CacheHead(nn.Module):
         means = image_embeds.mean(dim=1)  # (N, E)
         self._set((means / means.norm(dim=1, keepdim=True)).to(self.class_embeds))
         self.labels = labels.clone()
+        self._values.clear()
         self.is_fitted = True
 
     def loss_terms(self) -> dict[str, torch.Tensor]:
@@ -130,9 +137,15 @@ class CacheHead(nn.Module):
                 "The cache of this head is empty; fill it with fit_class_head(model, train_dataset), before the "
                 "training if its keys are trained."
             )
+        key = tuple(places), self.keys.device, self.keys.dtype
+        values = self._values.get(key, lambda: self._values_of(places))
+        return CachedImages(self.keys, values, self.alpha, self.beta)
+
+    def _values_of(self, places: Sequence[int | None]) -> torch.Tensor:
+        """Returns (N, C): ones for the class of each key."""
         columns = [len(self.class_embeds) if place is None else place for place in places]
-        values = torch.eye(len(self.class_embeds) + 1, dtype=self.keys.dtype)[:-1, columns]  # (classes, C)
-        return CachedImages(self.keys, values.to(self.keys.device)[self.labels], self.alpha, self.beta)
+        of_classes = torch.eye(len(self.class_embeds) + 1)[:-1, columns]  # (classes, C)
+        return of_classes.to(self.keys)[self.labels]
 
 
 def new_head(config: ClassHeadConfig, like: torch.Tensor) -> LinearHead | CacheHead:

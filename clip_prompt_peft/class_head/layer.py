@@ -13,7 +13,6 @@ from torch import nn
 from ..heads import ClassHead
 from ..templates import name_labels
 from ..text import normalize
-from ..text.cache import Memo
 from .config import ClassHeadConfig
 from .heads import CacheHead, LinearHead, new_head
 
@@ -62,7 +61,6 @@ class ClassHeadLayer(ClassHead, BaseTunerLayer):
         self.merged_adapters = []
         self._active_adapter = adapter_name
         self._labeled_config = None
-        self._baked = Memo()
 
     def update_layer(self, adapter_name: str, config: ClassHeadConfig, like: torch.Tensor) -> None:
         """Adds the head of an adapter, not initialized. An older one of that name is replaced."""
@@ -163,6 +161,11 @@ class ClassHeadLayer(ClassHead, BaseTunerLayer):
         if active is None or class_names is None:
             return nn.Identity()
         return active[0].baked(places_of(class_names, active[1]))
+
+    @property
+    def adds_to_loss(self) -> bool:
+        config = self.adapter_config
+        return config is not None and config.pull
 
     def loss_terms(self) -> dict[str, torch.Tensor]:
         active = self._active_head()

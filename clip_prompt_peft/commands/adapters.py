@@ -17,7 +17,7 @@ from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import listed
 from ..training.checkpoints import last_whole_checkpoint
 from ..tuner import ClassifierAdapterConfig
-from ..tuner.files import adapter_folders
+from ..tuner.files import adapter_folders, holds_model
 from ..tuner.hub import HubSettings, check_revision, load_image_processor, pin_base_model
 from .checks import check_base_model
 from .common import silence_libraries, use_one_thread_if_tiny
@@ -155,7 +155,7 @@ def _what_is_in(folder: str) -> str:
         return f"adapters lie deeper, in {listed([repr(parent) for parent in below[:NUM_SHOWN]])}; name one of these."
     names = sorted(os.listdir(folder))
     shown = ", ".join(names[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")
-    model = " That is a whole model and no adapter." if "config.json" in names else ""
+    model = " That is a whole model and no adapter." if holds_model(folder) else ""
     return f"it holds {shown or 'nothing'}.{model} Expected {CONFIG_NAME}, or sub-folders that hold one."
 
 

@@ -18,8 +18,9 @@ from ..evaluation.metrics import compute_metrics
 from ..evaluation.model_card import is_hub_id
 from ..evaluation.tables import counted
 from ..training.callbacks import GaussianPromptAveraging
+from ..training.heads import TwoStageTuning
 from ..training.recipes import Recipe
-from ..tuner.files import adapter_folders
+from ..tuner.files import adapter_folders, holds_model
 from .data import HELD_OUT, images_per_class
 
 
@@ -93,9 +94,8 @@ def check_base_model(name: str, flag: str = "--model_name_or_path") -> None:
         if not is_hub_id(name):
             raise ValueError(f"{flag} {name!r} is neither a folder nor a Hub id.")
         return
-    holds_model = os.path.isfile(os.path.join(name, "config.json"))
     is_adapter = os.path.isfile(os.path.join(name, CONFIG_NAME))
-    adapters = [name] if is_adapter else [] if holds_model else adapter_folders(name)
+    adapters = [name] if is_adapter else [] if holds_model(name) else adapter_folders(name)
     if adapters:
         raise ValueError(
             f"{flag} {name!r} {'is an adapter' if is_adapter else 'holds adapters'}, and not a model. Name the base "
@@ -172,10 +172,13 @@ def rehearse(
     averages = any(isinstance(callback, GaussianPromptAveraging) for callback in recipe.callbacks)
     if averages and run_args.load_best_model_at_end:
         raise ValueError("--method promptsrc averages over epochs, which --load_best_model_at_end would undo.")
-    if getattr(config, "regularizer", None) is not None and run_args.label_smoothing_factor:
+    if any(isinstance(callback, TwoStageTuning) for callback in recipe.callbacks) and run_args.load_best_model_at_end:
+        raise ValueError("--method 2sfs trains in two stages, which --load_best_model_at_end would mix.")
+    term = getattr(config, "regularizer", None) or ("pull" if getattr(config, "pull", False) else None)
+    if term is not None and run_args.label_smoothing_factor:
         raise ValueError(
             f"--label_smoothing_factor keeps the labels from the model, so it does not go with the regularizer "
-            f"{config.regularizer!r} of this --method."
+            f"{term!r} of this --method."
         )
     with TemporaryDirectory() as folder:
         try:

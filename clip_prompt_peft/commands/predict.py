@@ -18,6 +18,7 @@ from ..evaluation.tables import aligned, counted
 from ..image_files import UnreadableImageError, decode_image, list_images, process_images, skipped_files
 from .adapters import find_adapter, load_adapter
 from .common import check_device, errors_in_one_line, stopped_in_one_line
+from .test_time import adapted
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,7 +36,10 @@ def predict(args: argparse.Namespace, lines: list[list[str]]) -> None:
         paths = [file for path in args.images for file in find_images(path)]
         if args.coverage is not None and args.top_k is not None:
             raise ValueError("With --coverage, the answer is a set of any size; leave out --top_k.")
+        if args.coverage is not None and args.test_time is not None:
+            raise ValueError("The coverage of sets holds for answers that are not adapted; leave out --test_time.")
         model, image_processor = load_adapter(adapter, args)
+        answer = None if args.test_time is None else adapted(args.test_time, model, image_processor)
         conformal = None if args.coverage is None else ConformalClassifier(model, image_processor)
         if conformal is not None and (told := conformal.scores.too_few(args.coverage)) is not None:
             print(told, file=sys.stderr)
@@ -51,7 +55,7 @@ def predict(args: argparse.Namespace, lines: list[list[str]]) -> None:
         if images and conformal is not None:
             lines += classify_in_sets(conformal, image_processor, images, args.coverage)
         elif images:
-            lines += classify(model, image_processor, images, args.top_k or 1)
+            lines += classify(model, image_processor, images, args.top_k or 1, answer)
     show(lines)
     if unreadable:
         number = f"{len(unreadable)} of {counted(len(paths), 'file')}"
@@ -80,10 +84,18 @@ def find_images(path: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def classify(model, image_processor, images: dict[Path, Image.Image], top_k: int) -> list[list[str]]:
-    """Returns a line of the table for each image: its path, and `top_k` labels with their probabilities."""
-    inputs = process_images(image_processor, list(images.values())).to(model.device)
-    probabilities = model(**inputs).logits.softmax(dim=-1)  # (B, C)
+def classify(model, image_processor, images: dict[Path, Image.Image], top_k: int, answer=None) -> list[list[str]]:
+    """Returns a line of the table for each image: its path, and `top_k` labels with their probabilities.
+
+    Args:
+        answer (`Callable`, *optional*):
+            Returns the logits of images, in place of the model.
+    """
+    if answer is None:
+        logits = model(**process_images(image_processor, list(images.values())).to(model.device)).logits
+    else:
+        logits = answer(list(images.values()))
+    probabilities = logits.softmax(dim=-1)  # (B, C)
     id2label = model.config.id2label
     values, labels = probabilities.topk(min(top_k, len(id2label)))
     return [

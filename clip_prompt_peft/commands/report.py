@@ -65,7 +65,8 @@ def report(arguments: list[str]) -> None:
     print(f"Tested on {tested_on} ({counted(len(dataset), 'image')})")
     for name, answers in (("zero-shot", comparison.zero_shot), ("tuned", comparison.tuned)):
         print(f"{name}: " + ", ".join(f"{metric} {value:.1%}" for metric, value in answers.metrics.items()))
-    print(f"\nThe words nearest to each vector\n{describe_words(nearest_words(model))}")
+    if words := nearest_words(model):
+        print(f"\nThe words nearest to each vector\n{describe_words(words)}")
     print(f"\nWrote {args.output}")
 
 

@@ -180,7 +180,8 @@ def train(arguments: list[str], runs: list[TrainingArguments]) -> None:
             with without_warning_of_renamed_property():
                 model = get_peft_model(model, config)
             if isinstance(config, ClassHeadConfig) and not trains_image_tower(config):
-                fit_class_head(model, train_set)
+                with errors_in_one_line():
+                    fit_class_head(model, train_set)
             recipe = prompt_args.recipe(model, run_args, len(train_set), data_args.shots, given)
             trainer = make_trainer(model, train_set, validation_set, image_processor, run_args, recipe, **of_teacher)
             trainer.train(resume_from_checkpoint=find_checkpoint(run_args))

@@ -28,6 +28,7 @@ from ..towers import (
     hooks_of,
     image_side,
     inner_tensors,
+    is_quantized,
 )
 from .columns import IMAGE, LABEL, check_label_order, check_labels_are_numbers, with_known_types
 from .images import PixelTransform
@@ -200,7 +201,8 @@ def cache_image_embeds(
 def _check_image_side_is_frozen(model: PreTrainedModel) -> None:
     trainable = [name for part in image_side(model) for name, p in part.named_parameters() if p.requires_grad]
     # All parameters are trainable after `from_pretrained`; it is an adapter that freezes the base model.
-    if trainable and not all(parameter.requires_grad for parameter in model.parameters()):
+    packed = {id(p) for part in model.modules() if is_quantized(part) for p in part.parameters(recurse=False)}
+    if trainable and not all(p.requires_grad for p in model.parameters() if id(p) not in packed):
         raise ValueError(
             f"The image side of the model is trainable ({len(trainable)} tensors, such as {trainable[0]!r}), so the "
             "embeddings change in each step. Train on pixel_values: with_pixel_values(dataset, image_processor)."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,15 +192,22 @@ def _logits_of(model, dataset, image_processor, batch_size: int) -> tuple[torch.
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("There are no validation images: the data set is empty.")
+    if not isinstance(first, Mapping):
+        hint = f" of {list(dataset)}; name one of them" if isinstance(dataset, Mapping) else ""
+        raise ValueError(
+            f"The validation images must be a data set, whose rows have names, got {type(dataset).__name__}{hint}."
+        )
+    label_names = getattr(dataset, "features", None)  # of `datasets`
     if not any(name in first for name in INPUTS):
         if IMAGE not in first:
             raise ValueError(
                 f"The validation images must be in the column {IMAGE!r}, or be prepared as {' or '.join(INPUTS)}; the "
                 f"data set has {sorted(first)}."
             )
-        check_label_order(dataset, classifier.class_names)
+        if label_names is not None:
+            check_label_order(dataset, classifier.class_names)
         dataset = with_pixel_values(dataset, image_processor or load_image_processor(classifier))
-    else:
+    elif label_names is not None:
         check_label_order(dataset, classifier.class_names, "labels")
     logits, labels = [], []
     with eval_mode(model):

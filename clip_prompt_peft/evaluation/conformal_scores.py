@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 
 import numpy as np
 
@@ -133,7 +134,7 @@ class ConformalScores:
 
 def check_coverage(coverage: float) -> None:
     """Raises `ValueError` unless a coverage is a number between 0 and 1."""
-    is_number = isinstance(coverage, (int, float)) and not isinstance(coverage, bool)
+    is_number = isinstance(coverage, Real) and not isinstance(coverage, bool)
     if not is_number or not 0 < coverage < 1:
         raise ValueError(f"coverage must be a number between 0 and 1, such as 0.9, got {coverage!r}.")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..class_head import ClassHeadConfig
 from ..towers import entry_of, like_table, num_rows
 from ..tuner import CLIPTextLearnableEmbeddings
 
@@ -88,6 +89,9 @@ def nearest_words(
 
     Source: https://arxiv.org/abs/2109.01134, table 4.
     """
+    config = getattr(model, "active_peft_config", None)
+    if isinstance(config, ClassHeadConfig):  # which has learned no vectors
+        return []
     layer = next((module for module in model.modules() if isinstance(module, CLIPTextLearnableEmbeddings)), None)
     if layer is None:
         raise ValueError("The model has no prompt adapter, so nothing was learned; load an adapter first.")

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 
+from ..class_head import ClassHeadConfig
 from ..data.reading import readable
 from ..installing import how_to_install
 from ..modeling import classifier_in
@@ -83,12 +84,22 @@ def _facts(model, comparison: Comparison) -> dict[str, str]:
     config = model.active_peft_config
     return {
         "Base model": os.path.basename(os.path.normpath(config.base_model_name_or_path or "unknown")),
-        "Template": config.padded_template or config.prompt_template,
-        "Vectors": f"{config.num_virtual_tokens}, initialized from {config.prompt_tuning_init.value}",
+        **_facts_of_adapter(config),
         **({} if comparison.temperature is None else {"Temperature": f"{comparison.temperature:.4g}"}),
         "Classes": str(len(comparison.class_names)),
         "Test images": str(len(comparison.tuned.labels)),
         "Changed predictions": f"{len(comparison.gained)} images gained, {len(comparison.lost)} lost",
+    }
+
+
+def _facts_of_adapter(config) -> dict[str, str]:
+    if isinstance(config, ClassHeadConfig):
+        kind = f"{config.num_keys} images of a cache" if config.head_type == "cache" else "a row for each class"
+        tuned = "" if config.target_modules is None else ", LayerNorms tuned beside it"
+        return {"Template": ", ".join(config.templates), "Class head": kind + tuned}
+    return {
+        "Template": config.padded_template or config.prompt_template,
+        "Vectors": f"{config.num_virtual_tokens}, initialized from {config.prompt_tuning_init.value}",
     }
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Aimv2TextModel, CLIPModel, CLIPTextModel, MetaClip2TextModel
 from transformers.models.groupvit.modeling_groupvit import GroupViTTextTransformer
 
-from ..towers import drops_out, final_norm_of, is_intercepted, text_embeddings_of, text_side
+from ..towers import drops_out, final_norm_of, is_intercepted, is_shared, text_embeddings_of, text_side
 from ..tuner.base_layer import CLIPPromptLayer
 from ..tuner.layer import PerText
 from ..tuner.layout import PromptLayout
@@ -43,6 +43,7 @@ TOKENWISE_MODULES = (
     "transformers.models.groupvit.modeling_groupvit",
     "peft.tuners.lora.",
     "peft.tuners.ln_tuning.",
+    "clip_prompt_peft.class_head.",
     "peft.tuners.ia3.",
     "peft.tuners.trainable_tokens.",
     "peft.tuners._buffer_dict",
@@ -53,7 +54,7 @@ TOKENWISE_MODULES = (
 # Classes of a quantization that keep the weights in few bits and compute with them in floating point. `Linear8bitLt`
 # of bitsandbytes is not among them: it rounds activations, and those of outliers by what is in the whole batch.
 TOKENWISE_QUANTIZED = ("bitsandbytes.nn.modules.Linear4bit", "optimum.quanto.nn.qlinear.QLinear")
-WEIGHT_ONLY_TENSORS = ("torchao.quantization.quantize_.workflows.", "optimum.quanto.tensor.weights.")
+WEIGHT_ONLY_TENSORS = ("torchao.quantization.", "optimum.quanto.tensor.weights.")
 
 
 def exact_path(model: CLIPModel) -> str:
@@ -102,7 +103,7 @@ def _keeps_tokens_apart(weight: torch.Tensor | None) -> bool:
     Where activations are quantized, too, the scale can be that of all tokens, and rounding makes small differences
     large.
     """
-    if weight is None or not hasattr(weight, "__tensor_flatten__"):
+    if weight is None or not hasattr(weight, "__tensor_flatten__") or is_shared(weight):
         return True
     name = f"{type(weight).__module__}.{type(weight).__name__}"
     return name.startswith(WEIGHT_ONLY_TENSORS) and getattr(weight, "act_quant_kwargs", None) is None

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ..modeling import PromptClassificationMixin, classifier_in
 from ..text import normalize
-from .shared_context import check_logits, check_mode, check_softmax, classifier_of
+from .shared_context import check_logits, check_mode, check_softmax
 from .views_of_image import check_number_of_views, entropy
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-    from ..modeling import PromptClassificationMixin
 
 
 class DynamicAdapter:
@@ -108,6 +107,8 @@ class DynamicAdapter:
     def of(cls, model: PromptClassificationMixin | PeftModel, **settings) -> DynamicAdapter:
         """Returns an adapter for the classes of a classifier, with its present class embeddings and its scale.
 
+        Its `temperature`, if there is one, belongs to other answers and is not applied.
+
         Args:
             model (`PromptClassificationMixin` or `PeftModel`):
                 A classifier in eval mode. It is not changed.
@@ -119,7 +120,7 @@ class DynamicAdapter:
             ValueError: If it is in training mode, an image can have several labels, or the active adapter makes other
                 class embeddings for each image, or changes logits.
         """
-        classifier = classifier_of(model)
+        classifier = classifier_in(model, "DynamicAdapter")
         check_mode(classifier)
         check_softmax(classifier)
         check_logits(classifier)

@@ -208,7 +208,7 @@ def training_recipe(name: str, model: nn.Module, num_examples: int, shots: int =
         recipe = _step_recipe(STEP_SETTINGS[name], model, num_examples, shots, overrides)
         return _in_two_stages(recipe, model, num_examples) if name == "2sfs" else recipe
     if name.startswith("tip-adapter"):
-        return _cache_recipe(HEAD_SETTINGS[name], overrides)
+        return _cache_recipe(HEAD_SETTINGS[name], model, overrides)
     settings, num_devices = {**SETTINGS, **HEAD_SETTINGS}[name], _num_devices(overrides)
     epochs = settings.epochs if isinstance(settings.epochs, dict) else {math.inf: settings.epochs}
     arguments = {
@@ -298,7 +298,7 @@ def _cosine_of_stage(first: int, number: int, last: float, step: int) -> float:
     return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * (step - first) / number))
 
 
-def _cache_recipe(settings: PaperSettings, overrides: dict) -> Recipe:
+def _cache_recipe(settings: PaperSettings, model: nn.Module, overrides: dict) -> Recipe:
     """Returns the recipe for the keys of a cache: AdamW of the Trainer, whose cosine goes on at each step to 0."""
     arguments = {
         "learning_rate": settings.learning_rate,
@@ -311,6 +311,11 @@ def _cache_recipe(settings: PaperSettings, overrides: dict) -> Recipe:
         "dataloader_drop_last": False,
         **overrides,
     }
+    if not trainable_parameters([model]) and (arguments["num_train_epochs"] > 0 or arguments.get("max_steps", -1) > 0):
+        raise ValueError(
+            "The cache of 'tip-adapter' is filled and not trained, so it takes no epochs and no steps; leave "
+            "num_train_epochs and max_steps out, or train its keys: 'tip-adapter-f'."
+        )
     return Recipe(arguments, (None, None))
 
 

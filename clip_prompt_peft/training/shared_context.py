@@ -8,21 +8,11 @@ import torch
 
 from ..modeling import PromptClassificationMixin
 from ..templates import context_text
+from ..text.cache import Memo
 from ..towers import text_side
 from ..tuner import CLIPPromptTuningConfig
 from ..tuner.base_config import MULTI_LABEL
 from ..tuner.layout import PromptLayout, resolve
-
-
-def classifier_of(model) -> PromptClassificationMixin:
-    """Returns the classifier that a model is, or that a `PeftModel` is around."""
-    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(classifier, PromptClassificationMixin):
-        raise TypeError(
-            f"The model must be a classifier, or a PeftModel of one, got a {type(classifier).__name__}; create one "
-            "with AutoModelForPromptClassification.from_pretrained, or from_base."
-        )
-    return classifier
 
 
 def check_mode(classifier: PromptClassificationMixin) -> None:
@@ -65,10 +55,16 @@ def check_class_embeds(classifier: PromptClassificationMixin) -> None:
         )
 
 
-def shared_context(classifier: PromptClassificationMixin) -> tuple[PromptLayout, torch.Tensor | None]:
+def shared_context(classifier: PromptClassificationMixin, layouts: Memo) -> tuple[PromptLayout, torch.Tensor | None]:
     """Returns the layout of the context that all classes and images share, and its vectors (n, D).
 
     The vectors are `None` if they are those of the words of the template.
+
+    Args:
+        classifier (`PromptClassificationMixin`):
+            The classifier.
+        layouts (`Memo`):
+            Remembers the layout of a template.
 
     Raises:
         ValueError: If there is no such context, or its tower cannot be run with others.
@@ -82,7 +78,9 @@ def shared_context(classifier: PromptClassificationMixin) -> tuple[PromptLayout,
     classifier.class_prompts  # noqa: B018  (raises if there are no class names, and reads the tokenizer)
     check_class_embeds(classifier)
     if layout is None:
-        return _layout_of_template(classifier), None
+        check_template_counts(classifier)
+        key = classifier.prompt_template, classifier.tokenizer
+        return layouts.get(key, lambda: _layout_of_template(classifier)), None
     names = [name for name in embeddings.active_adapters if name in embeddings.prompt_layouts]
     obstacle = _obstacle(layout, embeddings, names)
     if obstacle is not None:
@@ -110,8 +108,8 @@ def _obstacle(layout: PromptLayout, embeddings, names: list[str]) -> str | None:
     return next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)
 
 
-def _layout_of_template(classifier: PromptClassificationMixin) -> PromptLayout:
-    """Returns the layout of an adapter whose vectors are the words in front of the class name."""
+def check_template_counts(classifier: PromptClassificationMixin) -> None:
+    """Raises `ValueError` if the class embeddings of a classifier without an adapter are not made of words to tune."""
     if classifier.has_fixed_class_embeds:
         raise ValueError(
             "The classifier has class embeddings from elsewhere (set_class_embeds), which no context can be tuned "
@@ -123,5 +121,9 @@ def _layout_of_template(classifier: PromptClassificationMixin) -> PromptLayout:
             f"The template {template!r} has no words in front of the class name to start from; call "
             "set_prompt_template, for example with 'a photo of a {}.'."
         )
-    config = CLIPPromptTuningConfig(class_names=classifier.class_names, prompt_template=template)
+
+
+def _layout_of_template(classifier: PromptClassificationMixin) -> PromptLayout:
+    """Returns the layout of an adapter whose vectors are the words in front of the class name."""
+    config = CLIPPromptTuningConfig(class_names=classifier.class_names, prompt_template=classifier.prompt_template)
     return replace(PromptLayout.of(resolve(config, classifier)), class_names=None)

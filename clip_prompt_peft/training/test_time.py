@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ..modeling import PromptClassificationMixin, classifier_in
 from ..text import normalize
+from ..text.cache import Memo
 from ..text.contexts import ContextEncoder, SharedContext
 from ..towers import execution_device, takes_patches
 from ..tuner.layout import PromptLayout
-from .shared_context import check_logits, check_mode, check_softmax, classifier_of, shared_context
+from .shared_context import check_logits, check_mode, check_softmax, shared_context
 from .views_of_image import NUM_NEIGHBORS, check_number_of_views, dispersion, entropy, entropy_of_mean, view_weights
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from PIL import Image
-
-    from ..modeling import PromptClassificationMixin
 
 
 TPT, C_TPT, R_TPT = "tpt", "c-tpt", "r-tpt"
@@ -68,7 +68,8 @@ class TestTimeTuner:
     are kept, and the context takes a step of AdamW towards predictions that are certain together. Every image starts
     from the same vectors, with a new optimizer. The vectors are those of the active adapter, which all classes and
     images have to share, or without one the words in front of `{}` of the classifier's template. Prompts in deeper
-    layers and in the image tower stay as they are. The classifier itself is not changed.
+    layers and in the image tower stay as they are. The classifier itself is not changed. Its `temperature`, if there
+    is one, belongs to the answers without tuning and is not applied.
 
     Many images take one pass of the text tower, one backward pass each, and one pass without gradients for their tuned
     contexts; see [`~text.contexts.SharedContext`]. The result is that of one image at a time.
@@ -145,7 +146,8 @@ class TestTimeTuner:
         self.model, self.objective, self.views = model, objective, views
         self.selection, self.steps, self.learning_rate = selection, steps, learning_rate
         self.dispersion_weight, self.batch_size = dispersion_weight, batch_size
-        classifier_of(model)
+        self._layouts = Memo()
+        self._classifier()
 
     def __call__(
         self,
@@ -180,7 +182,7 @@ class TestTimeTuner:
             images (`torch.Tensor`, `PIL.Image.Image` or `list[PIL.Image.Image]`):
                 The views or the images, as for a call of the tuner.
         """
-        classifier = classifier_of(self.model)
+        classifier = self._classifier()
         check_mode(classifier)
         with torch.inference_mode(False), torch.no_grad():
             return torch.cat(list(self._embeds_in_batches(classifier, images)))
@@ -190,11 +192,9 @@ class TestTimeTuner:
         given, and the similarity (B, V, V) of views, whose values of at least 1 are then taken for its diagonal."""
         if (images is None) == (image_embeds is None):
             raise ValueError(f"Give either images or image_embeds, {'neither was' if images is None else 'not both'}.")
-        classifier = classifier_of(self.model)
-        check_mode(classifier)
-        check_softmax(classifier)
-        check_logits(classifier)
-        layout, vectors = shared_context(classifier)
+        self.check()
+        classifier = self._classifier()
+        layout, vectors = self._context(classifier)
         with torch.inference_mode(False), torch.no_grad():
             if image_embeds is None:
                 batches = self._embeds_in_batches(classifier, images)
@@ -211,16 +211,43 @@ class TestTimeTuner:
             fields: dict[str, Any] = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
             return TunedClassifierOutput(**fields)
 
+    def check(self) -> None:
+        """Raises what a call would raise whatever the images are: that the classifier cannot be tuned this way."""
+        classifier = self._classifier()
+        check_mode(classifier)
+        check_softmax(classifier)
+        check_logits(classifier)
+        self._context(classifier)
+
+    def _classifier(self) -> PromptClassificationMixin:
+        return classifier_in(self.model, "TestTimeTuner")
+
+    def _context(self, classifier) -> tuple[PromptLayout, torch.Tensor | None]:
+        return shared_context(classifier, self._layouts)
+
     def _embeds_in_batches(self, classifier, images) -> Iterator[torch.Tensor]:
         """Yields the embeddings (b, V, E) of the views of at most `batch_size` images at a time."""
-        batches = images.split(self.batch_size) if isinstance(images, torch.Tensor) else self._views_in_batches(images)
-        device = execution_device(classifier)
-        for batch in batches:
-            self._check_views(classifier, batch)
-            embeds = [classifier.get_image_features(pixel_values=views.to(device)).pooler_output for views in batch]
-            yield _checked_values(torch.stack(embeds), "the embeddings of the views")
+        device, batch = execution_device(classifier), []
+        for views in self._views_of_each(classifier, images):
+            batch.append(classifier.get_image_features(pixel_values=views.to(device)).pooler_output)
+            if len(batch) == self.batch_size:
+                yield _checked_values(torch.stack(batch), "the embeddings of the views")
+                batch = []
+        if batch:
+            yield _checked_values(torch.stack(batch), "the embeddings of the views")
 
-    def _views_in_batches(self, images) -> Iterator[torch.Tensor]:
+    def _views_of_each(self, classifier, images) -> Iterator[torch.Tensor]:
+        """Yields the views (V, 3, H, W) of one image after the other, which are many values."""
+        if isinstance(images, torch.Tensor):
+            self._check_views(classifier, images)
+            yield from images
+            return
+        for image in self._checked_images(images):
+            views = self.views([image])
+            self._check_views(classifier, views)
+            yield views[0]
+
+    def _checked_images(self, images) -> Sequence[Image.Image]:
         from PIL import Image
 
         images = [images] if isinstance(images, Image.Image) else images
@@ -237,8 +264,7 @@ class TestTimeTuner:
                 "The tuner makes no views of images by itself; give it views=RandomViews(image_processor), from "
                 "clip_prompt_peft.data, or call it with the views (B, V, 3, H, W)."
             )
-        for start in range(0, len(images), self.batch_size):
-            yield self.views(list(images[start : start + self.batch_size]))
+        return images
 
     def _check_views(self, classifier, views: torch.Tensor) -> None:
         if takes_patches(classifier.vision_model.embeddings):

@@ -6,6 +6,7 @@ import enum
 import os
 from collections.abc import Callable
 from dataclasses import field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
 from peft import PeftConfig
@@ -112,7 +113,7 @@ def check_calibration(config) -> None:
 def check_temperature(temperature) -> None:
     """Raises `ValueError` unless a temperature is `None` or a number from 0.001 to 1000."""
     low, high = TEMPERATURES
-    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    is_number = isinstance(temperature, Real) and not isinstance(temperature, bool)
     if temperature is not None and not (is_number and low <= temperature <= high):
         raise ValueError(
             f"temperature must be a number from {low:g} to {high:g}, by which logits are divided, or None, got "

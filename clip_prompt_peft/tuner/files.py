@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers.utils import cached_file
 
 from ..file_contents import foreign_content
+from ..open_clip import CONFIG_FILE as OPEN_CLIP_CONFIG
 
 
 # The names of the tensors of each method. In a model, they lie in containers that hold nothing but adapters.
@@ -154,12 +155,17 @@ def check_adapter(name_or_path: str | os.PathLike | None, **kwargs) -> PeftConfi
     return config
 
 
+def holds_model(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a whole model, in the format of transformers or of open_clip."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", OPEN_CLIP_CONFIG))
+
+
 def check_adapter_folder(name_or_path: str | os.PathLike | None) -> None:
     """Checks a folder that holds an adapter, which has to name its base model unless that is beside it."""
     if name_or_path is None or not os.path.isfile(os.path.join(name_or_path, CONFIG_NAME)):
         return
     config = check_adapter(name_or_path)
-    if not config.base_model_name_or_path and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+    if not config.base_model_name_or_path and not holds_model(name_or_path):
         raise ValueError(f"The adapter {str(name_or_path)!r} does not name its base model.")
 
 

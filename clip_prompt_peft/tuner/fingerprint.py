@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..towers import ADAPTER_LAYERS, POSITION_TABLES, TOKEN_TABLES, WRAPPED, find_towers
+from ..towers import ADAPTER_LAYERS, POSITION_TABLES, TOKEN_TABLES, WRAPPED, find_towers, is_quantized
 
 
 VERSION = 2
@@ -241,6 +241,11 @@ def _base_tensors(module: nn.Module, prefix: str = "", in_adapter: bool = False,
     """
     in_adapter = in_adapter or isinstance(module, ADAPTER_LAYERS)
     is_merged = is_merged or (isinstance(module, ADAPTER_LAYERS) and bool(getattr(module, "merged", False)))
+    if is_quantized(module):  # the same tensors as it had before, whatever the library keeps in their place
+        yield f"{prefix}weight", torch.empty(_weight_shape(module), device="meta")
+        if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
+            yield f"{prefix}bias", bias.detach()
+        return
     if not in_adapter:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield prefix + name, parameter.detach().to("meta") if is_merged else parameter.detach()
@@ -248,6 +253,12 @@ def _base_tensors(module: nn.Module, prefix: str = "", in_adapter: bool = False,
         is_wrapped = in_adapter and name in WRAPPED
         path = prefix if is_wrapped else f"{prefix}{name}."
         yield from _base_tensors(child, path, in_adapter and not is_wrapped, is_merged)
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, int]:
+    if hasattr(module, "num_embeddings"):
+        return module.num_embeddings, module.embedding_dim
+    return module.out_features, module.in_features
 
 
 def _has_values(tensor: torch.Tensor) -> bool:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, fields, replace
 
 from huggingface_hub.errors import RevisionNotFoundError
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedConfig
 from transformers.utils import extract_commit_hash, find_adapter_config_file
 
-from .files import fetch, read_config
+from ..open_clip import CONFIG_FILE, find_checkpoint
+from .files import fetch, holds_model, read_config
 
 
 MODEL_CONFIG = "config.json"
@@ -83,7 +84,11 @@ class HubSettings:
         """
         if name_or_path is None or os.path.exists(name_or_path):
             return self
-        path = fetch(name_or_path, filename, **self.arguments)
+        path = None
+        if filename == MODEL_CONFIG:
+            optional = {**self.arguments, "_raise_exceptions_for_missing_entries": False}
+            path = fetch(name_or_path, filename, **optional) or fetch(name_or_path, CONFIG_FILE, **optional)
+        path = path or fetch(name_or_path, filename, **self.arguments)
         return replace(self, revision=extract_commit_hash(path, None) or self.revision)
 
     def __copy__(self) -> HubSettings:
@@ -102,6 +107,18 @@ def hub_settings_of(model: nn.Module) -> HubSettings:
     transformers keeps none of them on its own models. For these, the user's defaults hold.
     """
     return getattr(model, "hub_settings", None) or HubSettings()
+
+
+def load_config(name_or_path: str | os.PathLike, hub: HubSettings) -> PreTrainedConfig:
+    """Loads the configuration of a model, also of one of open_clip, as that of the equal model in transformers.
+
+    Raises:
+        OSError: If it cannot be loaded.
+        ValueError: If it is damaged, or of a model of open_clip that transformers cannot express.
+    """
+    if checkpoint := find_checkpoint(name_or_path, **hub.arguments):
+        return checkpoint.config
+    return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub.arguments)
 
 
 def load_tokenizer(name_or_path: str, hub: HubSettings, remedy: str):
@@ -123,6 +140,9 @@ def load_tokenizer(name_or_path: str, hub: HubSettings, remedy: str):
     if hub.revision is not None:
         place += f", revision {hub.revision!r}"
     try:
+        checkpoint = find_checkpoint(name_or_path, **hub.arguments)
+        if checkpoint is not None:
+            return checkpoint.tokenizer()
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **hub.arguments)
     except OSError as error:
         raise OSError(f"The tokenizer of {place} could not be loaded: {error}\n{remedy}") from error
@@ -132,15 +152,36 @@ def load_tokenizer(name_or_path: str, hub: HubSettings, remedy: str):
 
 
 def load_image_processor(model) -> BaseImageProcessor:
-    """Loads the image processor of a model from where, and with what, the model was loaded.
+    """
+    Loads the image processor of a model from where, and with what, the model was loaded.
+
+    It knows the configuration of open_clip, too, which `AutoImageProcessor` does not.
+
+    Args:
+        model (`PreTrainedModel`):
+            A classifier, or a model of a family.
+
+    Returns:
+        `BaseImageProcessor`: The image processor.
 
     Raises:
         OSError: If it cannot be loaded.
         ValueError: If the model has no `name_or_path`.
+
+    Example:
+
+    ```py
+    >>> from clip_prompt_peft import load_image_processor
+
+    >>> image_processor = load_image_processor(model)
+    >>> image_processor(images, return_tensors="pt")["pixel_values"]  # (B, 3, H, W)
+    ```
     """
     if not model.name_or_path:
         raise ValueError("The model has no name_or_path to load an image processor from; pass image_processor=...")
     hub = hub_settings_of(model).arguments
+    if checkpoint := find_checkpoint(model.name_or_path, **hub):
+        return checkpoint.image_processor()
     return AutoImageProcessor.from_pretrained(model.name_or_path, trust_remote_code=False, **hub)
 
 
@@ -172,7 +213,7 @@ def locate(
         # In transformers.pipeline nobody asked for a revision: the commit is the base model's, not the adapter's.
         adapter = adapter.at(None, adapter.subfolder)
     path = find_adapter_config_file(str(name_or_path), **adapter.arguments)
-    if path is None or os.path.isfile(os.path.join(name_or_path, MODEL_CONFIG)):  # a model with its adapter beside it
+    if path is None or holds_model(name_or_path):  # a model with its adapter beside it
         return name_or_path, hub.pinned(name_or_path), None
     config = read_config(path)
     base = config.base_model_name_or_path

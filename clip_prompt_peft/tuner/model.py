@@ -10,7 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..heads import ImageHead
-from ..towers import Tower, has_adapters
+from ..towers import Tower, find_towers, has_adapters
 from .base_layer import CLIPPromptLayer
 from .base_model import check_adapter_name, warn_of_other_classes
 from .config import CLIPPromptTuningConfig
@@ -18,6 +18,7 @@ from .files import check_tensors
 from .layer import CLIPTextLearnableEmbeddings
 from .layout import PromptLayout, chosen_towers, embed_width_of, find_heads, resolve
 from .projection import CLIPProjectedImages, CLIPTeacherClasses
+from .quantized import check_passes_gradients, keep_trainable
 from .vectors import CLIPDeepPrompts, CLIPVisionLearnableEmbeddings
 
 
@@ -81,7 +82,10 @@ class CLIPPromptTuningModel(BaseTuner):
                 self.targeted_module_names.append(key)
 
     def _prepare_adapter_config(self, peft_config: CLIPPromptTuningConfig, model_config: dict):
+        keep_trainable(self.model)
         resolved = resolve(peft_config, self.model)
+        if not peft_config.inference_mode:
+            check_passes_gradients(self.model, next(iter(find_towers(self.model, "text"))).like.dtype)
         if self._becomes_active and peft_config.has_weights:
             warn_of_other_classes(resolved, self.model)
         self.peft_config[self._injected] = resolved  # a copy: the user may use the same object for another model

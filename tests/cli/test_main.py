@@ -59,6 +59,7 @@ MISTAKES = [
     (["predict", "out", "cat.jpg", "--topk", "1"], "unrecognized arguments: --topk"),
     (["export", "out"], "clip-prompt export: error: the following arguments are required: OUT"),
     (["convert", "model.pth.tar-5", "out"], "required: --base_model_name_or_path"),
+    (["convert-open-clip", "me/model"], "required: OUT"),
     (["serve", "--port", "99999"], "clip-prompt serve: error: argument --port: expected a port from 0 to 65535"),
 ]
 
@@ -115,8 +116,8 @@ def test_the_version_is_that_of_the_library(monkeypatch):
 def test_a_command_gets_its_arguments(monkeypatch, name):
     got = []
     monkeypatch.setenv("TQDM_DELAY", "5")  # what the user sets stays
-    monkeypatch.setattr(f"clip_prompt_peft.commands.{name}.main", got.extend)
-    needed = {"predict": ["a", "b"], "export": ["a", "b"], "report": ["a"]}.get(name, [])
+    monkeypatch.setattr(f"clip_prompt_peft.commands.{name.replace('-', '_')}.main", got.extend)
+    needed = {"report": ["a"], **dict.fromkeys(("predict", "export", "convert-open-clip"), ["a", "b"])}.get(name, [])
     needed = ["a", "b", "--base-model-name-or-path", "c"] if name == "convert" else needed
     main([name, *needed])
     assert got == needed and os.environ["TQDM_DELAY"] == "5"

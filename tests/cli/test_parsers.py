@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 from transformers import TrainingArguments
 
-from clip_prompt_cli.fields import METHODS, METRICS, STYLES
+from clip_prompt_cli.fields import METHODS, METRICS, STYLES, TEST_TIME
 from clip_prompt_cli.parsers import (
     DATACLASSES,
     FIRST,
@@ -23,9 +23,11 @@ from clip_prompt_peft.commands.arguments import parser as train_parser
 from clip_prompt_peft.commands.benchmark import BenchmarkArguments, TrainingSettings
 from clip_prompt_peft.commands.common import DataclassParser
 from clip_prompt_peft.commands.data import DataArguments
+from clip_prompt_peft.commands.test_time import TDA
 from clip_prompt_peft.data.known_datasets import STYLES as STYLES_THAT_THERE_ARE
 from clip_prompt_peft.evaluation.metrics import compute_metrics
 from clip_prompt_peft.training.configs import PEFT_METHODS
+from clip_prompt_peft.training.test_time import OBJECTIVES
 
 
 PARSERS = {
@@ -43,6 +45,7 @@ def options_of(parser):
 def test_the_tables_are_those_of_the_library():
     assert set(METHODS) == {*PRESETS, *PEFT_METHODS}
     assert STYLES == STYLES_THAT_THERE_ARE
+    assert (*OBJECTIVES, TDA) == TEST_TIME
 
 
 @pytest.mark.parametrize("name", DATACLASSES)
@@ -103,7 +106,7 @@ def test_metrics_are_those_that_are_computed():
 
 
 def test_every_declared_argument_has_a_help():
-    for name in (*DATACLASSES, "predict", "export", "serve", "demo", "convert"):
+    for name in (*DATACLASSES, "predict", "export", "serve", "demo", "convert", "convert-open-clip"):
         for action in parser_of(name, show_all=True)._actions:
             assert action.help, (name, action.dest)
             assert action.help != argparse.SUPPRESS or action.dest in ("help", "help_all")

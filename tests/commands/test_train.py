@@ -154,6 +154,13 @@ def test_settings_may_stand_in_a_file(run_here, tmp_path):
             ["--method", "clip-lora", "--num_virtual_tokens", "4"],
             "--num_virtual_tokens is about vectors, and --method clip-lora learns none",
         ),
+        (
+            "train",
+            ["--method", "clap", "--num_virtual_tokens", "4"],
+            "--num_virtual_tokens is about vectors, and --method clap learns none",
+        ),
+        ("train", ["--method", "clap", "--label_smoothing_factor", "0.1"], "does not go with the regularizer 'pull'"),
+        ("train", ["--method", "tip-adapter", "--num_train_epochs", "3"], "no epochs and no steps.*tip-adapter-f"),
         ("train", ["--method", "kgcoop", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor keeps"),
         ("train", ["--output_dir", "/proc/none/out"], "--output_dir '/proc/none/out/seed1' cannot be written"),
         ("train", ["--output_dir", ""], "--output_dir must be the name of a folder"),

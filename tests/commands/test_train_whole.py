@@ -70,6 +70,25 @@ def test_clip_lora_is_trained_and_the_printed_lines_load_it(run_here, tmp_path):
     assert log["Learning rate"] == 0.02  # given; the schedule and the number of steps as well
 
 
+@pytest.mark.parametrize("method", ["tip-adapter", "2sfs"])
+def test_class_heads_are_trained_and_load_in_one_line(run_here, tmp_path, method):
+    options = {"tip-adapter": ["--augment"], "2sfs": ["--max_steps", 4, "--learning_rate", 0.02]}[method]
+    printed = run_here("train", "--method", method, "--shots", 1, "--num_seeds", 1, *options)
+    kind = "a class head" + (" and tuned LayerNorms" if method == "2sfs" else "")
+    assert re.search(rf"Saved outputs/prompt_tuning/seed1: \d+\.\d KB of {kind}\n", printed)
+    names = {}
+    exec(textwrap.dedent(printed.partition("Load it with\n")[2].partition("or classify")[0]), names)
+    model = names["model"].eval()
+    assert not model.active_peft_config.starts_later
+    dataset = load_image_dataset(files={"train": str(EMOJI / "fluenthc-test.parquet")})["train"]
+    examples = with_pixel_values(dataset, AutoImageProcessor.from_pretrained(TINY_CLIP))[:]
+    with torch.no_grad():
+        answers = model(pixel_values=torch.stack(examples["pixel_values"])).logits.argmax(dim=-1)
+    accuracy = (answers == torch.tensor(examples["labels"])).float().mean().item()
+    results = json.loads((tmp_path / "outputs/prompt_tuning/results.json").read_text())
+    assert results["tuned"][0]["fluenthc"]["accuracy"] == pytest.approx(accuracy)
+
+
 def test_the_zero_shot_row_is_what_plain_clip_answers(tuned, clip, tokenizer):
     _, _, results = tuned
     dataset = load_image_dataset(files={"train": str(EMOJI / "noto-test.parquet")})["train"]

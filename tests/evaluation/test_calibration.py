@@ -11,7 +11,7 @@ import pytest
 import torch
 from adapters import change_config, logits_of, tuned
 from conftest import CLASS_NAMES, EMOJI, TINY_CLIP
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
@@ -168,6 +168,13 @@ class TestOfAModel:
             fit_temperature(model, images)
         assert not caplog.records
 
+    def test_rows_may_be_a_list_and_a_number_of_any_type(self, model, images, image_processor):
+        rows = cache_image_embeds(images, model, image_processor)
+        expected = fit_temperature(model, rows).temperature
+        assert fit_temperature(model, [rows[i] for i in range(len(rows))]).temperature == pytest.approx(expected)
+        model.set_temperature(np.float32(2))
+        assert model.temperature == 2 and type(model.temperature) is float
+
     def test_validation_images_need_not_have_every_class(self, model, images):
         labels = np.array(images["label"][:])
         fit_temperature(model, images.select(np.flatnonzero(labels < 3)))
@@ -202,6 +209,7 @@ class TestIsRefused:
             (images.select([]), "There are no validation images"),
             (images.rename_column("image", "photo"), "must be in the column 'image'.*the data set has"),
             (rows, "have no labels"),
+            (DatasetDict(validation=images), r"got DatasetDict of \['validation'\]; name one of them"),
         ):
             with pytest.raises(ValueError, match=message):
                 fit_temperature(model, data)

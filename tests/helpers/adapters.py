@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from clip_prompt_peft import CLIPPromptTuningConfig, CLIPTextLearnableEmbeddings
+from clip_prompt_peft import ClassHeadConfig, CLIPPromptTuningConfig, CLIPTextLearnableEmbeddings, fit_class_head
 from clip_prompt_peft.tuner import CLIPTeacherClasses
 
 
@@ -52,6 +52,16 @@ def randomize(model, adapter_name="default", seed=0):
     """Gives the adapter vectors that are far from any word, as if it had been trained."""
     vectors = vectors_of(model, adapter_name)
     vectors.copy_(0.1 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def fitted(model):
+    """The model, of which a class head, if it has one, has read a few images of each class."""
+    if isinstance(model.active_peft_config, ClassHeadConfig) and model.active_peft_config.target_modules is None:
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.arange(12) % len(model.class_names)
+        embeds = torch.randn(12, model.get_base_model().embed_width, generator=generator)
+        fit_class_head(model, {"image_embeds": embeds, "labels": labels})
+    return model
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
 It runs in a process of its own, in an empty folder, with HF_ENDPOINT set to the stand-in of the Hub.
 """
 
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -24,6 +25,7 @@ def photos(namespace):
             folder.mkdir(parents=True, exist_ok=True)
             icon["image"].convert("RGB").save(folder / f"{number:03}.png")
     icons[0]["image"].convert("RGB").save("cat.jpg")
+    shutil.copytree("photos/test", "photos/validation")  # for docs/uncertainty.md
 
 
 def names_and_images(namespace):

@@ -164,6 +164,24 @@ def test_lora_changes_both_towers_and_leaves_none_of_it(open_benchmark, backbone
     torch.testing.assert_close(dict(backbone.model.state_dict()), before)
 
 
+@pytest.mark.parametrize("method", ["tip-adapter", "clap", pytest.param("2sfs", marks=pytest.mark.slow)])
+def test_class_heads_answer_for_new_classes_and_leave_nothing_behind(open_benchmark, backbone, method):
+    before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    benchmark = open_benchmark()
+    (run,), (zero_shot, *_) = base_to_new("noto", [method], (1,), (1,)), base_to_new("noto", ["zero-shot"], (1,), (1,))
+    benchmark.run([run, zero_shot])
+    differ = {
+        test: not np.allclose(
+            *(benchmark.results.predictions(one, test).confidence for one in (run, zero_shot)), rtol=1e-3
+        )
+        for test in run.tests
+    }
+    assert differ == {"base": True, "new": method == "2sfs"}  # whose text tower is tuned
+    num_trained, num_bytes = benchmark.results.size(run)
+    assert num_trained == {"tip-adapter": 0, "clap": 6 * 128, "2sfs": 4096 + 6 * 128}[method] and num_bytes > 0
+    torch.testing.assert_close(dict(backbone.model.state_dict()), before)
+
+
 def test_the_size_is_that_of_the_saved_adapter(open_benchmark, backbone, tmp_path):
     benchmark = open_benchmark()
     runs = few_shot_curve("noto", ["zero-shot", "linear-probe", "clip-lora", "coop"], (1,), (1,))

@@ -6,7 +6,7 @@ from adapters import as_if_trained
 from families import FAMILIES, Case, takes
 from peft import IA3Config, LNTuningConfig, LoraConfig, TrainableTokensConfig, get_peft_model
 
-from clip_prompt_peft import PRESETS
+from clip_prompt_peft import PRESETS, ClassHeadConfig
 from clip_prompt_peft.text.class_aware import pack_class_aware
 from clip_prompt_peft.text.packing import CUT, PACKED, PATHS, PLAIN, build_chunk, exact_path, num_shared_positions
 
@@ -17,6 +17,7 @@ OTHER_METHODS = {
     "ia3": IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]),
     "ln_tuning": LNTuningConfig(target_modules=["layer_norm1", "final_layer_norm"]),
     "trainable_tokens": TrainableTokensConfig(target_modules=["token_embedding"], token_indices=[5, 6]),
+    "class_head": ClassHeadConfig(target_modules="block-layernorms"),
     "modules_to_save": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["fc1", "text_projection"]),
 }
 

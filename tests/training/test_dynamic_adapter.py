@@ -76,7 +76,7 @@ def test_a_classifier_gives_its_classes_and_scale(classifier, pixel_values):
 
 
 def test_classifiers_without_fixed_classes_are_refused(classifier, clip):
-    with pytest.raises(TypeError, match="must be a classifier"):
+    with pytest.raises(TypeError, match="needs a classifier"):
         DynamicAdapter.of(clip)
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         DynamicAdapter.of(classifier.train())

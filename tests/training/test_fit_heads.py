@@ -1,13 +1,18 @@
 """Training of class heads with the stock Trainer: what they read off the images, and two stages in one run."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+import two_stage_processes
 from cases import new_classifier
 from conftest import CLASS_NAMES, slow_param
 from datasets import Dataset
 from families import FAMILIES
+from launching import torchrun
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -314,3 +319,18 @@ def test_layer_norms_of_the_layers_are_found_in_every_family(family):
     assert all("layer" in path for path in paths) and not any("embeddings" in path for path in paths)
     assert len({path.partition(".")[0] for path in paths}) == 2
     assert not any(path.rpartition(".")[2].startswith(("post_", "pre_", "final_")) for path in paths)
+
+
+@pytest.mark.slow
+def test_two_processes_train_both_stages_as_one_does(tmp_path):
+    command = [sys.executable, "-m", *torchrun(2).split(), two_stage_processes.__file__, str(tmp_path)]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = two_stage_processes.trained(tmp_path / "alone", num_processes=1)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys() == alone.keys()
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5)
