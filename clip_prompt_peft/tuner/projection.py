@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from ..heads import ClassHead
 from ..towers import entry_of, execution_device
 from .base_layer import CLIPPromptLayer
 from .config import CLIPPromptTuningConfig
