@@ -37,8 +37,8 @@ def check_has_place(config) -> None:
     """Raises `ValueError` if an adapter of a configuration is saved without its calibration."""
     if not isinstance(config, ClassifierAdapterConfig):
         raise ValueError(
-            f"--calibrate is saved with prompts and class heads, and this --method trains {config.peft_type.value} of "
-            "peft, which has no place for it. Merge such an adapter and call fit_temperature on the classifier "
+            f"--calibrate is saved with adapters of this package, and this --method trains {config.peft_type.value} "
+            "of peft, which has no place for it. Merge such an adapter and call fit_temperature on the classifier "
             "instead, or choose another --method."
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from ..heads import ClassHead
 from ..towers import entry_of, execution_device
 from .base_layer import CLIPPromptLayer
 from .config import CLIPPromptTuningConfig
@@ -15,8 +16,6 @@ from .tensors import empty_linear, empty_vectors, trainable_dtype
 
 
 TEACHER_EMBEDS = "learnable_teacher_embeds"
-# What a class head does that teachers have no part in.
-OF_CLASS_HEAD = ("adapter_config", "baked", "class_names", "label_with", "loss_terms", "set_class_names")
 
 
 class ProjectorNorm(nn.BatchNorm1d):
@@ -218,8 +217,9 @@ class CLIPTeacherClasses(CLIPPromptLayer):
             self._rows = key, torch.tensor([row_of[class_name] for class_name in class_names], device=device)
         return self._rows[1]
 
+    # What a class head does beside these methods, it does itself.
     def __getattr__(self, name):
-        if name in OF_CLASS_HEAD:
+        if name in vars(ClassHead):
             return getattr(self.base_layer, name)
         return super().__getattr__(name)
 
