@@ -77,6 +77,11 @@ class ClassHead(nn.Module):
         """The configuration of the active adapter, with its class names, template and problem type; or `None`."""
         return None
 
+    @property
+    def configs_in_effect(self) -> list:
+        """The configurations of the adapters that answer here, of which there is one at most."""
+        return []
+
     def set_class_names(self, class_names: Sequence[str]) -> None:
         """Changes the classes in use, also of the active adapter."""
 

@@ -223,6 +223,11 @@ class PromptClassificationMixin(CalibratedClassifierMixin):
         return embeds if embeds.requires_grad else embeds.clone()  # the encoder may keep its own for the next call
 
     def _class_embeds(self, layout: PromptLayout | None, image_embeds: torch.Tensor | None) -> torch.Tensor:
+        if layout is not None and self.class_head.configs_in_effect:
+            raise ValueError(
+                "Prompts and a class head are active together, and both would answer for the classes; activate one of "
+                "the adapters with set_adapter."
+            )
         return self.class_head.class_embeds(self._class_names(layout), lambda: self._encode(layout, image_embeds))
 
     def _encode(self, layout: PromptLayout | None, image_embeds: torch.Tensor | None) -> torch.Tensor:

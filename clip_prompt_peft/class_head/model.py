@@ -12,7 +12,7 @@ from torch import nn
 
 from ..text import normalize
 from ..towers import execution_device
-from ..tuner.base_model import check_adapter_name, warn_of_other_classes
+from ..tuner.base_model import check_adapter_name, forget_if_refused, warn_of_other_classes
 from ..tuner.files import INDEX, check_tensors
 from .config import CACHE, ClassHeadConfig
 from .heads import LinearHead
@@ -52,7 +52,8 @@ class ClassHeadModel(LNTuningModel):
         check_adapter_name(adapter_name)
         # peft activates the first adapter of a tuner, and transformers makes a new tuner for each adapter.
         self._becomes_active, self._injected = not hasattr(self, "_injected"), adapter_name
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with forget_if_refused(self, adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config, model_config: dict):
         resolved = resolve(peft_config, self.model)

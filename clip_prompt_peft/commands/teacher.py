@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +65,7 @@ def check_teacher(method: str | None, teacher: str | None) -> None:
 def load_teacher(name: str, class_names: Sequence[str], template: str, **hub) -> Teacher:
     """Loads the classifier, or adapter, and gives it the classes of the data set."""
     if not holds_model(name):
-        name = find_adapter(name) if os.path.exists(name) else name
+        name = find_adapter(name)
     model = AutoModelForPromptClassification.from_pretrained(name, **hub)
     own = model.class_names
     if own is None:

@@ -55,6 +55,7 @@ class DynamicAdapter:
             The share of the views to keep, those of lowest entropy, if images have several.
 
     Raises:
+        TypeError: If class embeddings are no tensor.
         ValueError: If class embeddings are no matrix of finite values, or an argument is not of the kind described
             above.
 

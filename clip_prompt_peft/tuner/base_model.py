@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .base_config import PROBLEM_TYPES, ClassifierAdapterConfig
@@ -21,6 +24,17 @@ def check_adapter_name(name: str) -> None:
             f"An adapter cannot be named {name!r}: a module and a folder are named after it, so it must "
             "not be empty nor hold '.', '/' or a backslash."
         )
+
+
+@contextmanager
+def forget_if_refused(tuner: BaseTuner, adapter_name: str) -> Iterator[None]:
+    """Removes the configuration of an adapter that could not be put into a model. Otherwise it could be activated, as
+    transformers, unlike peft, keeps it."""
+    try:
+        yield
+    except Exception:
+        tuner.peft_config.pop(adapter_name, None)
+        raise
 
 
 def config_value(model: nn.Module, name: str):

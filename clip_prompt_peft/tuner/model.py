@@ -12,7 +12,7 @@ from torch import nn
 from ..heads import ImageHead
 from ..towers import Tower, find_towers, has_adapters
 from .base_layer import CLIPPromptLayer
-from .base_model import check_adapter_name, warn_of_other_classes
+from .base_model import check_adapter_name, forget_if_refused, warn_of_other_classes
 from .config import CLIPPromptTuningConfig
 from .files import check_tensors
 from .layer import CLIPTextLearnableEmbeddings
@@ -64,7 +64,8 @@ class CLIPPromptTuningModel(BaseTuner):
         check_adapter_name(adapter_name)
         # peft activates the first adapter of a tuner, and transformers makes a new tuner for each adapter.
         self._becomes_active, self._injected = not hasattr(self, "_injected"), adapter_name
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with forget_if_refused(self, adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._wrap_without_tensors(adapter_name)
         if self.peft_config[adapter_name].vision_prompts_from_text:
             self._connect_towers(adapter_name)

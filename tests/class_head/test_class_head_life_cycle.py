@@ -179,6 +179,42 @@ def test_transformers_adds_switches_disables_and_loads_heads(pixel_values, zero_
         new_classifier().load_adapter(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("fields", [{}, {"projection_dim": 8, "num_virtual_tokens": 0}], ids=["prompts", "projection"])
+def test_transformers_switches_between_a_head_and_prompts(fields, pixel_values, zero_shot, tmp_path):
+    head = headed("clap")
+    head.set_temperature(2.0)
+    head.save_pretrained(tmp_path / "head")
+    prompts = get_peft_model(new_classifier(), CLIPPromptTuningConfig(**fields))
+    if fields:
+        prompts.set_teacher_class_embeds(torch.randn(len(CLASS_NAMES), 8))
+    as_if_trained(prompts).eval().save_pretrained(tmp_path / "prompts")
+    expected = {"head": logits_of(head, pixel_values), "prompts": logits_of(prompts, pixel_values)}
+    classifier = new_classifier().eval()
+    for name in expected:
+        classifier.load_adapter(tmp_path / name, adapter_name=name)
+    with pytest.raises(ValueError, match=r"active together.*set_adapter"):
+        logits_of(classifier, pixel_values)
+    for name in ("head", "prompts", "head"):
+        classifier.set_adapter(name)
+        assert torch.equal(logits_of(classifier, pixel_values), expected[name])
+        assert classifier.temperature == (2.0 if name == "head" else None)
+    classifier.disable_adapters()
+    torch.testing.assert_close(logits_of(classifier, pixel_values), zero_shot, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"projection_dim": 8, "num_virtual_tokens": 0}], ids=["prompts", "projection"])
+def test_a_head_that_is_refused_leaves_nothing(fields, tmp_path):
+    headed("clap").save_pretrained(tmp_path)
+    classifier = new_classifier().eval()
+    classifier.add_adapter(CLIPPromptTuningConfig(**fields), "prompts")
+    with pytest.raises(ValueError, match="holds prompts"):
+        classifier.load_adapter(tmp_path, adapter_name="head")
+    assert list(classifier.peft_config) == ["prompts"]
+    with pytest.raises(ValueError, match="head"):
+        classifier.set_adapter("head")
+
+
 def test_it_cannot_be_merged():
     model = headed("2sfs")
     before = {name: value.clone() for name, value in model.state_dict().items()}

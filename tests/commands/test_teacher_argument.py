@@ -46,7 +46,8 @@ def test_an_adapter_of_another_training_is_the_teacher(run_here, images, tmp_pat
             "--method promptkd learns from a teacher instead of labels; name one with --teacher",
         ),
         (["--method", "ivlp", "--teacher", TINY_CLIP], "is for --method promptkd only, got --method ivlp"),
-        (["--method", "promptkd", "--teacher", "./nowhere"], "nowhere"),
+        (["--method", "promptkd", "--teacher", "./nowhere"], "There is no folder './nowhere'"),
+        (["--method", "promptkd", "--teacher", "images/nowhere"], "There is no folder 'images/nowhere'; in "),
         (
             ["--method", "promptkd", "--teacher", TINY_CLIP, "--num_virtual_tokens", "2"],
             "set --num_virtual_tokens 0, got 2",

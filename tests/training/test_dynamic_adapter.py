@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from families import FAMILIES
 from peft import get_peft_model
 from torch.testing import assert_close
 
-from clip_prompt_peft import CLIPPromptTuningConfig, DynamicAdapter
+from clip_prompt_peft import CLIPPromptTuningConfig, DynamicAdapter, TestTimeTuner
 
 
 CLASSES = torch.eye(3)
@@ -73,6 +74,22 @@ def test_a_classifier_gives_its_classes_and_scale(classifier, pixel_values):
         logits = adapter(embeds).logits
     assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert not adapter.class_embeds.is_inference()
+
+
+def test_a_scale_has_the_bound_of_its_family():
+    classifier = FAMILIES["Aimv2"].classifier().eval()
+    classifier.logit_scale.data.fill_(6.0)  # above the logarithm of 100
+    embeds = torch.randn(3, classifier.embed_width)
+    expected = classifier(image_embeds=embeds).logits
+    adapter = DynamicAdapter.of(classifier, positive_weight=0.0, negative_weight=0.0)
+    assert_close(adapter(embeds).logits, expected, atol=1e-4, rtol=1e-4)
+    tuner = TestTimeTuner(classifier, selection=1.0, learning_rate=1e-12)
+    assert_close(tuner(image_embeds=embeds[:, None]).logits, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_classifier_in_place_of_class_embeddings_is_told(classifier):
+    with pytest.raises(TypeError, match=r"got a CLIPForPromptClassification; DynamicAdapter\.of\(model\)"):
+        DynamicAdapter(classifier)
 
 
 def test_classifiers_without_fixed_classes_are_refused(classifier, clip):
