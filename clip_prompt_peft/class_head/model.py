@@ -147,8 +147,11 @@ class ClassHeadModel(LNTuningModel):
         device = head.class_embeds.device
         image_embeds, labels = image_embeds.to(device), labels.to(device)
         rows = head.start if isinstance(head, LinearHead) and config.pull else head.class_embeds
-        prediction = self.model.predict(image_embeds.flatten(0, 1), normalize(rows))  # of the zero-shot model
-        probabilities = prediction.logits.softmax(dim=1).unflatten(0, image_embeds.shape[:2])
+
+        def probabilities() -> torch.Tensor:  # (N, K, C), which are many values
+            prediction = self.model.predict(image_embeds.flatten(0, 1), normalize(rows))
+            return prediction.logits.softmax(dim=1).unflatten(0, image_embeds.shape[:2])
+
         head.fit(image_embeds, labels, probabilities)
         if config.head_type == CACHE:
             config.num_keys = len(labels)

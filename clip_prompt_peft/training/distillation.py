@@ -40,8 +40,19 @@ def distillation_loss(
         temperature (`float`, *optional*, defaults to 1.0):
             By which both logits are divided.
 
+    Returns:
+        `torch.Tensor`: The loss, a single value in float32.
+
     Raises:
         ValueError: If the shapes differ.
+
+    Example:
+
+    ```py
+    >>> logits = torch.tensor([[2.0, 0.0]])
+    >>> distillation_loss(logits, teacher_logits=logits)
+    tensor(0.)
+    ```
     """
     if logits.shape != teacher_logits.shape:
         raise ValueError(
