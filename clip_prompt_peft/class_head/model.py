@@ -11,9 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..text import normalize
-from ..towers import execution_device
+from ..towers import execution_device, find_towers
 from ..tuner.base_model import check_adapter_name, warn_of_other_classes
 from ..tuner.files import INDEX, check_tensors
+from ..tuner.quantized import check_passes_gradients
 from .config import CACHE, ClassHeadConfig
 from .heads import LinearHead
 from .layer import MERGE_OBSTACLE, ClassHeadLayer, TunedLayerNorm
@@ -59,6 +60,8 @@ class ClassHeadModel(LNTuningModel):
         if self._becomes_active and peft_config.has_weights:
             warn_of_other_classes(resolved, self.model)
         self._layer_norms = layer_norms(resolved, self.model)
+        if self._layer_norms and not peft_config.inference_mode:
+            check_passes_gradients(self.model, next(iter(find_towers(self.model, "text"))).like.dtype)
         self._start = None if peft_config.has_weights else self._start_without_others(resolved)
         self.peft_config[self._injected] = resolved  # a copy: the user may use the same object for another model
         return resolved

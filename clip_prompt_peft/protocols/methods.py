@@ -210,10 +210,8 @@ def _distilled(all_classes: bool, backbone: Backbone, train: ImageSet, seed: int
     of the classes in `train` (inductive). Then the teacher gives it embeddings of new classes after its training.
     """
     of_teacher = replace(backbone, model=copy.deepcopy(backbone.model))
-    with _tuned(of_teacher, train, seed, method_config(TEACHER_PRESET, of_teacher.model), TEACHER_PRESET) as (
-        teacher,
-        _,
-    ):
+    of_prompts = method_config(TEACHER_PRESET, of_teacher.model)
+    with _tuned(of_teacher, train, seed, of_prompts, TEACHER_PRESET) as (teacher, _):
         images = train.pool.classes() if all_classes else train.whole_classes()
         teacher.set_class_names(images.class_names)
         config = method_config("promptkd", backbone.model, projection_dim=teacher.get_base_model().embed_width)
