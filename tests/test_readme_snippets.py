@@ -25,6 +25,7 @@ CHAINS = [
     [DOCS / "lora_beside_prompts.md"],
     [DOCS / "families.md"],
     [DOCS / "open_clip.md"],
+    [DOCS / "distillation.md"],
 ]
 ARE_NOT_RUN = {ROOT / "CONTRIBUTING.md"}  # changes to the library itself
 
