@@ -131,7 +131,7 @@ class DynamicAdapter:
                 "activate another adapter, or disable it."
             )
         with torch.inference_mode(False), torch.no_grad():
-            class_embeds, logit_scale = classifier.get_class_embeds(), classifier.logit_scale.exp().item()
+            class_embeds, logit_scale = classifier.get_class_embeds(), classifier.log_scale.exp().item()
         return cls(class_embeds, logit_scale, **settings)
 
     def reset(self) -> None:

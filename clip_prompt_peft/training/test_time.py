@@ -380,7 +380,7 @@ class _Run:
 
     def logits(self, image_embeds: torch.Tensor, class_embeds: torch.Tensor) -> torch.Tensor:
         """Returns (B, V, C) for normalized embeddings (B, V, E) and (C, E) or (B, C, E), as the classifier does."""
-        scale, bias = self.classifier.logit_scale.detach().exp(), getattr(self.classifier, "logit_bias", None)
+        scale, bias = self.classifier.log_scale.detach().exp(), getattr(self.classifier, "logit_bias", None)
         with torch.autocast(image_embeds.device.type, enabled=False):
             logits = scale.to(class_embeds) * (image_embeds @ class_embeds.mT)
             return logits if bias is None else logits + bias.detach().to(class_embeds)
