@@ -279,17 +279,18 @@ class BakedClassifier(nn.Module):
     """A classifier with fixed class embeddings (C, E), which maps pixel values to logits and image embeddings."""
 
     def __init__(
-        self, classifier: PromptClassificationMixin, class_embeds: torch.Tensor, class_head: nn.Module
+        self, classifier: PromptClassificationMixin, class_embeds: torch.Tensor, class_head: nn.Module | None = None
     ) -> None:
         super().__init__()
+        temperature = classifier.temperature or 1.0  # of all logits, those of a cache included
         if isinstance(class_head, CachedImages):
-            class_head = CachedImages(class_head.keys.detach(), class_head.values, class_head.alpha, class_head.beta)
+            alpha, beta = class_head.alpha / temperature, class_head.beta
+            class_head = CachedImages(class_head.keys.detach(), class_head.values, alpha, beta)
         self.class_head = class_head
         self.vision_model = classifier.vision_model
         self.visual_projection = getattr(classifier, "visual_projection", nn.Identity())
         self.image_head = classifier.image_head
         self.register_buffer("class_embeds", class_embeds)
-        temperature = classifier.temperature or 1.0
         self.register_buffer("scale", classifier.log_scale.detach().exp() / temperature)
         bias = getattr(classifier, "logit_bias", torch.zeros_like(self.scale))
         self.register_buffer("bias", bias.detach() / temperature)

@@ -260,6 +260,5 @@ def classifier_class(config: PreTrainedConfig) -> type[PromptClassificationMixin
             return classifier
     supported = ", ".join(f"{one.config_class.model_type} ({one.base_class.__name__})" for one in CLASSIFIERS)
     raise ValueError(
-        f"{type(config).__name__} (model type {config.model_type!r}) is not of a supported family: {supported}. "
-        "Checkpoints of open_clip have to be in transformers' format."
+        f"{type(config).__name__} (model type {config.model_type!r}) is not of a supported family: {supported}."
     )

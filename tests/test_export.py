@@ -25,6 +25,7 @@ from clip_prompt_peft.export import (
     export_classifier,
     write_int8,
 )
+from clip_prompt_peft.heads import CachedImages
 
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -109,6 +110,7 @@ def test_class_heads_are_exported_with_all_that_they_add(dataset, pixel_values, 
     fields = {"alpha": 2.0, "beta": 3.0} if method == "tip-adapter-f" else {}
     model = as_if_trained(fitted(get_peft_model(base, method_config(method, base, **fields)))).eval()
     model.set_class_names(["owl", *model.class_names[:3]])  # one that the head does not know
+    base.set_temperature(1.6)
     expected = logits_of(model, pixel_values)
     export_classifier(model, tmp_path)
     torch.testing.assert_close(run(tmp_path / ONNX_FILE, pixel_values)[0], expected, rtol=0, atol=1e-4)
@@ -268,8 +270,22 @@ def test_a_temperature_is_part_of_scale_and_bias(family):
     with torch.no_grad():
         raw = classifier(**inputs).logits
         classifier.set_temperature(2.5)
-        logits, _ = BakedClassifier(classifier, classifier.get_class_embeds())(**inputs)
+        logits, _ = BakedClassifier(classifier, classifier.get_class_embeds(), classifier.class_head)(**inputs)
     torch.testing.assert_close(logits, raw / 2.5, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_temperature_divides_what_a_cache_of_images_adds():
+    classifier = Case("CLIP").classifier().eval()
+    images = Case("CLIP").images["pixel_values"]
+    keys = torch.nn.functional.normalize(torch.randn(6, classifier.embed_width))
+    cache = CachedImages(keys, torch.eye(6)[:, :4], 2, 3)
+    logits = []
+    for temperature in (None, 2.5):
+        classifier.set_temperature(temperature)
+        logits.append(BakedClassifier(classifier, classifier.get_class_embeds(), cache)(images)[0])
+    torch.testing.assert_close(logits[1], logits[0] / 2.5, rtol=0, atol=1e-4)
+    assert cache.alpha == 2
 
 
 @pytest.mark.slow

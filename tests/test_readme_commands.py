@@ -19,7 +19,8 @@ COMMAND = re.compile(
     r"(?P<arguments>[^`\n]*)"
 )
 WITHOUT_A_PARSER = {f"tests/helpers/{name}.py" for name in ("dying_process", "readme_snippets", "run_notebook")} | {
-    "examples/classify_onnx.py"  # a short script that needs few packages
+    "examples/classify_onnx.py",  # a short script that needs few packages
+    "tests/golden/record_open_clip.py",  # needs open_clip
 }
 PACKAGE = "clip_prompt_peft.commands"
 

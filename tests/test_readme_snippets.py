@@ -12,20 +12,19 @@ import pytest
 import run_snippets
 from conftest import ROOT, TINY_CLIP
 from hub_stand_in import HubStandIn
+from open_clip_cases import with_openai_s_vocabulary
 from readme_snippets import DOCUMENTS, snippets_of
 
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 # Each line in a process of its own, in which the later documents go on from the earlier ones, as their text says.
-LATER = ("data", "methods", "training", "hub", "export", "scaling", "uncertainty")
+LATER = ("data", "methods", "training", "hub", "export", "scaling", "uncertainty", "test_time")
 CHAINS = [
-    [
-        README,
-        *(DOCS / f"{name}.md" for name in ("data", "methods", "training", "hub", "export", "scaling", "uncertainty")),
-    ],
+    [README, *(DOCS / f"{name}.md" for name in LATER)],
     [DOCS / "lora_beside_prompts.md"],
     [DOCS / "families.md"],
+    [DOCS / "open_clip.md"],
     [DOCS / "distillation.md"],
 ]
 ARE_NOT_RUN = {ROOT / "CONTRIBUTING.md"}  # changes to the library itself
@@ -56,11 +55,13 @@ def test_all_documents_with_snippets_are_run():
 
 
 @pytest.fixture(scope="module")
-def hub():
+def hub(tmp_path_factory):
     with HubStandIn() as hub:
         files = {path.name: path.read_bytes() for path in Path(TINY_CLIP).iterdir()}
         for name in ("openai/clip-vit-base-patch16", "patrickjohncyh/fashion-clip"):
             hub.repos[name] = files
+        folder = with_openai_s_vocabulary(tmp_path_factory.mktemp("open_clip"))
+        hub.repos["imageomics/bioclip-2"] = {path.name: path.read_bytes() for path in folder.iterdir()}
         yield hub
 
 

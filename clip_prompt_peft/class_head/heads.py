@@ -54,6 +54,8 @@ class LinearHead(nn.Module):
             probabilities (`torch.Tensor`):
                 (N, K, C), of the zero-shot model.
         """
+        if not hasattr(self, "start"):
+            return
         of_label = probabilities[torch.arange(len(labels)), :, labels].mean(dim=1)  # (N,)
         sums = torch.zeros_like(self.pull_weights).index_add(0, labels, of_label.to(self.pull_weights))
         self.pull_weights.copy_(sums / labels.bincount(minlength=len(sums)))

@@ -15,6 +15,7 @@ from ..towers import execution_device
 from ..tuner.base_model import check_adapter_name, warn_of_other_classes
 from ..tuner.files import INDEX, check_tensors
 from .config import CACHE, ClassHeadConfig
+from .heads import LinearHead
 from .layer import MERGE_OBSTACLE, ClassHeadLayer, TunedLayerNorm
 from .resolve import HEAD, layer_norms, resolve, start_of
 
@@ -143,11 +144,10 @@ class ClassHeadModel(LNTuningModel):
     def fit_head(self, image_embeds: torch.Tensor, labels: torch.Tensor, adapter_name: str) -> None:
         """Reads off (N, K, E) embeddings of K views of N training images, and (N,) labels, what a head needs."""
         head, config = self.head.head(adapter_name), self.config_of(adapter_name)
-        if head.is_fitted and config.head_type != CACHE:
-            return
         device = head.class_embeds.device
         image_embeds, labels = image_embeds.to(device), labels.to(device)
-        prediction = self.model.predict(image_embeds.flatten(0, 1), normalize(head.class_embeds))
+        rows = head.start if isinstance(head, LinearHead) and config.pull else head.class_embeds
+        prediction = self.model.predict(image_embeds.flatten(0, 1), normalize(rows))  # of the zero-shot model
         probabilities = prediction.logits.softmax(dim=1).unflatten(0, image_embeds.shape[:2])
         head.fit(image_embeds, labels, probabilities)
         if config.head_type == CACHE:

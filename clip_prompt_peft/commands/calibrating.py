@@ -9,7 +9,7 @@ from ..evaluation.calibration import TemperatureFit, fit_temperature
 from ..evaluation.comparison import Answers
 from ..evaluation.conformal import ConformalClassifier
 from ..evaluation.tables import counted
-from ..tuner import CLIPPromptTuningConfig
+from ..tuner import ClassifierAdapterConfig
 
 
 def images_to_calibrate(is_asked: bool, splits: DatasetDict, test_sets: dict[str, Dataset]) -> Dataset | None:
@@ -35,10 +35,10 @@ def images_to_calibrate(is_asked: bool, splits: DatasetDict, test_sets: dict[str
 
 def check_has_place(config) -> None:
     """Raises `ValueError` if an adapter of a configuration is saved without its calibration."""
-    if not isinstance(config, CLIPPromptTuningConfig):
+    if not isinstance(config, ClassifierAdapterConfig):
         raise ValueError(
-            f"--calibrate is saved with adapters of prompts, and this --method trains {config.peft_type.value} of "
-            "peft, which has no place for it. Merge such an adapter and call fit_temperature on the classifier "
+            f"--calibrate is saved with adapters of this package, and this --method trains {config.peft_type.value} "
+            "of peft, which has no place for it. Merge such an adapter and call fit_temperature on the classifier "
             "instead, or choose another --method."
         )
 

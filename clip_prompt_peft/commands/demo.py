@@ -15,9 +15,10 @@ from PIL import Image
 
 from clip_prompt_cli.parsers import parse
 
-from .. import AutoModelForPromptClassification, CLIPPromptTuningConfig, PeftModelForPromptClassification
+from .. import AutoModelForPromptClassification, PeftModelForPromptClassification
 from ..data.known_datasets import STYLES, load_style
 from ..image_files import decode_image, process_images
+from ..tuner import ClassifierAdapterConfig
 from ..tuner.hub import HubSettings, load_image_processor
 from .adapters import base_model_of, find_adapters
 from .common import (
@@ -56,6 +57,11 @@ class Comparison:
 
     def __init__(self, base: str, adapters: Mapping[str, str], hub: HubSettings | None = None) -> None:
         paths = {name: path for name, path in adapters.items() if is_classifier(path)}
+        kinds = {PeftConfig.from_pretrained(path).peft_type.value for path in paths.values()}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"Adapters of several kinds ({', '.join(sorted(kinds))}) do not fit into one model; name those of one."
+            )
         if not paths:
             raise ValueError(f"There are no adapters with class names in {', '.join(map(repr, adapters.values()))}.")
         self._classifier = AutoModelForPromptClassification.from_pretrained(base, **(hub.arguments if hub else {}))
@@ -89,7 +95,7 @@ class Comparison:
 
 def is_classifier(path: str) -> bool:
     config = PeftConfig.from_pretrained(path)
-    return isinstance(config, CLIPPromptTuningConfig) and bool(config.class_names)
+    return isinstance(config, ClassifierAdapterConfig) and bool(config.class_names)
 
 
 def build_demo(comparison: Comparison, examples: list[Image.Image]) -> gr.Blocks:

@@ -282,7 +282,7 @@ def check_files(path: Path) -> None:
     """Raises `ValueError` if a folder does not hold the adapter of a classifier."""
     config = PeftConfig.from_pretrained(path)
     if not isinstance(config, CLIPPromptTuningConfig):
-        raise ValueError(f"it is of type {config.peft_type}, not of CLIP prompt tuning.")
+        raise ValueError(f"it is of type {config.peft_type.value}, and the service takes adapters of prompts.")
     if not config.class_names:
         raise ValueError("it names no classes.")
     if not (path / WEIGHTS_NAME).is_file():  # peft would go on to look for a pickle

@@ -14,6 +14,7 @@ from transformers import BaseImageProcessor
 from .. import AutoModelForPromptClassification, DistillationTrainer, PromptClassificationMixin
 from ..data import cache_teacher_logits, with_pixel_values
 from ..training.recipes import TRAINERS
+from ..tuner.files import holds_model
 from ..tuner.hub import load_image_processor
 from .adapters import find_adapter
 
@@ -64,7 +65,7 @@ def check_teacher(method: str | None, teacher: str | None) -> None:
 
 def load_teacher(name: str, class_names: Sequence[str], template: str, **hub) -> Teacher:
     """Loads the classifier, or adapter, and gives it the classes of the data set."""
-    if not os.path.isfile(os.path.join(name, "config.json")):
+    if not holds_model(name):
         name = find_adapter(name) if os.path.exists(name) else name
     model = AutoModelForPromptClassification.from_pretrained(name, **hub)
     own = model.class_names

@@ -26,7 +26,7 @@ def fit_class_head(model: PeftModel, train_dataset) -> None:
 
     Args:
         model (`PeftModel`):
-            A classifier with an adapter of a [`ClassHeadConfig`], which is not trained yet.
+            A classifier with an adapter of a [`ClassHeadConfig`]. What was read before is replaced.
         train_dataset (`Dataset` or `Mapping`):
             The result of [`~data.cache_image_embeds`], with several views of each image or one, or tensors: N
             `image_embeds` (N, E) or (N, K, E), and `labels` (N,).

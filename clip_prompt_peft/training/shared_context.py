@@ -47,7 +47,8 @@ def check_logits(classifier: PromptClassificationMixin) -> None:
 
 def check_class_embeds(classifier: PromptClassificationMixin) -> None:
     """Raises `ValueError` if an adapter brings class embeddings of its own."""
-    made = classifier.logit_scale.detach()
+    shape = (len(classifier.class_names or ()), classifier.embed_width)
+    made = classifier.logit_scale.detach().new_zeros(shape)
     if classifier.class_head.class_embeds(classifier.class_names, lambda: made) is not made:
         raise ValueError(
             "An active adapter has class embeddings of its own, which no context can be tuned for; disable it, or "

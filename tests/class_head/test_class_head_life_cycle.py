@@ -155,6 +155,30 @@ def test_heads_are_switched_mixed_and_deleted(pixel_values, zero_shot):
     torch.testing.assert_close(logits_of(model, pixel_values), two, atol=1e-4, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_transformers_adds_switches_disables_and_loads_heads(pixel_values, zero_shot, tmp_path):
+    classifier = new_classifier().eval()
+    classifier.add_adapter(ClassHeadConfig(target_modules="block-layernorms"), "one")
+    as_if_trained(classifier).eval()
+    one = logits_of(classifier, pixel_values)
+    classifier.add_adapter(ClassHeadConfig(class_names=["owl", "sun"]), "two")
+    assert classifier.class_names == ["owl", "sun"] and classifier.config.id2label == {0: "owl", 1: "sun"}
+    expected = logits_of(new_classifier(["owl", "sun"]).eval(), pixel_values)
+    torch.testing.assert_close(logits_of(classifier, pixel_values), expected, atol=1e-4, rtol=0)
+    classifier.disable_adapters()
+    torch.testing.assert_close(logits_of(classifier, pixel_values), zero_shot, atol=1e-4, rtol=0)
+    classifier.enable_adapters()
+    classifier.set_adapter("one")
+    assert torch.equal(logits_of(classifier, pixel_values), one)
+    classifier.save_pretrained(tmp_path)
+    loaded = new_classifier().eval()
+    loaded.load_adapter(tmp_path)
+    assert torch.equal(logits_of(loaded, pixel_values), one)
+    changed(tmp_path, add={"base_model.model.text_projection.weight": torch.zeros(128, 128)})
+    with pytest.raises(ValueError, match="no part of"):
+        new_classifier().load_adapter(tmp_path)
+
+
 def test_it_cannot_be_merged():
     model = headed("2sfs")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -69,8 +69,7 @@ IMAGE_SIZES = [(60, 40), (40, 52), (24, 24), (96, 24)]  # width, height
 # Of these, all layers are compared, and of the others the first ones, at their full widths.
 WHOLE = {
     "ViT-B-16", "ViT-B-16-quickgelu", "ViT-B-32", "ViT-L-14", "ViT-M-16-alt",
-    "ViT-B-16-SigLIP", "ViT-B-16-SigLIP-256", "ViT-B-16-SigLIP-512", "ViT-B-16-SigLIP-i18n-256", "ViT-B-16-SigLIP2",
-    "ViT-B-16-SigLIP2-256",
+    "ViT-B-16-SigLIP", "ViT-B-16-SigLIP-256", "ViT-B-16-SigLIP-384", "ViT-B-16-SigLIP2",
 }  # fmt: skip
 FEW_LAYERS = 2
 

@@ -255,6 +255,28 @@ def test_clap_holds_rows_of_known_classes_and_needs_its_weights():
     assert model(**data).loss == model(**data, return_loss_terms=True).loss_terms["cross_entropy"]
 
 
+def test_what_was_read_off_the_images_is_replaced():
+    model, data = new_model("clap"), embedded()
+    head = model.get_base_model().class_head.ln_tuning_head["default"]
+    fit_class_head(model, {**data, "labels": data["labels"].flip(0)})
+    wrong = head.pull_weights.clone()
+    head.class_embeds.data.normal_()  # as if it had been trained
+    fit_class_head(model, data)
+    right = head.pull_weights.clone()
+    fresh = new_model("clap")
+    fit_class_head(fresh, data)
+    torch.testing.assert_close(right, fresh.get_base_model().class_head.ln_tuning_head["default"].pull_weights)
+    assert not torch.allclose(right, wrong)
+
+
+def test_a_step_that_would_leave_the_pull_out_is_refused():
+    model, data = new_model("clap"), embedded()
+    fit_class_head(model, data)
+    with pytest.raises(ValueError, match=r"\['pull'\].*label_smoothing_factor"):
+        model.train()(image_embeds=data["image_embeds"])
+    model.eval()(image_embeds=data["image_embeds"])
+
+
 def with_labels(labels):
     return {**embedded(), "labels": labels}
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import AutoImageProcessor
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from clip_prompt_peft import CLIPPromptTuningConfig, DynamicAdapter, TestTimeTuner
+from clip_prompt_peft import CLIPPromptTuningConfig, DynamicAdapter, TestTimeTuner, fit_class_head, method_config
 from clip_prompt_peft.assets import TINY_CLIP
 from clip_prompt_peft.data import RandomViews
 from clip_prompt_peft.heads import ClassHead, ImageHead
@@ -347,6 +347,19 @@ def test_adapters_behind_the_towers_are_refused(classifier, views):
             TestTimeTuner(classifier)(views)
     with pytest.raises(ValueError, match="adds to the logits"):
         DynamicAdapter.of(classifier)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("clap", "class embeddings of its own"), ("tip-adapter", "adds to the logits")]
+)
+def test_class_heads_are_refused(name, message, classifier, views):
+    model = get_peft_model(classifier, method_config(name, classifier))
+    fit_class_head(model, {"image_embeds": torch.randn(8, classifier.embed_width), "labels": torch.arange(8) % 4})
+    tuner = TestTimeTuner(model.eval())
+    with pytest.raises(ValueError, match=message):
+        tuner(views)
+    with model.disable_adapter():
+        tuner.check()
 
 
 def test_a_text_tower_that_is_spread_by_accelerate_is_refused(classifier, views):

@@ -1,9 +1,11 @@
 """open_clip's configurations: what becomes of each architecture, and which part is in the way of the others."""
 
 import json
+from collections import Counter
 
 import pytest
-from open_clip_cases import clip, siglip
+from conftest import ROOT
+from open_clip_cases import CASES, clip, recorded, refusals, siglip, table
 
 from clip_prompt_peft import AutoModelForPromptClassification
 from clip_prompt_peft.open_clip.config import UnsupportedOpenClipModel, read_config
@@ -101,3 +103,24 @@ def test_timm_s_names_may_have_a_tag_of_weights():
     model_cfg = siglip()
     model_cfg["vision_cfg"]["timm_model_name"] += ".webli"
     assert read(model_cfg).transformers.model_type == "siglip"
+
+
+def test_every_architecture_of_open_clip_was_mapped_or_refused_and_the_docs_say_which():
+    recording = recorded("architectures.json")
+    architectures = recording["architectures"]
+    classes = Counter(one.get("class") for one in architectures.values())
+    compared = [one for one in architectures.values() if "layers" in one]
+    for one in compared:
+        assert one["image"] < 1e-6 and one["text"] < 1e-6 and one["logits"] < 1e-4 and one["tuned"] < 1e-4
+    docs = " ".join((ROOT / "docs" / "open_clip.md").read_text(encoding="utf-8").split())
+    for said in (
+        f"Of the {len(architectures)} architectures in the list of open_clip {recording['open_clip']}, "
+        f"{classes.total() - classes[None]} map: {classes['CLIPModel']} become a `CLIPModel`, "
+        f"{classes['MetaClip2Model']} a `MetaClip2Model`",
+        f"and {classes['SiglipModel']} a `SiglipModel`. The other {classes[None]} are refused",
+        f"for all {classes.total() - classes[None]}, at full size. Numbers of {len(compared)} of them were compared",
+        f"{len(CASES)} tiny models",
+        " ".join(table(architectures).split()),
+        " ".join(refusals(architectures).split()),
+    ):
+        assert said in docs, said
