@@ -161,3 +161,12 @@ def test_launches_are_counted_on_cards_only():
     import common
 
     assert common.measure_launches(lambda: None, "cpu") is None
+
+
+@pytest.mark.slow
+def test_lean_bases(run_benchmark):
+    import lean_bases
+
+    rows = run_benchmark(lean_bases, "--size", "tiny", "--classes", "5", "--batch-size", "2", "--repeats", "1")
+    assert [row[0] for row in rows] == list(lean_bases.bases())
+    assert rows[0][3] == "0.000" and all(re.fullmatch(r"\d+\.\d\d", cell) for row in rows for cell in row[4:])

@@ -77,7 +77,7 @@ class TestAimv2Images:
             model.logit_scale.data.fill_(6.0)  # exp(6) is 403, and the limit is 100
         expected = case.logits_of_family(base, case.family.template)
         torch.testing.assert_close(case.logits(classifier), expected, rtol=1e-5, atol=1e-3)
-        baked = BakedClassifier(classifier, classifier.get_class_embeds().detach())
+        baked = BakedClassifier(classifier, classifier.get_class_embeds().detach(), classifier.class_head)
         torch.testing.assert_close(baked.scale, torch.tensor(100.0))
 
     def test_a_tower_of_native_resolution_takes_images_of_other_sizes_and_prompts(self):

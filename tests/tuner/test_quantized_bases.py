@@ -220,9 +220,7 @@ def test_quantized_activations_pass_no_gradient_and_are_refused_for_training_onl
         get_peft_model(load(quantization_config=with_activations()), CLIPPromptTuningConfig())
     with pytest.raises(ValueError, match="passes no gradient.*Quantize the weights only"):  # nor to LayerNorms
         get_peft_model(load(quantization_config=with_activations()), ClassHeadConfig.from_preset("2sfs"))
-    head = get_peft_model(
-        load(quantization_config=with_activations()), ClassHeadConfig()
-    )  # which is behind the towers
+    head = get_peft_model(load(quantization_config=with_activations()), ClassHeadConfig())  # behind the towers
     head.train()(**IMAGES, labels=torch.tensor([0] * len(IMAGES["pixel_values"]))).loss.backward()
     assert head.base_model.head.head("default").class_embeds.grad.any()
     loaded = PeftModel.from_pretrained(load(quantization_config=with_activations()), tmp_path)
