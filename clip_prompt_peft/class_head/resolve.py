@@ -65,7 +65,8 @@ def resolve(config: ClassHeadConfig, model) -> ClassHeadConfig:
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(getattr(model, HEAD, None), ClassHead):
+    place = getattr(model, HEAD, None)
+    if place is None or not isinstance(unwrapped(place), ClassHead):  # which the projection of an adapter may wrap
         raise TypeError(
             f"A class head is put into a classifier, and a {type(model).__name__} has no place for it. Load one with "
             "AutoModelForPromptClassification.from_pretrained, or make it of a model with from_base; a saved head is "

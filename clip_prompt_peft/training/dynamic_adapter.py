@@ -85,6 +85,11 @@ class DynamicAdapter:
         probability_range: tuple[float, float] = (0.03, 1.0),
         selection: float = 0.1,
     ) -> None:
+        if not isinstance(class_embeds, torch.Tensor):
+            raise TypeError(
+                f"class_embeds must be a tensor (C, E), got a {type(class_embeds).__name__}; DynamicAdapter.of(model) "
+                "takes those of a classifier."
+            )
         if class_embeds.ndim != 2 or not len(class_embeds) or not torch.isfinite(class_embeds).all():
             raise ValueError(
                 f"class_embeds must be (C, E) with finite values, one row for each class, got "
