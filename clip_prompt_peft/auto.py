@@ -160,10 +160,9 @@ class AutoPeftModelForPromptClassification(FromPretrainedOnly):
         config = read_config(config_file)
         if not isinstance(config, ClassifierAdapterConfig):
             raise ValueError(
-                f"{config_file} is of type {config.peft_type}, not of CLIP prompt tuning or a class head, and "
-                "names no classes. If it "
-                "was trained in a classifier, load it with AutoModelForPromptClassification.from_pretrained(..., "
-                "class_names=[...]), otherwise with peft's classes."
+                f"{config_file} is of type {config.peft_type}, not of CLIP prompt tuning or a class head, and names "
+                "no classes. If it was trained in a classifier, load it with AutoModelForPromptClassification."
+                "from_pretrained(..., class_names=[...]), otherwise with peft's classes."
             )
         folder = os.path.dirname(fetch_weights(pretrained_model_name_or_path, config, **source.arguments))
         if config.problem_type is not None:

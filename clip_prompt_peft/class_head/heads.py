@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ class LinearHead(nn.Module):
             self.start.copy_(start)
 
     @torch.no_grad()
-    def fit(self, image_embeds: torch.Tensor, labels: torch.Tensor, probabilities: torch.Tensor) -> None:
+    def fit(self, image_embeds: torch.Tensor, labels: torch.Tensor, probabilities: Callable[[], torch.Tensor]) -> None:
         """Sets the weight of the pull of each class: the mean zero-shot probability of it on its own images.
 
         Args:
@@ -51,12 +51,12 @@ class LinearHead(nn.Module):
                 (N, K, E) embeddings of K views of N training images.
             labels (`torch.Tensor`):
                 (N,) class indices.
-            probabilities (`torch.Tensor`):
-                (N, K, C), of the zero-shot model.
+            probabilities (`Callable`):
+                Returns those of the zero-shot model, (N, K, C). It is called only if they are needed.
         """
         if not hasattr(self, "start"):
             return
-        of_label = probabilities[torch.arange(len(labels)), :, labels].mean(dim=1)  # (N,)
+        of_label = probabilities()[torch.arange(len(labels), device=labels.device), :, labels].mean(dim=1)  # (N,)
         sums = torch.zeros_like(self.pull_weights).index_add(0, labels, of_label.to(self.pull_weights))
         self.pull_weights.copy_(sums / labels.bincount(minlength=len(sums)))
         self.is_fitted = True
@@ -117,7 +117,7 @@ class CacheHead(nn.Module):
         self.class_embeds.copy_(start)
 
     @torch.no_grad()
-    def fit(self, image_embeds: torch.Tensor, labels: torch.Tensor, probabilities: torch.Tensor) -> None:
+    def fit(self, image_embeds: torch.Tensor, labels: torch.Tensor, probabilities: Callable[[], torch.Tensor]) -> None:
         """Fills the cache: keys are the normalized means over the views of each image.
 
         The arguments are those of [`LinearHead.fit`].

@@ -11,9 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..text import normalize
-from ..towers import execution_device
+from ..towers import execution_device, find_towers
 from ..tuner.base_model import check_adapter_name, forget_if_refused, warn_of_other_classes
 from ..tuner.files import INDEX, check_tensors
+from ..tuner.quantized import check_passes_gradients
 from .config import CACHE, ClassHeadConfig
 from .heads import LinearHead
 from .layer import MERGE_OBSTACLE, ClassHeadLayer, TunedLayerNorm
@@ -60,6 +61,8 @@ class ClassHeadModel(LNTuningModel):
         if self._becomes_active and peft_config.has_weights:
             warn_of_other_classes(resolved, self.model)
         self._layer_norms = layer_norms(resolved, self.model)
+        if self._layer_norms and not peft_config.inference_mode:
+            check_passes_gradients(self.model, next(iter(find_towers(self.model, "text"))).like.dtype)
         self._start = None if peft_config.has_weights else self._start_without_others(resolved)
         self.peft_config[self._injected] = resolved  # a copy: the user may use the same object for another model
         return resolved
@@ -148,8 +151,11 @@ class ClassHeadModel(LNTuningModel):
         device = head.class_embeds.device
         image_embeds, labels = image_embeds.to(device), labels.to(device)
         rows = head.start if isinstance(head, LinearHead) and config.pull else head.class_embeds
-        prediction = self.model.predict(image_embeds.flatten(0, 1), normalize(rows))  # of the zero-shot model
-        probabilities = prediction.logits.softmax(dim=1).unflatten(0, image_embeds.shape[:2])
+
+        def probabilities() -> torch.Tensor:  # (N, K, C), which are many values
+            prediction = self.model.predict(image_embeds.flatten(0, 1), normalize(rows))
+            return prediction.logits.softmax(dim=1).unflatten(0, image_embeds.shape[:2])
+
         head.fit(image_embeds, labels, probabilities)
         if config.head_type == CACHE:
             config.num_keys = len(labels)

@@ -33,7 +33,7 @@ from ..tuner.presets import PRESETS
 from .image_set import ImageSet
 
 
-TEACHER = "ivlp"  # the preset of the teacher that a distillation learns from
+TEACHER_PRESET = "ivlp"  # the preset of the teacher that a distillation learns from
 Score = Callable[[ImageSet], "np.ndarray | None"]  # (N, C) logits, or None if the method cannot predict the classes
 
 
@@ -210,7 +210,8 @@ def _distilled(all_classes: bool, backbone: Backbone, train: ImageSet, seed: int
     of the classes in `train` (inductive). Then the teacher gives it embeddings of new classes after its training.
     """
     of_teacher = replace(backbone, model=copy.deepcopy(backbone.model))
-    with _tuned(of_teacher, train, seed, method_config(TEACHER, of_teacher.model), TEACHER) as (teacher, _):
+    of_prompts = method_config(TEACHER_PRESET, of_teacher.model)
+    with _tuned(of_teacher, train, seed, of_prompts, TEACHER_PRESET) as (teacher, _):
         images = train.pool.classes() if all_classes else train.whole_classes()
         teacher.set_class_names(images.class_names)
         config = method_config("promptkd", backbone.model, projection_dim=teacher.get_base_model().embed_width)

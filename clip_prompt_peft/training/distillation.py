@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..loss import TEACHER, TEACHER_LOGITS
-from ..modeling import PromptClassificationMixin
+from ..modeling import PromptClassificationMixin, classifier_in
 from ..regularizers.promptsrc import mean_divergence
 from ..towers import execution_device
 from ..tuner.base_config import MULTI_LABEL
@@ -20,6 +20,7 @@ from ..tuner.base_config import MULTI_LABEL
 FURTHER_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 LABELS = ("labels", "label", "label_ids")
 MAX_SHOWN = 5
+STUDENT, OF_TEACHER = "DistillationTrainer", "The argument teacher of DistillationTrainer"  # in messages
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,19 @@ def distillation_loss(
         temperature (`float`, *optional*, defaults to 1.0):
             By which both logits are divided.
 
+    Returns:
+        `torch.Tensor`: The loss, a single value in float32.
+
     Raises:
         ValueError: If the shapes differ.
+
+    Example:
+
+    ```py
+    >>> logits = torch.tensor([[2.0, 0.0]])
+    >>> distillation_loss(logits, teacher_logits=logits)
+    tensor(0.)
+    ```
     """
     if logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -149,10 +161,10 @@ class DistillationTrainer(Trainer):
                 "the column with cache_teacher_logits of clip_prompt_peft.data."
             )
         if not teacher_inputs:
-            _check_same_pixels(_classifier_in(self.model, "student"), _classifier_in(self.teacher, "teacher"))
+            _check_same_pixels(classifier_in(self.model, STUDENT), classifier_in(self.teacher, OF_TEACHER))
             teacher_inputs = student_inputs
         self.teacher.eval()
-        device, dtype = execution_device(self.teacher), _classifier_in(self.teacher, "teacher").dtype
+        device, dtype = execution_device(self.teacher), classifier_in(self.teacher, OF_TEACHER).dtype
         moved = {
             name: value.to(device, dtype if value.is_floating_point() else None)
             for name, value in teacher_inputs.items()
@@ -168,20 +180,9 @@ def _split(inputs: Mapping) -> tuple[dict, dict]:
     return student, teacher
 
 
-def _classifier_in(model, role: str) -> PromptClassificationMixin:
-    while hasattr(model, "get_base_model") or hasattr(model, "module"):
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model.module
-    if not isinstance(model, PromptClassificationMixin):
-        raise TypeError(
-            f"The {role} must be a classifier such as CLIPForPromptClassification, or a PeftModel around one, got a "
-            f"{type(model).__name__}; build one with AutoModelForPromptClassification.from_base."
-        )
-    return model
-
-
 def _prepare(model: nn.Module, teacher: nn.Module | None) -> None:
     """Checks that student and teacher fit, and gives the student the class embeddings that it compares with."""
-    student = _classifier_in(model, "student")
+    student = classifier_in(model, STUDENT)
     layout = student.prompt_layout
     compares_with_teacher = layout is not None and layout.projection_dim is not None
     if student.config.problem_type == MULTI_LABEL:
@@ -193,7 +194,7 @@ def _prepare(model: nn.Module, teacher: nn.Module | None) -> None:
         if compares_with_teacher:
             student.get_class_embeds()  # raises if there are none
         return
-    source = _classifier_in(teacher, "teacher")
+    source = classifier_in(teacher, OF_TEACHER)
     shared = {*student.modules()} & {*source.modules()}
     if shared:
         raise ValueError(

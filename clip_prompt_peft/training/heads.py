@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..class_head import ClassHeadModel
+from ..class_head.config import CACHE
 
 
 EMBEDS, LABELS = "image_embeds", "labels"
@@ -52,7 +53,7 @@ def fit_class_head(model: PeftModel, train_dataset) -> None:
         raise ValueError(f"image_embeds have {embeds.shape[-1]} values, but the model's have {config.embed_width}.")
     counts = _counts(labels, class_names)
     missing = [class_name for class_name, count in zip(class_names, counts) if count == 0]
-    if missing and (config.pull or config.head_type == "cache"):
+    if missing and (config.pull or config.head_type == CACHE):
         raise ValueError(
             f"The head takes something of images of each class, but there are none of {len(missing)} of its "
             f"{len(class_names)} classes: {missing[:5]}. Train on the classes that there are images of."
@@ -93,8 +94,20 @@ def start_class_head(model: PeftModel) -> None:
 
     Its LayerNorms are frozen from now on. [`TwoStageTuning`] calls it during a training.
 
+    Args:
+        model (`PeftModel`):
+            A classifier with an adapter of a [`ClassHeadConfig`].
+
     Raises:
         TypeError: If the active adapter is no class head.
+
+    Example:
+
+    ```py
+    >>> model = get_peft_model(classifier, ClassHeadConfig.from_preset("2sfs"))
+    >>> trainer.train()  # LayerNorms
+    >>> start_class_head(model)
+    ```
     """
     tuner = _tuner_of(model)
     tuner.start_head()

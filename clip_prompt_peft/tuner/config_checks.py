@@ -243,6 +243,7 @@ def _check_teacher_templates(config) -> None:
 
 
 def check_resolved(config) -> None:
+    """Raises `ValueError` if a configuration of saved weights lacks what an injection has set, or it is damaged."""
     ids, n = config.replaced_token_ids, config.num_virtual_tokens
     if not _is_token_ids(ids) or len(ids) != n:
         raise ValueError(

@@ -16,6 +16,8 @@ from .tensors import empty_linear, empty_vectors, trainable_dtype
 
 
 TEACHER_EMBEDS = "learnable_teacher_embeds"
+# What the wrapped class head does unless the layer does it itself.
+OF_CLASS_HEAD = {name for name in vars(ClassHead) if not name.startswith("_")}
 
 
 class ProjectorNorm(nn.BatchNorm1d):
@@ -211,15 +213,15 @@ class CLIPTeacherClasses(CLIPPromptLayer):
         return embeds if list(class_names) == known else embeds[self._rows_of(class_names, known, embeds.device)]
 
     def _rows_of(self, class_names: Sequence[str], known: list[str], device: torch.device) -> torch.Tensor:
-        key = (tuple(class_names), tuple(known), device)
-        if self._rows is None or self._rows[0] != key:  # copying it to the device anew would wait for it
+        key, kept = (tuple(class_names), tuple(known), device), self._rows
+        if kept is None or kept[0] != key:  # copying it to the device anew would wait for it
             row_of = {class_name: row for row, class_name in enumerate(known)}
-            self._rows = key, torch.tensor([row_of[class_name] for class_name in class_names], device=device)
-        return self._rows[1]
+            kept = key, torch.tensor([row_of[class_name] for class_name in class_names], device=device)
+            self._rows = kept
+        return kept[1]  # and not `self._rows`, which another thread may have replaced
 
-    # What a class head does beside these methods, it does itself.
     def __getattr__(self, name):
-        if name in vars(ClassHead):
+        if name in OF_CLASS_HEAD:
             return getattr(self.base_layer, name)
         return super().__getattr__(name)
 

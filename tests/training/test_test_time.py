@@ -210,6 +210,18 @@ def test_every_family_can_be_tuned(name):
         assert not torch.allclose(batched.logits, own, atol=1e-3)
 
 
+def test_the_scale_is_that_of_the_family():
+    """AIMv2 cuts its scale at 100, whatever its parameter says."""
+    model = FamilyCase("Aimv2").classifier().eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(6.0)
+        embeds = torch.randn(2, VIEWS, model.embed_width, generator=torch.Generator().manual_seed(0))
+        own = model(image_embeds=embeds[:, 0]).logits
+    still = TestTimeTuner(model, learning_rate=1e-12)(image_embeds=embeds)
+    assert_close(still.logits, own, atol=1e-3, rtol=1e-4)
+    assert DynamicAdapter.of(model).logit_scale == pytest.approx(100.0, rel=1e-4)
+
+
 # What goes in
 
 

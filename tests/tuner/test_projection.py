@@ -15,6 +15,7 @@ from transformers import CLIPModel
 
 from clip_prompt_peft import CLIPPromptTuningConfig, method_config
 from clip_prompt_peft.assets import TINY_CLIP
+from clip_prompt_peft.heads import ClassHead
 from clip_prompt_peft.regularizers import build_regularizer
 
 
@@ -32,6 +33,13 @@ def student(**fields):
 @pytest.fixture
 def model():
     return student()
+
+
+def test_its_class_head_answers_all_that_a_class_head_does(model):
+    head = model.get_base_model().class_head
+    assert not isinstance(head, ClassHead)
+    for name in vars(ClassHead):
+        assert name.startswith("_") or hasattr(head, name), name
 
 
 def rows(model):

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, CLIPModel, TorchAoConfig
 
-from clip_prompt_peft import AutoModelForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import AutoModelForPromptClassification, ClassHeadConfig, CLIPPromptTuningConfig
 from clip_prompt_peft.data import cache_image_embeds, load_image_dataset
 from clip_prompt_peft.export import export_classifier
 from clip_prompt_peft.text import ClassEncoder
@@ -218,6 +218,11 @@ def test_quantized_activations_pass_no_gradient_and_are_refused_for_training_onl
     get_peft_model(load(), CLIPPromptTuningConfig()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="weight a Int8Tensor\\) passes no gradient.*Quantize the weights only"):
         get_peft_model(load(quantization_config=with_activations()), CLIPPromptTuningConfig())
+    with pytest.raises(ValueError, match="passes no gradient.*Quantize the weights only"):  # nor to LayerNorms
+        get_peft_model(load(quantization_config=with_activations()), ClassHeadConfig.from_preset("2sfs"))
+    head = get_peft_model(load(quantization_config=with_activations()), ClassHeadConfig())  # behind the towers
+    head.train()(**IMAGES, labels=torch.tensor([0] * len(IMAGES["pixel_values"]))).loss.backward()
+    assert head.base_model.head.head("default").class_embeds.grad.any()
     loaded = PeftModel.from_pretrained(load(quantization_config=with_activations()), tmp_path)
     assert exact_path(loaded.get_base_model()) == PLAIN
     assert (logits_of(loaded) - logits_of(load())).abs().max() < 0.5
