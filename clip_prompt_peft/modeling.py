@@ -157,8 +157,8 @@ class PromptClassificationMixin(CalibratedClassifierMixin):
     def set_class_embeds(self, class_embeds: torch.Tensor | None) -> None:
         """Sets class embeddings that were made elsewhere, such as those of an ensemble of templates.
 
-        They are used until `set_class_names` is called, are not saved, and are not used while a prompt adapter is
-        active, since it has its own prompts.
+        They are used until `set_class_names` is called, are not saved, and are not used while a prompt adapter or a
+        class head is active, since it has its own.
 
         Args:
             class_embeds (`torch.Tensor`, *optional*):

@@ -35,7 +35,8 @@ def template_ensemble(model: PromptClassificationMixin, templates: Sequence[str]
         `torch.Tensor`: The (C, E) normalized class embeddings.
 
     Raises:
-        ValueError: If there is no template, a template has no `{}`, a text is too long or a prompt adapter is active.
+        ValueError: If there is no template, a template has no `{}`, a text is too long, or a prompt adapter
+            or a class head is active.
     """
     if isinstance(templates, str) or not templates:
         raise ValueError(f"templates must be a list of texts with one {{}} each, got {templates!r}.")
@@ -59,7 +60,7 @@ def description_ensemble(model: PromptClassificationMixin, descriptions: Mapping
 
     Raises:
         ValueError: If a class has no descriptions, there are descriptions of an unknown class, a text is too long or
-            a prompt adapter is active.
+            a prompt adapter or a class head is active.
 
     Example:
 
@@ -84,10 +85,10 @@ def description_ensemble(model: PromptClassificationMixin, descriptions: Mapping
 
 
 def _class_names(model: PromptClassificationMixin) -> list[str]:
-    if model.prompt_layout is not None:
+    if model.prompt_layout is not None or model.class_head.configs_in_effect:
         raise ValueError(
-            "An ensemble cannot be computed while a prompt adapter is active; use it inside "
-            "`with model.disable_adapter():`."
+            "An ensemble cannot be computed while a prompt adapter or a class head is active, which would answer in "
+            "place of it; use it inside `with model.disable_adapter():`."
         )
     if model.class_names is None:
         raise ValueError("The classifier has no class names; call set_class_names([...]) first.")

@@ -6,7 +6,13 @@ from adapters import tuned
 from conftest import CLASS_NAMES, TINY_CLIP
 from peft import LoraConfig, get_peft_model
 
-from clip_prompt_peft import CLIPForPromptClassification, description_ensemble, load_templates, template_ensemble
+from clip_prompt_peft import (
+    ClassHeadConfig,
+    CLIPForPromptClassification,
+    description_ensemble,
+    load_templates,
+    template_ensemble,
+)
 
 
 TEMPLATES = ["a photo of a {}.", "an icon of a {}.", "{}"]
@@ -71,6 +77,14 @@ def test_an_ensemble_with_learned_vectors_in_every_text_is_refused(classifier):
         template_ensemble(model, TEMPLATES)
     with model.disable_adapter():
         assert template_ensemble(model, TEMPLATES).shape == (4, 128)
+
+
+def test_an_ensemble_behind_a_class_head_is_refused(classifier):
+    model = get_peft_model(classifier, ClassHeadConfig())
+    with pytest.raises(ValueError, match="class head is active.*disable_adapter"):
+        template_ensemble(classifier, TEMPLATES)
+    with model.disable_adapter():
+        assert template_ensemble(classifier, TEMPLATES).shape == (4, 128)
 
 
 def test_other_adapters_count(classifier):
