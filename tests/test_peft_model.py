@@ -154,7 +154,7 @@ def test_while_adapters_are_disabled_every_image_gets_the_zero_shot_logits(tuned
     ("names", "error", "message"),
     [
         (["pets", "zoo"], ValueError, "2 names for 3 images"),
-        (["pets", "zoo", "birds"], ValueError, r"no prompt adapter 'birds'; loaded are \['meals', 'pets', 'zoo'\]"),
+        (["pets", "zoo", "birds"], ValueError, r"no adapter 'birds'; loaded are \['meals', 'pets', 'zoo'\]"),
         ("zoo", TypeError, "a list with one name for each image"),
         (["pets", "zoo", None], TypeError, "a list with one name for each image"),
     ],
