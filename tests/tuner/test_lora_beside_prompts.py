@@ -220,7 +220,7 @@ def test_in_a_mixed_batch_lora_acts_on_all_images(classifier, pixel_values, labe
     only_lora = logits_of(model, pixel_values)
     torch.testing.assert_close(mixed[[0, 2]], tuned[[0, 2]], rtol=0, atol=1e-5)
     torch.testing.assert_close(mixed[1], only_lora[1], rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="no prompt adapter 'towers'"):
+    with pytest.raises(ValueError, match="no adapter 'towers'"):
         model(pixel_values=pixel_values, adapter_names=["towers"] * 3)
 
 
