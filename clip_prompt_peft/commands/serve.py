@@ -54,7 +54,9 @@ def serve(args: argparse.Namespace) -> None:
         store = AdapterStore(base, first.parent, args.max_adapters, [*adapters] if is_alone else None, hub)
         for name in adapters:
             store.load_or_tell(name)
-        print(f"Loaded from {args.adapters}: {', '.join(store.loaded()) or 'no adapters'}", flush=True)
+        if not store.loaded():
+            raise ValueError(f"No adapter of {args.adapters!r} can be served, for the reasons printed above.")
+        print(f"Loaded from {args.adapters}: {', '.join(store.loaded())}", flush=True)
         app = create_app(store, args.max_upload)
         uvicorn.run(app, host=args.host, port=args.port, limit_concurrency=MAX_CONNECTIONS)
     raise KeyboardInterrupt  # uvicorn ends, without one, only by a signal

@@ -19,7 +19,13 @@ from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor
 
-from clip_prompt_peft import AutoPeftModelForPromptClassification, CLIPForPromptClassification, CLIPPromptTuningConfig
+from clip_prompt_peft import (
+    AutoPeftModelForPromptClassification,
+    CLIPForPromptClassification,
+    CLIPPromptTuningConfig,
+    method_config,
+)
+from clip_prompt_peft.commands.serve import main as serve_main
 from clip_prompt_peft.evaluation.conformal import ConformalClassifier
 
 
@@ -238,6 +244,14 @@ def test_questions_that_cannot_be_answered_are_refused_and_change_nothing(loaded
     assert answer.status_code == status
     assert message in str(answer.json()["detail"])
     assert classify(loaded, picture(), adapters="pets").json() == before
+
+
+def test_a_service_with_nothing_to_serve_does_not_start(tmp_path, capsys):
+    classifier = CLIPForPromptClassification.from_pretrained(TINY_CLIP, class_names=["cat", "dog"])
+    get_peft_model(classifier, method_config("zs-lp", classifier)).save_pretrained(tmp_path / "head")
+    with pytest.raises(SystemExit, match="can be served, for the reasons printed above"):
+        serve_main([str(tmp_path / "head"), "--port", "0"])
+    assert "the service takes adapters of prompts" in capsys.readouterr().err
 
 
 def test_a_request_without_or_with_too_many_images_is_refused(loaded):
