@@ -42,7 +42,7 @@ def pusher(hub, tmp_path_factory):
     """The folder of the process that pushed."""
     hub.failures = [("me/push-refused/preupload", 401), ("me/push-breaks-down/commit", 500)]
     folder = tmp_path_factory.mktemp("pusher")
-    return run_client(hub, folder, "push", "push_with_local_base", "push_classifier", "fail_to_push")
+    return run_client(hub, folder, "push", "push_methods", "push_with_local_base", "push_classifier", "fail_to_push")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,8 @@ def loader(hub, pusher, tmp_path_factory):
         ("GET /me/breaks-down/resolve/.*safetensors", 500),
         ("GET /me/breaks-off/resolve/.*safetensors", TRUNCATE),
     ]
-    return run_client(hub, tmp_path_factory.mktemp("loader"), "load", "classify_by_pipeline", "fail_to_load")
+    tasks = "load", "load_methods", "classify_by_pipeline", "fail_to_load"
+    return run_client(hub, tmp_path_factory.mktemp("loader"), *tasks)
 
 
 @pytest.fixture
@@ -112,6 +113,16 @@ class TestPush:
     def test_goes_to_the_branch_that_was_asked_for(self, hub, pusher):
         commits = [request for request in hub.requests if "me/with-card/commit" in request]
         assert [request.rpartition("/")[2] for request in commits] == ["preview", "main"]
+
+
+@pytest.mark.parametrize("method", hub_client.METHODS)
+def test_an_adapter_of_each_method_comes_back_in_one_line(hub, pusher, loader, method):
+    pushed, loaded = (
+        load_file(path) for path in (pusher / "pushed_methods.safetensors", loader / "methods.safetensors")
+    )
+    assert_close(loaded[method], pushed[method])
+    assert "AutoPeftModelForPromptClassification.from_pretrained" in card_of(hub, f"me/{method}").text
+    assert sum(map(len, hub.repos[f"me/{method}"].values())) < 200 * 1024
 
 
 class TestClassifier:

@@ -21,10 +21,10 @@ from urllib.request import urlopen
 
 import torch
 import transformers
-from adapters import change_config, tuned, vectors_of
+from adapters import as_if_trained, change_config, fitted, tuned, vectors_of
 from datasets import Dataset
 from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Trainer, TrainingArguments, pipeline
@@ -34,6 +34,7 @@ from clip_prompt_peft import (
     AutoPeftModelForPromptClassification,
     CLIPForPromptClassification,
     build_class_prompts,
+    method_config,
 )
 from clip_prompt_peft.assets import TINY_CLIP
 from clip_prompt_peft.commands.adapters import base_model_of
@@ -43,6 +44,13 @@ from clip_prompt_peft.tuner.hub import load_image_processor
 
 BASE = "clips/tiny-clip"  # on the stand-in
 CLASS_NAMES = ["cat", "dog", "red_car"]
+METHODS = {
+    "tcp": {},
+    "promptkd": {"projection_dim": 24},
+    "2sfs": {"starts_later": False},
+    "clap": {},
+    "tip-adapter": {},
+}
 PIXEL_VALUES = torch.randn(6, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 
 
@@ -94,6 +102,23 @@ def push(folder):
     model.push_to_hub("me/with-card", revision="preview")
     model.push_to_hub("me/with-card")
     save_file({"logits": classifier_logits(model)}, folder / "pushed.safetensors")
+
+
+def push_methods(folder):
+    """Pushes an adapter of each method that is more than prompts."""
+    logits = {}
+    for name, fields in METHODS.items():
+        classifier = CLIPForPromptClassification.from_pretrained(BASE, class_names=CLASS_NAMES)
+        model = as_if_trained(fitted(get_peft_model(classifier, method_config(name, classifier, **fields))))
+        model.push_to_hub(f"me/{name}")
+        logits[name] = classifier_logits(model)
+    save_file(logits, folder / "pushed_methods.safetensors")
+
+
+def load_methods(folder):
+    """Loads what `push_methods` pushed."""
+    loaded = {name: AutoPeftModelForPromptClassification.from_pretrained(f"me/{name}") for name in METHODS}
+    save_file({name: classifier_logits(model) for name, model in loaded.items()}, folder / "methods.safetensors")
 
 
 def load_datasets(folder):
