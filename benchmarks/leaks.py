@@ -26,7 +26,7 @@ from clip_prompt_peft.commands.common import silence_libraries
 
 
 CLASS_NAMES = ["animal", "plant", "food", "vehicle"]
-PRESET_NAMES = [name for name in PRESETS if name != "prograd"]  # needs a Trainer of its own
+PRESET_NAMES = [name for name in PRESETS if name not in ("prograd", "promptkd")]  # which need Trainers of their own
 NUM_COUNTS = 5  # points at which things are counted
 
 

@@ -233,7 +233,7 @@ FAMILIES = {
 
 
 # Presets with prompts in deeper layers of the image tower, which a tower of stages does not take.
-DEEP_VISION = ("vpt-deep", "ivlp", "maple", "promptsrc")
+DEEP_VISION = ("vpt-deep", "ivlp", "maple", "promptsrc", "promptkd")
 
 
 def takes(name, preset):

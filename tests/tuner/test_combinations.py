@@ -13,7 +13,10 @@ VISION = {"num_vision_virtual_tokens": 4}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_virtual_tokens": 0}, r"got 0 \(0, no text vectors, only with num_vision_virtual_tokens\)"),
+        (
+            {"num_virtual_tokens": 0},
+            r"got 0 \(0, no text vectors, only with num_vision_virtual_tokens or projection_dim\)",
+        ),
         ({"num_virtual_tokens": 0, **VISION, "class_specific": True}, "class_specific=True is about text vectors"),
         ({"num_virtual_tokens": 0, **VISION, "image_conditioned": True}, "image_conditioned=True is about text"),
         ({"num_virtual_tokens": 0, **VISION, "text_prompt_depth": 2}, "text_prompt_depth=2 is about text vectors"),
