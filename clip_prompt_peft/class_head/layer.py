@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..heads import ClassHead
-from ..templates import name_labels
 from ..text import normalize
+from ..tuner.base_layer import LabelingLayer
 from .config import ClassHeadConfig
 from .heads import CacheHead, LinearHead, new_head
 
@@ -35,7 +35,7 @@ class TunedLayerNorm(LNTuningLayer):
         return super().forward(x.to(dtype), *args, **kwargs).to(x.dtype)
 
 
-class ClassHeadLayer(ClassHead, BaseTunerLayer):
+class ClassHeadLayer(LabelingLayer, ClassHead, BaseTunerLayer):
     """
     The `class_head` of a classifier with the heads of adapters, of which the active one answers for its classes.
 
@@ -60,7 +60,6 @@ class ClassHeadLayer(ClassHead, BaseTunerLayer):
         self._awaited: dict[str, torch.Tensor] = {}  # what saved weights have to replace before the head is used
         self.merged_adapters = []
         self._active_adapter = adapter_name
-        self._labeled_config = None
 
     def update_layer(self, adapter_name: str, config: ClassHeadConfig, like: torch.Tensor) -> None:
         """Adds the head of an adapter, not initialized. An older one of that name is replaced."""
@@ -171,26 +170,9 @@ class ClassHeadLayer(ClassHead, BaseTunerLayer):
         active = self._active_head()
         return {} if active is None else active[0].loss_terms()
 
-    # Every way to switch adapters, of peft and of transformers, and to delete one, calls these two.
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode)
-        self._name_labels()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        self._name_labels()
-
-    def label_with(self, config) -> None:
-        """Keeps `id2label` and `label2id` in the config of a classifier those of its classes in use, from now on."""
-        self._labeled_config = config
-        self._name_labels()
-
-    def _name_labels(self) -> None:
-        config = self._labeled_config
-        if config is not None:
-            names = [name for name in self.active_adapters if name in self.names_in_use and not self.disable_adapters]
-            name_labels(config, self.names_in_use[names[0]] if names else config.class_names)
+    def _names_in_effect(self) -> list[str] | None:
+        names = [name for name in self.active_adapters if name in self.names_in_use and not self.disable_adapters]
+        return self.names_in_use[names[0]] if names else None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(MERGE_OBSTACLE)

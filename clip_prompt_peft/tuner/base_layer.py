@@ -11,6 +11,7 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ..templates import name_labels
 from .files import check_values
 from .layout import PromptLayout
 
@@ -27,6 +28,39 @@ def without_prompts() -> Iterator[None]:
         yield
     finally:
         _WITHOUT_PROMPTS.reset(token)
+
+
+class LabelingLayer(BaseTunerLayer):
+    """
+    Keeps the labels in the config of a classifier those of the classes in use, however adapters are switched.
+
+    Every way to switch adapters, of peft and of transformers, and to delete one, calls `set_adapter` or
+    `enable_adapters`. List it before a layer of a method.
+    """
+
+    _labeled_config = None  # of the classifier
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._name_labels()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._name_labels()
+
+    def label_with(self, config) -> None:
+        """Keeps `id2label` and `label2id` in the config of a classifier those of its classes in use, from now on."""
+        self._labeled_config = config
+        self._name_labels()
+
+    def _name_labels(self) -> None:
+        config = self._labeled_config
+        if config is not None:
+            name_labels(config, self._names_in_effect() or config.class_names)
+
+    def _names_in_effect(self) -> list[str] | None:
+        """Returns the classes of the adapter in effect, if there is one with classes of its own."""
+        raise NotImplementedError
 
 
 class CLIPPromptLayer(nn.Module, BaseTunerLayer):

@@ -12,7 +12,6 @@ from accelerate.utils import has_offloaded_params
 from peft import PromptTuningInit
 from torch import nn
 
-from ..templates import name_labels
 from ..towers import (
     entry_of,
     execution_device,
@@ -22,7 +21,7 @@ from ..towers import (
     position_table_name,
     token_table_name,
 )
-from .base_layer import CLIPPromptLayer
+from .base_layer import CLIPPromptLayer, LabelingLayer
 from .config import CLIPPromptTuningConfig
 from .layout import PromptLayout
 from .tensors import empty_linear, empty_vectors
@@ -52,7 +51,7 @@ class PerText:
 _PER_TEXT: ContextVar[dict[int, PerText] | None] = ContextVar("per_text", default=None)
 
 
-class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
+class CLIPTextLearnableEmbeddings(LabelingLayer, CLIPPromptLayer):
     """
     Wraps `CLIPTextEmbeddings`, or those of a related model, and replaces token embeddings by learnable vectors.
 
@@ -91,7 +90,6 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
         self.learnable_meta_in, self.learnable_meta_out = nn.ModuleDict({}), nn.ModuleDict({})
         self.prompt_configs: dict[str, CLIPPromptTuningConfig] = {}  # what is saved; class names are kept up to date
         self._unmerged_rows: list[tuple[int, torch.Tensor]] = []  # (first row, saved rows), in the order of merging
-        self._labeled_config = None  # of the classifier, whose labels are those of the classes in use
         self.update_layer(adapter_name, layout, image_width)
 
     # transformers looks for the tables of the wrapped module here, and may replace them.
@@ -163,26 +161,9 @@ class CLIPTextLearnableEmbeddings(CLIPPromptLayer):
             if name in self.prompt_configs:
                 check_token_ids(self.prompt_configs[name], tokenizer)
 
-    # Every way to switch adapters, of peft and of transformers, and to delete one, calls these two.
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode)
-        self._name_labels()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        self._name_labels()
-
-    def label_with(self, config) -> None:
-        """Keeps `id2label` and `label2id` in the config of a classifier those of its classes in use, from now on."""
-        self._labeled_config = config
-        self._name_labels()
-
-    def _name_labels(self) -> None:
-        config = self._labeled_config
-        if config is not None:
-            of_adapter = [self.prompt_layouts[name].class_names for name in self._in_effect()[:1]]
-            name_labels(config, (of_adapter and of_adapter[0]) or config.class_names)
+    def _names_in_effect(self) -> list[str] | None:
+        names = self._in_effect()[:1]
+        return self.prompt_layouts[names[0]].class_names if names else None
 
     def update_layer(self, adapter_name: str, layout: PromptLayout, image_width: int | None = None) -> None:
         """Adds the tensors of an adapter, not initialized. An older adapter of that name is replaced."""
