@@ -16,6 +16,8 @@ from ..tuner.base_config import (
     CLIPPromptPeftType,
     check_calibration,
     check_format_version,
+    check_kinds,
+    check_templates,
     is_int_from,
     option,
 )
@@ -145,15 +147,13 @@ class ClassHeadConfig(ClassifierAdapterConfig, LNTuningConfig):
 def _check_types(config) -> None:
     strings = ("base_model_name_or_path", "base_model_subfolder", "peft_version", "revision", "prompt_template")
     flags = ("inference_mode", "normalized_start", "starts_later", "pull", "train_keys")
-    for names, kind, is_of_kind in (
+    kinds = (
         (strings, "a string", lambda value: value is None or isinstance(value, str)),
         (flags, "True or False", lambda value: isinstance(value, bool)),
         (("base_model_fingerprint", "auto_mapping"), "a dictionary", lambda value: isinstance(value, dict | None)),
         (("target_modules", "exclude_modules"), "a list of strings, or a string", _is_patterns),
-    ):
-        for name in names:
-            if not is_of_kind(getattr(config, name)):
-                raise ValueError(f"{name} must be {kind}, got {getattr(config, name)!r}.")
+    )
+    check_kinds(config, kinds)
     check_format_version(config)
     check_calibration(config)
 
@@ -179,13 +179,7 @@ def _check_texts(config) -> None:
         check_template(config.prompt_template)
     if config.problem_type not in (None, *PROBLEM_TYPES):
         raise ValueError(f"problem_type must be None or one of {PROBLEM_TYPES}, got {config.problem_type!r}.")
-    templates = config.start_templates
-    if templates is not None:
-        if not isinstance(templates, (list, tuple)) or not templates:
-            raise ValueError(f"start_templates must be a list of templates, got {templates!r}.")
-        for template in templates:
-            check_template(template)
-        config.start_templates = list(templates)
+    check_templates(config, "start_templates")
 
 
 def _check_combinations(config) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
 from peft import PeftConfig
+
+from ..templates import check_template
 
 
 FORMAT_VERSION = 1  # of adapter_config.json; files without a version are of this one, too
@@ -102,6 +104,26 @@ def check_format_version(config) -> None:
             f"The adapter has the file format {config.format_version!r}, but this version of clip_prompt_peft reads "
             f"formats up to {FORMAT_VERSION}; install a newer version."
         )
+
+
+def check_kinds(config, kinds: Iterable[tuple[Iterable[str], str, Callable[[Any], bool]]]) -> None:
+    """Raises `ValueError` for a field of another type; `kinds` are names of fields, their type in words and a test."""
+    for names, kind, is_of_kind in kinds:
+        for name in names:
+            if not is_of_kind(getattr(config, name)):
+                raise ValueError(f"{name} must be {kind}, got {getattr(config, name)!r}.")
+
+
+def check_templates(config, name: str) -> None:
+    """Makes the templates in a field a list. Raises `ValueError` if one is not valid, or there are none."""
+    templates = getattr(config, name)
+    if templates is None:
+        return
+    if not isinstance(templates, (list, tuple)) or not templates:
+        raise ValueError(f"{name} must be a list of templates, got {templates!r}.")
+    for template in templates:
+        check_template(template)
+    setattr(config, name, list(templates))
 
 
 def check_calibration(config) -> None:

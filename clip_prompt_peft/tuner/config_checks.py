@@ -7,7 +7,14 @@ import enum
 from peft import PromptTuningInit
 
 from ..templates import check_class_names, check_template
-from .base_config import PROBLEM_TYPES, check_calibration, check_format_version, is_int_from
+from .base_config import (
+    PROBLEM_TYPES,
+    check_calibration,
+    check_format_version,
+    check_kinds,
+    check_templates,
+    is_int_from,
+)
 
 
 MAX_PROJECTION = 8192  # the widest embeddings of known models have 2048
@@ -25,8 +32,9 @@ REGULARIZER_WEIGHTS = {
 def check_config(config) -> None:
     """Raises `ValueError` if a value of a configuration is not allowed, or values exclude each other."""
     checks = (_check_types, _check_numbers, _check_texts, _check_text_prompts, _check_vision_prompts)
-    for check in (*checks, _check_class_aware, _check_projection, _check_regularizer, _check_teacher_templates):
+    for check in (*checks, _check_class_aware, _check_projection, _check_regularizer):
         check(config)
+    check_templates(config, "teacher_templates")
     check_calibration(config)
 
 
@@ -56,7 +64,7 @@ def _check_types(config) -> None:
     strings = (*strings, "tokenizer_name_or_path")
     dictionaries = ("auto_mapping", "base_model_fingerprint", "regularizer_weights", "tokenizer_fingerprint")
     flags = ("class_specific", "image_conditioned", "inference_mode", "vision_prompts_from_text")
-    for names, kind, is_of_kind in (
+    kinds = (
         (strings, "a string", lambda value: value is None or isinstance(value, str)),
         (flags, "True or False", lambda value: isinstance(value, bool)),
         (("target_modules", "exclude_modules"), "a list of strings, or a string", _is_patterns),
@@ -67,10 +75,8 @@ def _check_types(config) -> None:
             lambda value: isinstance(value, dict | None),
         ),
         (("init_token_ids",), "a list of token ids", lambda value: value is None or _is_token_ids(value)),
-    ):
-        for name in names:
-            if not is_of_kind(getattr(config, name)):
-                raise ValueError(f"{name} must be {kind}, got {getattr(config, name)!r}.")
+    )
+    check_kinds(config, kinds)
     check_format_version(config)
 
 
@@ -230,16 +236,6 @@ def _check_regularizer(config) -> None:
             raise ValueError(f"regularizer_weights[{key!r}] must be a number of at least 0, got {value!r}.")
         if key == "temperature" and value == 0:
             raise ValueError(f"temperature must be positive, got {value!r}.")
-
-
-def _check_teacher_templates(config) -> None:
-    templates = config.teacher_templates
-    if templates is not None:
-        if not isinstance(templates, (list, tuple)) or not templates:
-            raise ValueError(f"teacher_templates must be a list of templates, got {templates!r}.")
-        for template in templates:
-            check_template(template)
-        config.teacher_templates = list(templates)
 
 
 def check_resolved(config) -> None:
