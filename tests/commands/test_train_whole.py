@@ -51,6 +51,14 @@ def test_the_table_shows_every_style_with_mean_and_deviation(tuned):
     assert "Saved outputs/prompt_tuning/seed2: 2.2 KB" in printed
 
 
+@torch.no_grad()
+def accuracy_of(model):
+    dataset = load_image_dataset(files={"train": str(EMOJI / "fluenthc-test.parquet")})["train"]
+    examples = with_pixel_values(dataset, AutoImageProcessor.from_pretrained(TINY_CLIP))[:]
+    answers = model(pixel_values=torch.stack(examples["pixel_values"])).logits.argmax(dim=-1)
+    return (answers == torch.tensor(examples["labels"])).float().mean().item()
+
+
 def test_clip_lora_is_trained_and_the_printed_lines_load_it(run_here, tmp_path):
     options = ["--shots", 1, "--num_seeds", 1, "--max_steps", 4, "--learning_rate", 0.02, "--prompt_template", "an {}"]
     printed = run_here("train", "--method", "clip-lora", *options)
@@ -58,11 +66,7 @@ def test_clip_lora_is_trained_and_the_printed_lines_load_it(run_here, tmp_path):
     names = {}
     exec(textwrap.dedent(printed.partition("Load it with\n")[2]), names)
     model = names["model"].eval()
-    dataset = load_image_dataset(files={"train": str(EMOJI / "fluenthc-test.parquet")})["train"]
-    examples = with_pixel_values(dataset, AutoImageProcessor.from_pretrained(TINY_CLIP))[:]
-    with torch.no_grad():
-        answers = model(pixel_values=torch.stack(examples["pixel_values"])).logits.argmax(dim=-1)
-    accuracy = (answers == torch.tensor(examples["labels"])).float().mean().item()
+    accuracy = accuracy_of(model)
     results = json.loads((tmp_path / "outputs/prompt_tuning/results.json").read_text())
     assert results["tuned"][0]["fluenthc"]["accuracy"] == pytest.approx(accuracy)
     assert accuracy != pytest.approx(results["zero_shot"]["fluenthc"]["accuracy"])
@@ -80,11 +84,7 @@ def test_class_heads_are_trained_and_load_in_one_line(run_here, tmp_path, method
     exec(textwrap.dedent(printed.partition("Load it with\n")[2].partition("or classify")[0]), names)
     model = names["model"].eval()
     assert not model.active_peft_config.starts_later
-    dataset = load_image_dataset(files={"train": str(EMOJI / "fluenthc-test.parquet")})["train"]
-    examples = with_pixel_values(dataset, AutoImageProcessor.from_pretrained(TINY_CLIP))[:]
-    with torch.no_grad():
-        answers = model(pixel_values=torch.stack(examples["pixel_values"])).logits.argmax(dim=-1)
-    accuracy = (answers == torch.tensor(examples["labels"])).float().mean().item()
+    accuracy = accuracy_of(model)
     results = json.loads((tmp_path / "outputs/prompt_tuning/results.json").read_text())
     assert results["tuned"][0]["fluenthc"]["accuracy"] == pytest.approx(accuracy)
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.library import Library
 
 
 # torchvision for a card does not find its operators beside torch for the CPU. Its transforms need none of them.
-TORCHVISION = torch.library.Library("torchvision", "DEF")
+TORCHVISION = Library("torchvision", "DEF")
 for operator in ("nms", "qnms"):
     TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
